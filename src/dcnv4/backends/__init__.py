@@ -1,0 +1,132 @@
+"""The backends: their names, which can run a call, and which one does.
+
+Kernels are imported when a backend is first used, never before.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from ..geometry import Window
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+"""Every backend, the one that `auto` prefers first."""
+
+
+class Call(NamedTuple):
+    """What a backend is asked to run."""
+
+    op: str
+    """`deform_conv` or `ms_deform_attn`."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of the value."""
+
+
+class Backend(Protocol):
+    """What the module of every backend offers; tensors may have any strides.
+
+    Coordinates (`offset_mask`, `locations`, `weights`) have the value's dtype, or float32 beside a
+    half-precision value. `spatial_shapes` is pairs (H, W) where the host knows them, and otherwise
+    an integer tensor [L, 2] on the value's device or the CPU. Results are contiguous; a gradient
+    has the dtype and the shape of its input.
+    """
+
+    def why_not(self, call: Call) -> str | None: ...
+
+    def conv_forward(self, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor: ...
+
+    def conv_backward(
+        self, grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attn_forward(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+        softmax: bool,
+    ) -> Tensor: ...
+
+    def attn_backward(
+        self,
+        grad: Tensor,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+        softmax: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def load(name: str) -> Backend:
+    """The module of one backend. Its imports of kernels and compilers happen at first use."""
+    return cast(Backend, import_module(f"{__name__}.{name}"))
+
+
+def why_not(name: str, call: Call) -> str | None:
+    """None where backend `name` can run `call`; otherwise one sentence that says why not."""
+    return load(name).why_not(call)
+
+
+def choose(call: Call, backend: str | None = None) -> str:
+    """The name of the backend that runs `call`.
+
+    Args:
+        call: what is to be run.
+        backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot run `call`. A named backend never falls back.
+    """
+    name = requested(call.device.type) if backend is None else _known("backend", backend)
+    return _choose(call, name)
+
+
+# The choice is a constant of a traced graph: it depends on nothing that the graph computes.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def requested(device_type: str) -> str:
+    """What the environment asks for on this kind of device: a backend's name or "auto"."""
+    name = _known("DCNV4_BACKEND", os.environ.get("DCNV4_BACKEND", "auto"))
+    if name != "auto":
+        return name
+    triton = os.environ.get("DCNV4_USE_TRITON", "0")
+    if triton not in ("0", "1"):
+        raise ValueError(f"DCNV4_USE_TRITON must be 0 or 1; got {triton!r}")
+    return "triton" if triton == "1" and device_type != "cpu" else "auto"
+
+
+def cache_dir() -> str:
+    """The folder that compiled kernels are kept in: `DCNV4_CACHE_DIR` or the user's cache."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dcnv4")
+    return os.path.expanduser(os.environ.get("DCNV4_CACHE_DIR") or default)
+
+
+def _known(what: str, name: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{what} must be one of {', '.join(('auto', *NAMES))}; got {name!r}")
+    return name
+
+
+@cache
+def _choose(call: Call, name: str) -> str:
+    for candidate in NAMES if name == "auto" else (name,):
+        if why_not(candidate, call) is None:
+            return candidate
+    reasons = "".join(f"\n  {key}: {why_not(key, call) or 'usable'}" for key in NAMES)
+    raise RuntimeError(
+        f"backend {name} cannot run {call.op} on {call.device} in {call.dtype}:{reasons}"
+    )

@@ -1,0 +1,228 @@
+"""Plain PyTorch: any device, dtype and shape, no compiler; differentiable to any order.
+
+Work goes part by part over the output pixels, so that the extra memory is a few megabytes on a CPU
+whatever the image. For each part the geometry says which rows of the value its corners name and
+what each counts; the forward sums those rows, the backward adds into one gradient of the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import geometry
+from ..geometry import Window
+from . import Call
+
+# Corners that one part holds: a CPU's temporaries stay in its cache, an accelerator wants launches
+# that fill it.
+_CPU_CORNERS, _DEVICE_CORNERS = 1 << 19, 1 << 23
+
+
+def why_not(call: Call) -> str | None:
+    """None: the reference runs every call."""
+    return None
+
+
+def conv_forward(
+    value: Tensor, offset_mask: Tensor, window: Window, *, differentiable: bool = False
+) -> Tensor:
+    """[B, Ho, Wo, C]. `differentiable`: of operations autograd knows, holding every corner."""
+    problem = _conv_problem(value, offset_mask, window)
+    output = _forward(problem, _table(value, value.shape[3] // window.groups), differentiable)
+    return output.reshape(*offset_mask.shape[:3], value.shape[3]).to(value.dtype)
+
+
+def conv_backward(
+    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `value` and `offset_mask`."""
+    table = _table(value, value.shape[3] // window.groups)
+    grad_table = torch.zeros_like(table)
+    grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
+    fields = grad_mask.flatten(0, 2)[:, : 3 * window.groups * window.points]
+    problem = _conv_problem(value, offset_mask, window)
+    for part, grads, weights in _backward(problem, grad, table, grad_table):
+        fields[part] = geometry.conv_points_backward(*grads, weights, window).to(fields.dtype)
+    return _untable(grad_table, value), grad_mask
+
+
+def attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    *,
+    differentiable: bool = False,
+) -> Tensor:
+    """[B, Q, C]. `differentiable`: of operations autograd knows, holding every corner."""
+    problem = _attn_problem(value, spatial_shapes, locations, weights, softmax)
+    output = _forward(problem, _table(value, value.shape[3]), differentiable)
+    return output.reshape(*locations.shape[:2], -1).to(value.dtype)
+
+
+def attn_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `value`, `locations` and `weights`."""
+    table = _table(value, value.shape[3])
+    grad_table = torch.zeros_like(table)
+    grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    heights, widths, _ = geometry.levels(spatial_shapes, value.device)
+    problem = _attn_problem(value, spatial_shapes, locations, weights, softmax)
+    for part, (grad_x, grad_y, grad_used), used in _backward(problem, grad, table, grad_table):
+        if softmax:
+            grad_used = geometry.softmax_backward(grad_used, used)
+        shape = (-1, *weights.shape[2:])
+        pixels = grad_x.view(shape) * widths, grad_y.view(shape) * heights
+        grad_locations.flatten(0, 1)[part] = torch.stack(pixels, -1).to(locations.dtype)
+        grad_weights.flatten(0, 1)[part] = grad_used.view(shape).to(weights.dtype)
+    return _untable(grad_table, value), grad_locations, grad_weights
+
+
+class _Points(NamedTuple):
+    """The points of n output pixels, R to a group, and the table rows of their corners."""
+
+    rows: Tensor  # [n, G, 4R]
+    weights: Tensor  # [n, G, R], as the fractions
+    fraction_x: Tensor
+    fraction_y: Tensor
+
+    def coefficients(self) -> Tensor:
+        """[n, G, 4R]"""
+        return geometry.coefficients(self.weights, self.fraction_x, self.fraction_y).flatten(2)
+
+
+class _Problem(NamedTuple):
+    """Either operator: how many output pixels of how many points, and the points of some pixels."""
+
+    pixels: int
+    points_per_pixel: int
+    points: Callable[[slice], _Points]
+
+    def parts(self, corners: int) -> Iterator[slice]:
+        step = max(1, corners // (4 * self.points_per_pixel))
+        for start in range(0, max(self.pixels, 1), step):
+            yield slice(start, min(start + step, self.pixels))
+
+
+def _conv_problem(value: Tensor, offset_mask: Tensor, window: Window) -> _Problem:
+    batch, height, width = value.shape[:3]
+    rows, columns = offset_mask.shape[1:3]
+    fields = offset_mask.flatten(0, 2)
+
+    def points(part: slice) -> _Points:
+        pixel = torch.arange(part.start, part.stop, device=value.device)
+        image, row, column = pixel // (rows * columns), pixel // columns % rows, pixel % columns
+        x, y, weights = geometry.conv_points(_exact(fields[part]), row, column, window)
+        index, fraction_x, fraction_y = geometry.corners(x, y, height, width)
+        index = _table_rows(index, image, batch, height * width, window.groups)
+        return _Points(index, weights, fraction_x, fraction_y)
+
+    return _Problem(len(fields), window.groups * window.points, points)
+
+
+def _attn_problem(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> _Problem:
+    batch, length, groups = value.shape[:3]
+    queries = max(locations.shape[1], 1)
+    heights, widths, starts = geometry.levels(spatial_shapes, value.device)
+    flat_locations, flat_weights = locations.flatten(0, 1), weights.flatten(0, 1).flatten(2)
+
+    def points(part: slice) -> _Points:
+        image = torch.arange(part.start, part.stop, device=value.device) // queries
+        x, y = geometry.attn_points(_exact(flat_locations[part]), heights, widths)
+        index, fraction_x, fraction_y = geometry.corners(x, y, heights, widths)
+        # Shapes on an accelerator are not checked on the host: a wrong one must not read elsewhere.
+        row = index + starts[..., None]
+        index = torch.where((index >= 0) & (row < length), row, -1).flatten(2, 3)
+        counted = _exact(flat_weights[part])
+        counted = counted.softmax(-1) if softmax else counted
+        rows = _table_rows(index, image, batch, length, groups)
+        return _Points(rows, counted, fraction_x.flatten(2), fraction_y.flatten(2))
+
+    return _Problem(len(flat_locations), flat_weights.shape[1:].numel(), points)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In the dtype that sums are made in: float64 for float64, otherwise float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _table(value: Tensor, depth: int) -> Tensor:
+    """The rows of `depth` channels that points read; last, a row of zeros for illegal corners."""
+    return F.pad(_exact(value).reshape(-1, depth), (0, 0, 0, 1))
+
+
+def _untable(grad_table: Tensor, value: Tensor) -> Tensor:
+    return grad_table[:-1].view(value.shape).to(value.dtype, copy=value.dtype != grad_table.dtype)
+
+
+def _table_rows(index: Tensor, image: Tensor, batch: int, length: int, groups: int) -> Tensor:
+    """Table rows [n, G, 4R] of pixels `index` [n, G, R, 4] of images `image` [n], each `length`."""
+    group = torch.arange(groups, device=index.device)[:, None, None]
+    rows = ((image * length)[:, None, None, None] + index) * groups + group
+    return torch.where(index < 0, batch * length * groups, rows).flatten(2)
+
+
+def _forward(problem: _Problem, table: Tensor, differentiable: bool) -> Tensor:
+    """The sums [N, G, D] of all output pixels."""
+    limit = problem.pixels * problem.points_per_pixel * 4 if differentiable else _limit(table)
+    return torch.cat(
+        [_sum_rows(table, problem.points(part), differentiable) for part in problem.parts(limit)]
+    )
+
+
+def _sum_rows(table: Tensor, points: _Points, differentiable: bool) -> Tensor:
+    count, groups, corners = points.rows.shape
+    coefficients = points.coefficients()
+    if table.device.type == "cpu" and not differentiable:
+        rows, coefficients = points.rows.view(-1, corners), coefficients.view(-1, corners)
+        sums = F.embedding_bag(rows, table, per_sample_weights=coefficients, mode="sum")
+    else:
+        rows = table.index_select(0, points.rows.flatten())
+        sums = torch.bmm(
+            coefficients.reshape(-1, 1, corners), rows.view(-1, corners, table.shape[1])
+        )
+    return sums.view(count, groups, table.shape[1])
+
+
+def _backward(
+    problem: _Problem, grad: Tensor, table: Tensor, grad_table: Tensor
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """Add to `grad_table`; yield each part, the gradients of x, y and weights, and the weights."""
+    depth = table.shape[1]
+    for part in problem.parts(_limit(table)):
+        points = problem.points(part)
+        corners = points.rows.shape[-1]
+        sums = _exact(grad.reshape(problem.pixels, -1)[part]).reshape(-1, depth, 1)
+        rows = table.index_select(0, points.rows.flatten()).view(-1, corners, depth)
+        slopes = torch.bmm(rows, sums).view(*points.weights.shape, 4)
+        spread = torch.bmm(points.coefficients().view(-1, corners, 1), sums.transpose(1, 2))
+        grad_table.index_add_(0, points.rows.flatten(), spread.view(-1, depth))
+        fractions = points.fraction_x, points.fraction_y
+        yield (
+            part,
+            geometry.coefficients_backward(slopes, points.weights, *fractions),
+            points.weights,
+        )
+
+
+def _limit(table: Tensor) -> int:
+    return _CPU_CORNERS if table.device.type == "cpu" else _DEVICE_CORNERS

@@ -1,0 +1,310 @@
+"""The contract: what the operators compute, which arguments are legal, which backend runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .geometry import Window
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def deform_conv(
+    value: Tensor,
+    offset_mask: Tensor,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 4,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Deformable Convolution v4: every output pixel is a weighted sum of K points of its group.
+
+        out[b, oy, ox, g] = sum_k w_k · bilinear(value[b, :, :, g]; x_k, y_k)
+        x_k = ox·s - p + c + λ·(i·d - c + δx_k),   c = d·(k - 1) // 2,   λ = offset_scale
+
+    and y_k likewise, with i the column (j the row) of point k in the kernel; k = i·kh + j, columns
+    outermost. A point outside (-1, W) x (-1, H) contributes 0; inside that, so do the corners
+    outside the image. Pixel centres are integers.
+
+    Args:
+        value: [B, H, W, C]; float64, float32, bfloat16 or float16. C = groups·D.
+        offset_mask: [B, Ho, Wo, M], M >= 3·groups·K. Group g owns channels [3Kg, 3Kg + 3K): first
+            2K offsets δ (x₀, y₀, x₁, y₁, …) in input pixels, then K weights of any size and sign.
+            Channels past 3·groups·K are ignored. May be float32 beside a half-precision value,
+            and is never rounded down.
+        kernel_size: points down and across, an int or (height, width); K = kh·kw.
+        stride: input pixels between neighbouring outputs, an int or (height, width).
+        padding: pixels the window may leave the image on each side, an int or (height, width).
+        dilation: pixels between neighbouring kernel points, an int or (height, width).
+        groups: G, the groups of channels with offsets and weights of their own.
+        offset_scale: λ, scales the kernel grid and the offsets alike.
+        remove_center: drop the point (kw // 2, kh // 2), so that K = kh·kw - 1.
+        softmax: normalise the K weights of a group first. Unbounded otherwise.
+        backend: "cuda", "triton", "cpu" or "reference", which then never falls back; "auto" takes
+            the first of these that can run the call; None follows `DCNV4_BACKEND` and
+            `DCNV4_USE_TRITON`.
+
+    Returns:
+        [B, Ho, Wo, C] in the dtype of `value` (under autocast, the autocast dtype);
+        Ho = (H + 2·padding - dilation·(kh - 1) - 1) // stride + 1, Wo likewise.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+        RuntimeError: the backend asked for cannot run here; the reasons are listed.
+
+    Note:
+        Sums are made in float32 (float64 for float64). No result depends on the rest of the batch.
+        Differentiable in `value` and `offset_mask`, to any order.
+
+    Source: Xiong et al., Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for
+    Vision Applications, CVPR 2024, arXiv:2401.06197.
+    """
+    settings = window(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
+    )
+    return windowed_conv(value, offset_mask, settings, backend)
+
+
+def window(
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 4,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+) -> Window:
+    """The checked settings of a `deform_conv`, as its arguments of the same names."""
+    settings = Window(
+        _pair("kernel_size", kernel_size, 1),
+        _pair("stride", stride, 1),
+        _pair("padding", padding, 0),
+        _pair("dilation", dilation, 1),
+        _integer("groups", groups, 1),
+        _finite("offset_scale", offset_scale),
+        _flag("remove_center", remove_center),
+        _flag("softmax", softmax),
+    )
+    if settings.points == 0:
+        raise ValueError(
+            "remove_center must leave a point; got kernel_size (1, 1), whose one it is"
+        )
+    return settings
+
+
+def windowed_conv(
+    value: Tensor, offset_mask: Tensor, window: Window, backend: str | None = None
+) -> Tensor:
+    """`deform_conv` with settings that were checked before."""
+    _tensor("value", value, "[B, H, W, C]", (4,))
+    _tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
+    batch, height, width, channels = value.shape
+    if channels % window.groups or channels == 0:
+        raise ValueError(
+            f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
+        )
+    rows, columns = window.output_size(height, width)
+    if min(rows, columns) < 1 <= min(height, width):
+        raise ValueError(
+            f"kernel_size must fit the padded image = {height + 2 * window.padding[0]} x "
+            f"{width + 2 * window.padding[1]}; got {window.kernel_size} with dilation "
+            f"{window.dilation}"
+        )
+    shape = [batch, max(rows, 0), max(columns, 0)]
+    fields = 3 * window.groups * window.points
+    if list(offset_mask.shape[:3]) != shape or offset_mask.shape[3] < fields:
+        raise ValueError(
+            "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
+            f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(offset_mask.shape)}"
+        )
+    chosen = backends.choose(backends.Call("deform_conv", value.device, value.dtype), backend)
+    dtype = value.dtype
+    value, (offset_mask,) = _promote(value, offset_mask)
+    output: Tensor = ops.deform_conv(value, offset_mask, *window, chosen)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Multi-scale deformable attention: every query is a weighted sum of points of all levels.
+
+        out[b, q, g] = sum_{l, p} w_lp · bilinear(level l of value[b, :, g]; x_lp, y_lp)
+        x_lp = u_lp·W_l - ½,   y_lp = v_lp·H_l - ½
+
+    A location runs from 0, the outer edge of a level's first pixel, to 1, the outer edge of its
+    last. What lies outside contributes 0, as in `deform_conv`.
+
+    Args:
+        value: [B, S, G, D], S = Σ H_l·W_l: the levels' pixels one level after another, rows
+            outermost; float64, float32, bfloat16 or float16. G heads of D channels.
+        spatial_shapes: the L levels' (H_l, W_l): a sequence of pairs, or an integer tensor [L, 2].
+            A tensor on an accelerator stays there: its sum is not checked, and levels that do not
+            fit in S contribute 0.
+        sampling_locations: [B, Q, G, L, P, 2] in (x, y) order, normalised to [0, 1]. May be float32
+            beside a half-precision value, and is never rounded down.
+        attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign; as precise as
+            `sampling_locations` may be.
+        softmax: the weights are logits; normalise them over L·P first.
+        backend: as in `deform_conv`.
+
+    Returns:
+        [B, Q, G·D] in the dtype of `value` (under autocast, the autocast dtype).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+        RuntimeError: the backend asked for cannot run here; the reasons are listed.
+
+    Note:
+        Sums are made in float32 (float64 for float64). No result depends on the rest of the batch.
+        Differentiable in `value`, `sampling_locations` and `attention_weights`, to any order.
+
+    Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
+    in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
+    """
+    _flag("softmax", softmax)
+    _tensor("value", value, "[B, S, G, D]", (4,))
+    _tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
+    batch, length, groups, depth = value.shape
+    _, queries, _, levels, points, _ = sampling_locations.shape
+    if sampling_locations.shape != (batch, queries, groups, levels, points, 2):
+        raise ValueError(
+            f"sampling_locations must be [B, Q, G, L, P, 2] = [{batch}, Q, {groups}, L, P, 2]; "
+            f"got {list(sampling_locations.shape)}"
+        )
+    if levels * points * depth * groups == 0:
+        raise ValueError(
+            "value and sampling_locations must have G, D, L and P >= 1; "
+            f"got {list(value.shape)} and {list(sampling_locations.shape)}"
+        )
+    shape = (batch, queries, groups, levels, points)
+    layout = "[B, Q, G, L, P] or [B, Q, G, L*P]"
+    _tensor("attention_weights", attention_weights, layout, (5, 4), value)
+    if attention_weights.shape not in (shape, (*shape[:3], levels * points)):
+        raise ValueError(
+            f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
+            f"got {list(attention_weights.shape)}"
+        )
+    shapes, sizes = _levels(spatial_shapes, levels, length, value.device)
+    chosen = backends.choose(backends.Call("ms_deform_attn", value.device, value.dtype), backend)
+    dtype = value.dtype
+    value, (locations, weights) = _promote(value, sampling_locations, attention_weights)
+    output: Tensor = ops.ms_deform_attn(
+        value, shapes, sizes, locations, weights.reshape(shape), softmax, chosen
+    )
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Dtypes that every backend takes, nothing rounded down: the value may become float64."""
+    if any(c.dtype == torch.float64 for c in coordinates):
+        value = value.double()
+    return value, ops.exact_coordinates(value, *coordinates)
+
+
+def _levels(
+    spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
+) -> tuple[Tensor | None, list[int]]:
+    """The level sizes as the operator takes them: a tensor left where it is, or H₀, W₀, H₁, …"""
+    rule = f"spatial_shapes must be L = {levels} pairs (H, W)"
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.dtype not in _INTEGERS:
+            raise TypeError(f"{rule} of an integer dtype; got {spatial_shapes.dtype}")
+        if spatial_shapes.shape != (levels, 2):
+            raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
+        if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
+            raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
+        if spatial_shapes.device.type != "cpu" or _is_compiling():
+            return spatial_shapes, []
+        spatial_shapes = spatial_shapes.tolist()
+    try:
+        pairs = [(height, width) for height, width in spatial_shapes]
+    except (TypeError, ValueError):
+        raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
+    sizes = [_integer("spatial_shapes", size, 0) for pair in pairs for size in pair]
+    if len(pairs) != levels:
+        raise ValueError(f"{rule}, as in sampling_locations; got {len(pairs)}")
+    if sum(height * width for height, width in pairs) != length:
+        raise ValueError(
+            f"spatial_shapes must add up to S = {length} pixels, as in value; got {pairs}, "
+            f"which is {sum(height * width for height, width in pairs)}"
+        )
+    return None, sizes
+
+
+def _is_compiling() -> bool:
+    compiler = getattr(torch, "compiler", None)
+    return compiler is not None and bool(compiler.is_compiling())
+
+
+def _kind(argument: Any) -> str:
+    return type(argument).__name__
+
+
+def _tensor(
+    name: str, argument: Any, layout: str, dimensions: tuple[int, ...], value: Tensor | None = None
+) -> None:
+    """Check type, dtype, number of dimensions and, beside `value`, device of a tensor."""
+    if not isinstance(argument, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}; got {_kind(argument)}")
+    if argument.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16; got {argument.dtype}"
+        )
+    if argument.dim() not in dimensions:
+        raise ValueError(f"{name} must be {layout}; got {list(argument.shape)}")
+    if value is not None and argument.device != value.device:
+        raise ValueError(f"{name} must be on value's device {value.device}; got {argument.device}")
+
+
+def _integer(name: str, argument: Any, least: int) -> int:
+    if not isinstance(argument, (int, torch.SymInt, Integral)) or isinstance(argument, bool):
+        raise TypeError(f"{name} must be an integer >= {least}; got {argument!r}")
+    if argument < least:
+        raise ValueError(f"{name} must be an integer >= {least}; got {argument}")
+    return argument  # type: ignore[return-value]
+
+
+def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
+    if isinstance(argument, (tuple, list)):
+        if len(argument) != 2:
+            raise ValueError(f"{name} must be an int or (height, width); got {argument!r}")
+        return _integer(name, argument[0], least), _integer(name, argument[1], least)
+    return (_integer(name, argument, least),) * 2
+
+
+def _finite(name: str, argument: Any) -> float:
+    if not isinstance(argument, Real) or isinstance(argument, bool):
+        raise TypeError(f"{name} must be a number; got {argument!r}")
+    if not math.isfinite(argument):
+        raise ValueError(f"{name} must be finite; got {argument}")
+    return float(argument)
+
+
+def _flag(name: str, argument: Any) -> bool:
+    if not isinstance(argument, bool):
+        raise TypeError(f"{name} must be True or False; got {argument!r}")
+    return argument

@@ -1,0 +1,156 @@
+"""The geometry both operators share: where points lie, and which pixels each one reads.
+
+A point at (x, y), in pixels with integer pixel centres, is the weighted sum of the four pixels
+around it. The operators differ only in where their points come from: `conv_points` or
+`attn_points`. `include/sampling.h` and the Triton helper are the mirrors of `corners`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """What a deformable convolution does at every output pixel; pairs are (height, width)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    offset_scale: float
+    remove_center: bool
+    softmax: bool
+
+    @property
+    def points(self) -> int:
+        """K: how many points a group samples for one output pixel."""
+        return self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+
+    @property
+    def center(self) -> tuple[int, int]:
+        """The distance from a window's first row and column to its centre, in pixels."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Output rows and columns of an input of `height` rows and `width` columns."""
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self[:4]
+        rows = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+        columns = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+        return rows, columns
+
+    def grid(self) -> list[tuple[int, int]]:
+        """The K (column, row) cells of the kernel in the operators' order: columns outermost."""
+        kh, kw = self.kernel_size
+        cells = [(i, j) for i in range(kw) for j in range(kh)]
+        if self.remove_center:
+            cells.remove((kw // 2, kh // 2))
+        return cells
+
+    def origins(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of the undeformed centre of the windows of these output rows and columns."""
+        (sh, sw), (ph, pw), (ch, cw) = self.stride, self.padding, self.center
+        return columns * sw - pw + cw, rows * sh - ph + ch
+
+
+def conv_points(
+    offset_mask: Tensor, rows: Tensor, columns: Tensor, window: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split `offset_mask` [N, M] of N output pixels into x, y and weights, each [N, G, K].
+
+    x and y are in input pixels. `rows` and `columns` [N] say which output pixels these are.
+    """
+    groups, points = window.groups, window.points
+    fields = offset_mask[:, : 3 * groups * points].unflatten(1, (groups, 3 * points))
+    offsets = fields[..., : 2 * points].unflatten(-1, (points, 2))
+    (dh, dw), (ch, cw) = window.dilation, window.center
+    cells = [(i * dw - cw, j * dh - ch) for i, j in window.grid()]
+    base = torch.tensor(cells, dtype=offsets.dtype, device=offsets.device)
+    origin = torch.stack(window.origins(rows, columns), -1).to(offsets.dtype)
+    x, y = (origin[:, None, None] + window.offset_scale * (base + offsets)).unbind(-1)
+    weights = fields[..., 2 * points :]
+    return x, y, weights.softmax(-1) if window.softmax else weights
+
+
+def conv_points_backward(
+    grad_x: Tensor, grad_y: Tensor, grad_weights: Tensor, weights: Tensor, window: Window
+) -> Tensor:
+    """Gradient [N, 3GK] of the fields that `conv_points` split, from those of its results."""
+    if window.softmax:
+        grad_weights = softmax_backward(grad_weights, weights)
+    offsets = torch.stack((grad_x, grad_y), -1) * window.offset_scale
+    return torch.cat((offsets.flatten(2), grad_weights), -1).flatten(1)
+
+
+def levels(
+    spatial_shapes: Tensor | Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heights, widths and first rows in the value, each [L, 1], of levels of these (H, W)."""
+    shapes = torch.as_tensor(spatial_shapes, dtype=torch.int64, device=device)
+    areas = shapes.prod(1)
+    return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
+
+
+def attn_points(locations: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel x and y [..., L, P] of normalised `locations` [..., L, P, 2] in levels of these sizes.
+
+    `heights` and `widths` are [L, 1]. A location runs from 0, the outer edge of a level's first
+    pixel, to 1, the outer edge of its last.
+    """
+    u, v = locations.unbind(-1)
+    return u * widths - 0.5, v * heights - 0.5
+
+
+def corners(
+    x: Tensor, y: Tensor, heights: Tensor | int, widths: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The four pixels around each point and where the point lies between them.
+
+    Returns `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the
+    fractions of a pixel [...] from the left and from the top corners. The index of a corner outside
+    the image is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such
+    corners contribute nothing.
+    """
+    inside = (x > -1) & (x < widths) & (y > -1) & (y < heights)
+    x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
+    left, top = x.detach().floor(), y.detach().floor()
+    column, row = left.long(), top.long()
+    legal_x = inside & (left >= 0), inside & (left < widths - 1)
+    legal_y = top >= 0, top < heights - 1
+    index = [
+        torch.where(legal_x[dx] & legal_y[dy], (row + dy) * widths + (column + dx), -1)
+        for dy in (0, 1)
+        for dx in (0, 1)
+    ]
+    return torch.stack(index, -1), x - left, y - top
+
+
+def coefficients(weights: Tensor, fraction_x: Tensor, fraction_y: Tensor) -> Tensor:
+    """What each of a point's four corners counts [..., 4]: its bilinear share of the weight."""
+    top, bottom = weights * (1 - fraction_y), weights * fraction_y
+    left = 1 - fraction_x
+    return torch.stack((top * left, top * fraction_x, bottom * left, bottom * fraction_x), -1)
+
+
+def coefficients_backward(
+    grad: Tensor, weights: Tensor, fraction_x: Tensor, fraction_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients [...] of x, y and the weights from those of the coefficients [..., 4].
+
+    `grad` must be 0 at a corner outside the image.
+    """
+    top_left, top_right, bottom_left, bottom_right = grad.unbind(-1)
+    top = torch.lerp(top_left, top_right, fraction_x)
+    bottom = torch.lerp(bottom_left, bottom_right, fraction_x)
+    slope_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, fraction_y)
+    return weights * slope_x, weights * (bottom - top), torch.lerp(top, bottom, fraction_y)
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the logits [..., K] from that of their softmax, `weights`."""
+    return weights * (grad - (grad * weights).sum(-1, keepdim=True))

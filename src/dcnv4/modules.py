@@ -1,0 +1,486 @@
+"""The layers: parameters, initialisation, projections and layouts around the operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import ms_deform_attn, window, windowed_conv
+from .geometry import Window
+
+
+class _DeformConv(nn.Module):
+    """What `DCNv4` and `DCNv4Conv2d` share: all that happens between their layouts."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        settings: Window,
+        *,
+        dw_kernel_size: int | None,
+        center_feature_scale: bool,
+        output_bias: bool,
+        without_pointwise: bool,
+        init: str,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        groups = settings.groups
+        if out_channels < 1 or out_channels % groups:
+            raise ValueError(f"group(s) must divide the {out_channels} channels; got {groups}")
+        if init not in ("average", "zero"):
+            raise ValueError(f"init must be 'average' or 'zero'; got {init!r}")
+        if dw_kernel_size is not None and dw_kernel_size < 1:
+            raise ValueError(f"dw_kernel_size must be None or >= 1; got {dw_kernel_size}")
+        self.window = settings
+        self.init = init
+        self.backend = backend
+        self.center_feature_scale = center_feature_scale
+        fields = math.ceil(3 * groups * settings.points / 8) * 8
+        self.offset_mask = nn.Linear(in_channels, fields)
+        self.offset_mask_dw = (
+            nn.Conv2d(in_channels, in_channels, dw_kernel_size, padding="same", groups=in_channels)
+            if dw_kernel_size is not None
+            else None
+        )
+        self.value_proj = None if without_pointwise else nn.Linear(in_channels, out_channels)
+        self.output_proj = (
+            None if without_pointwise else nn.Linear(out_channels, out_channels, bias=output_bias)
+        )
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, out_channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, as `init` says."""
+        points = self.window.points
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)
+        if self.init == "average":
+            used = self.offset_mask.bias[: 3 * self.window.groups * points]
+            used.view(-1, 3 * points)[:, 2 * points :] = 1 / points
+        if self.offset_mask_dw is not None:
+            self.offset_mask_dw.reset_parameters()
+        for projection in (self.value_proj, self.output_proj):
+            if projection is not None:
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(Ho, Wo) of the output for an input of `shape` (H, W)."""
+        return self.window.output_size(*shape)
+
+    def extra_repr(self) -> str:
+        defaults = window(groups=self.window.groups)._asdict()
+        changed = {k: v for k, v in self.window._asdict().items() if v != defaults[k]}
+        settings = {"kernel_size": self.window.kernel_size, "groups": self.window.groups, **changed}
+        if self.center_feature_scale:
+            settings["center_feature_scale"] = True
+        if self.backend is not None:
+            settings["backend"] = self.backend
+        return ", ".join(f"{key}={setting!r}" for key, setting in settings.items())
+
+    def _deform(self, x: Tensor) -> Tensor:
+        """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+        value = x if self.value_proj is None else self.value_proj(x)
+        source = x
+        if self.offset_mask_dw is not None:
+            source = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        offset_mask = self.offset_mask(self._at_centers(source))
+        y = windowed_conv(value, offset_mask, self.window, self.backend)
+        if self.center_feature_scale:
+            weight, bias = (
+                self.center_feature_scale_proj_weight,
+                self.center_feature_scale_proj_bias,
+            )
+            scale = F.linear(y, weight, bias).sigmoid()[..., None]
+            split = (self.window.groups, -1)
+            center = self._at_centers(value).unflatten(-1, split)
+            y = (y.unflatten(-1, split) * (1 - scale) + center * scale).flatten(-2)
+        return y if self.output_proj is None else self.output_proj(y)
+
+    def _at_centers(self, x: Tensor) -> Tensor:
+        """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
+        height, width = x.shape[1:3]
+        rows, columns = self.window.output_size(height, width)
+        if self.window.stride == (1, 1) and (rows, columns) == (height, width):
+            return x
+        column, row = self.window.origins(
+            torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
+        )
+        return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
+
+
+class DCNv4(_DeformConv):
+    r"""Deformable Convolution v4 on channels-last maps, flattened or not.
+
+    Every output pixel sums K points of each group of channels, at offsets and with weights that
+    are predicted from the input there; the weights are unbounded (no softmax).
+
+        value = value_proj(x);  offset_mask = offset_mask(offset_mask_dw(x))
+        y = deform_conv(value, offset_mask);  output = output_proj(y)
+
+    With `center_feature_scale`, y becomes y·(1 - s) + value·s, s = sigmoid(linear(y)) per group.
+
+    Args:
+        channels: C, of input and output.
+        kernel_size: an int or (height, width).
+        stride: an int or (height, width). Offsets are predicted at the output's resolution, from
+            the pixel at each window's centre.
+        pad: zero padding, an int or (height, width).
+        dilation: an int or (height, width).
+        group: G, groups of channels with offsets and weights of their own; must divide `channels`.
+        offset_scale: scales the kernel grid and the offsets alike.
+        dw_kernel_size: kernel of a depthwise convolution before `offset_mask`; None for none.
+        center_feature_scale: blend each output with the value at its centre, as above.
+        remove_center: drop the kernel's central point.
+        output_bias: whether `output_proj` has a bias.
+        without_pointwise: no `value_proj` and no `output_proj`.
+        init: "average": zero offsets and weights 1/K, so that a fresh layer is a box filter that
+            passes gradients. "zero": all zero as in the paper, right inside a residual block;
+            elsewhere it outputs zeros and passes no gradient.
+        backend: as in `functional.deform_conv`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
+
+    Source: Xiong et al., Efficient Deformable ConvNets, CVPR 2024, arXiv:2401.06197. Parameters
+    are named as in its published checkpoints.
+    """
+
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        pad: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        *,
+        init: str = "average",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            channels,
+            channels,
+            window(kernel_size, stride, pad, dilation, group, offset_scale, remove_center),
+            dw_kernel_size=dw_kernel_size,
+            center_feature_scale=center_feature_scale,
+            output_bias=output_bias,
+            without_pointwise=without_pointwise,
+            init=init,
+            backend=backend,
+        )
+        self.channels = channels
+
+    def forward(self, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [B, H·W, C] or [B, H, W, C].
+            shape: (H, W). None: the map is square, or x says it.
+
+        Returns:
+            [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo).
+        """
+        if x.dim() not in (3, 4) or x.shape[-1] != self.channels:
+            hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
+            raise ValueError(
+                f"x must be [B, H*W, C] or [B, H, W, C] with C = {self.channels}; "
+                f"got {list(x.shape)}{hint}"
+            )
+        if x.dim() == 4:
+            if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
+                raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
+            return self._deform(x)
+        length = x.shape[1]
+        side = math.isqrt(length)
+        height, width = (side, side) if shape is None else shape
+        if height * width != length:
+            raise ValueError(
+                f"shape must be (H, W) with H*W = {length}, the length of x; got "
+                + (f"{(height, width)}" if shape is not None else "None, which means a square map")
+            )
+        return self._deform(x.unflatten(1, (height, width))).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {super().extra_repr()}"
+
+
+class DCNv4Conv2d(_DeformConv):
+    """Deformable Convolution v4 with the arguments and the layout of `torch.nn.Conv2d`.
+
+    `DCNv4` with a `value_proj` from `in_channels` to `out_channels`, NCHW in and NCHW out. A
+    `channels_last` tensor passes through without a copy and comes out `channels_last`.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: an int or (height, width).
+        stride: an int or (height, width).
+        padding: an int, (height, width), or "same": what keeps the size at stride 1, and divides
+            it by the stride otherwise; dilation·(kernel_size - 1) must then be even.
+        dilation: an int or (height, width).
+        groups: G, groups of channels with offsets and weights of their own; must divide
+            `out_channels`. None: groups of 16 channels, or the next larger size that divides.
+        bias: whether the output projection has a bias.
+        offset_scale, dw_kernel_size, center_feature_scale, remove_center, init, backend: as in
+            `DCNv4`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
+
+    Source: as `DCNv4`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = "same",
+        dilation: int | Sequence[int] = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        *,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        init: str = "average",
+        backend: str | None = None,
+    ) -> None:
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(
+                f"in_channels and out_channels must be >= 1; got {in_channels} and {out_channels}"
+            )
+        if groups is None:
+            groups = next(
+                g for g in range(max(out_channels // 16, 1), 0, -1) if out_channels % g == 0
+            )
+        same = padding == "same"
+        settings = window(
+            kernel_size,
+            stride,
+            0 if same else padding,  # type: ignore[arg-type]
+            dilation,
+            groups,
+            offset_scale,
+            remove_center,
+        )
+        if same:
+            spans = [
+                d * (k - 1) for d, k in zip(settings.dilation, settings.kernel_size, strict=True)
+            ]
+            if any(span % 2 for span in spans):
+                raise ValueError(
+                    "padding must be numbers where dilation*(kernel_size - 1) is odd; got 'same' "
+                    f"with kernel_size {settings.kernel_size}, dilation {settings.dilation}"
+                )
+            settings = settings._replace(padding=settings.center)
+        super().__init__(
+            in_channels,
+            out_channels,
+            settings,
+            dw_kernel_size=dw_kernel_size,
+            center_feature_scale=center_feature_scale,
+            output_bias=bias,
+            without_pointwise=False,
+            init=init,
+            backend=backend,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, out_channels, Ho, Wo] from [B, in_channels, H, W], in the memory format of x."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
+                f"got {list(x.shape)}"
+            )
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        y = self._deform(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        return y if channels_last else y.contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"
+
+
+class FlashDeformAttn(nn.Module):
+    r"""Multi-scale deformable attention, with the meaning and parameters of Deformable DETR's.
+
+    Every query looks at `n_points` points of each level, at offsets from its reference points;
+    offsets and attention weights are predicted from the query, the softmax runs in the operator.
+
+    Args:
+        d_model: channels C of queries and values; `n_heads` must divide it.
+        n_levels: L, feature levels.
+        n_heads: G, attention heads.
+        n_points: P, points a head samples in each level.
+        backend: as in `functional.ms_deform_attn`.
+
+    Raises:
+        ValueError: an argument of the wrong range or shape, by its name.
+
+    Note:
+        Sampling locations are computed in float32 at least, also under autocast.
+
+    Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; Xiong et al., CVPR 2024,
+    arXiv:2401.06197. Checkpoints of Deformable DETR's MSDeformAttn load.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1; got {size}")
+        if d_model % n_heads:
+            raise ValueError(f"n_heads must divide d_model = {d_model}; got {n_heads}")
+        self.d_model = d_model
+        self.n_levels = n_levels
+        self.n_heads = n_heads
+        self.n_points = n_points
+        self.backend = backend
+        samples = n_heads * n_levels * n_points
+        self.sampling_offsets = nn.Linear(d_model, 2 * samples)
+        self.attention_weights = nn.Linear(d_model, samples)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise anew: head h looks in a direction of its own, point p at p + 1 pixels."""
+        angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions /= directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.n_points + 1)
+        radial = directions[:, None, None] * distances[:, None]
+        nn.init.zeros_(self.sampling_offsets.weight)
+        self.sampling_offsets.bias.copy_(radial.expand(-1, self.n_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor | Sequence[Sequence[int]],
+        input_level_start_index: Tensor | Sequence[int] | None = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, Q, C].
+            reference_points: [B, Q, L, 2], (x, y) in [0, 1] over each level; or [B, Q, L, 4],
+                boxes (x, y, w, h), whose offsets are in half boxes per `n_points`.
+            input_flatten: [B, S, C], the levels' pixels one level after another.
+            input_spatial_shapes: (H, W) of each level, a sequence or an integer tensor [L, 2]; on
+                an accelerator it stays there.
+            input_level_start_index: not needed (levels follow one another); accepted because
+                Deformable DETR's callers pass it.
+            input_padding_mask: [B, S], True where a pixel is padding and counts as zeros.
+
+        Returns:
+            [B, Q, C].
+        """
+        for name, argument in (("query", query), ("input_flatten", input_flatten)):
+            if argument.dim() != 3 or argument.shape[-1] != self.d_model:
+                raise ValueError(
+                    f"{name} must be [B, length, d_model = {self.d_model}]; "
+                    f"got {list(argument.shape)}"
+                )
+        batch, queries = query.shape[:2]
+        if reference_points.shape not in (
+            expected := [(batch, queries, self.n_levels, size) for size in (2, 4)]
+        ):
+            raise ValueError(
+                f"reference_points must be [B, Q, L, 2 or 4] = {list(expected[0])} or "
+                f"{list(expected[1])}; got {list(reference_points.shape)}"
+            )
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            if input_padding_mask.shape != input_flatten.shape[:2]:
+                raise ValueError(
+                    f"input_padding_mask must be [B, S] = {list(input_flatten.shape[:2])}; "
+                    f"got {list(input_padding_mask.shape)}"
+                )
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        heads = (self.n_heads, self.n_levels, self.n_points)
+        offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
+        centers = _wide(reference_points)[:, :, None, :, None]
+        if reference_points.shape[-1] == 2:
+            locations = centers + offsets / self._sizes(input_spatial_shapes, offsets)
+        else:
+            locations = centers[..., :2] + offsets * (centers[..., 2:] * (0.5 / self.n_points))
+        output = ms_deform_attn(
+            value.unflatten(-1, (self.n_heads, -1)),
+            input_spatial_shapes,
+            locations,
+            self.attention_weights(query).unflatten(-1, heads),
+            softmax=True,
+            backend=self.backend,
+        )
+        projected: Tensor = self.output_proj(output)
+        return projected
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
+            f"n_points={self.n_points}"
+        )
+
+    @staticmethod
+    def _sizes(shapes: Tensor | Sequence[Sequence[int]], offsets: Tensor) -> Tensor:
+        """The levels' (W, H), [L, 1, 2], beside `offsets`."""
+        if isinstance(shapes, Tensor):
+            return shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype)
+        pairs = tuple((int(height), int(width)) for height, width in shapes)
+        return _constant_sizes(pairs, offsets.device, offsets.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@lru_cache(maxsize=256)
+def _constant_sizes(
+    pairs: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    # Kept, because copying numbers to an accelerator makes the host wait for it.
+    with torch.inference_mode(False):
+        return torch.tensor([(w, h) for h, w in pairs], dtype=dtype, device=device)[:, None]

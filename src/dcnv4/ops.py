@@ -1,0 +1,247 @@
+"""The operators as PyTorch knows them: schemas, shapes, gradients, autocast.
+
+A backend's name is an argument of every operator, so that a traced graph records the choice and
+forward and backward cannot disagree. Nothing here checks a user's arguments: `functional` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import load, reference
+from .geometry import Window
+
+_library = torch.library.Library("dcnv4", "DEF")
+
+_WINDOW = (
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "float offset_scale, bool remove_center, bool softmax, str backend"
+)
+# The levels' sizes are numbers where the host knows them, a tensor where only the device does.
+_ATTENTION = (
+    "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, Tensor weights, "
+    "bool softmax, str backend"
+)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
+    """The coordinates in a dtype that backends take beside `value`, never rounded down.
+
+    That is the value's own dtype, or float32 beside a half-precision value.
+    """
+    wide = torch.float32 if value.dtype in _HALVES else value.dtype
+    return tuple(c if c.dtype in (value.dtype, wide) else c.to(wide) for c in coordinates)
+
+
+def _unpack(settings: Sequence[Any]) -> tuple[Window, str]:
+    kernel_size, stride, padding, dilation, *rest, backend = settings
+    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    return Window(*pairs, *rest), backend
+
+
+def _level_shapes(spatial_shapes: Tensor | None, level_sizes: Sequence[int]) -> Any:
+    if spatial_shapes is not None:
+        return spatial_shapes
+    return list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
+
+
+def _conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+    window, backend = _unpack(settings)
+    return load(backend).conv_forward(value, offset_mask, window)
+
+
+def _conv_meta(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+    return value.new_empty((*offset_mask.shape[:3], value.shape[3]))
+
+
+def _conv_backward(
+    grad: Tensor, value: Tensor, offset_mask: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    window, backend = _unpack(settings)
+    return load(backend).conv_backward(grad, value, offset_mask, window)
+
+
+def _conv_differentiable(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+    window, _ = _unpack(settings)
+    return reference.conv_forward(value, offset_mask, window, differentiable=True)
+
+
+def _attn(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> Tensor:
+    shapes = _level_shapes(spatial_shapes, level_sizes)
+    return load(backend).attn_forward(value, shapes, locations, weights, softmax)
+
+
+def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
+    locations = arguments[2]
+    return value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
+
+
+def _attn_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = _level_shapes(spatial_shapes, level_sizes)
+    return load(backend).attn_backward(grad, value, shapes, locations, weights, softmax)
+
+
+def _attn_differentiable(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> Tensor:
+    shapes = _level_shapes(spatial_shapes, level_sizes)
+    return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
+
+
+def _define(
+    name: str,
+    arguments: str,
+    inputs: tuple[int, ...],
+    forward: Callable[..., Tensor],
+    meta: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, ...]],
+    differentiable: Callable[..., Tensor],
+) -> None:
+    """Register operator `name` and its backward, differentiable in the arguments at `inputs`.
+
+    `backward` takes the output's gradient before the same arguments. `differentiable` is the
+    forward made of PyTorch's own operations: from it come the derivatives of the backward.
+    """
+    results = ", ".join(["Tensor"] * len(inputs))
+    tag = getattr(torch.Tag, "pt2_compliant_tag", None)
+    tags = {} if tag is None else {"tags": (tag,)}
+    _library.define(f"{name}({arguments}) -> Tensor", **tags)
+    _library.define(f"{name}_backward(Tensor grad_output, {arguments}) -> ({results})", **tags)
+    operator = getattr(torch.ops.dcnv4, name).default
+    operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
+
+    def meta_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors = (arguments[i] for i in inputs)
+        return tuple(t.new_empty(t.shape) for t in tensors)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            tensors = [a if isinstance(a, Tensor) else None for a in arguments]
+            ctx.save_for_backward(*tensors)
+            ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+            below = torch._C._AutoDispatchBelowAutograd()
+            output: Tensor = operator(*arguments)
+            del below
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            saved = zip(ctx.saved_tensors, ctx.arguments, strict=True)
+            grads: list[Tensor | None] = [None] * len(ctx.arguments)
+            arguments = [other if tensor is None else tensor for tensor, other in saved]
+            for i, result in zip(inputs, operator_backward(grad, *arguments), strict=True):
+                grads[i] = result
+            return tuple(grads)
+
+    def autograd(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs):
+            return Differentiable.apply(*arguments)
+        below = torch._C._AutoDispatchBelowAutograd()
+        output = operator(*arguments)
+        del below
+        return output
+
+    def autograd_backward(grad: Tensor, *arguments: Any) -> Any:
+        tensors = [arguments[i] for i in inputs]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (grad, *tensors)):
+            replaced = list(arguments)
+            for i in inputs:
+                if not arguments[i].requires_grad:
+                    replaced[i] = arguments[i].detach().requires_grad_()
+            wanted = [replaced[i] for i in inputs]
+            output = differentiable(*replaced)
+            return torch.autograd.grad(output, wanted, grad, create_graph=True)
+        below = torch._C._AutoDispatchBelowAutograd()
+        grads = operator_backward(grad, *arguments)
+        del below
+        return grads
+
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    _library.impl(name, meta, "Meta")
+    _library.impl(name, autograd, "Autograd")
+    _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    _library.impl(f"{name}_backward", meta_backward, "Meta")
+    _library.impl(f"{name}_backward", autograd_backward, "Autograd")
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        _define_autocast(name, operator, inputs, device)
+
+
+def _define_autocast(
+    name: str, operator: Callable[..., Tensor], inputs: tuple[int, ...], device: str
+) -> None:
+    """Under autocast the value takes its dtype; coordinates stay as precise as they came."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}", None)
+    if key is None:
+        return
+
+    def autocast(*arguments: Any) -> Tensor:
+        replaced = list(arguments)
+        first, *rest = inputs
+        if arguments[first].dtype != torch.float64:
+            replaced[first] = arguments[first].to(_autocast_dtype(device))
+        exact = exact_coordinates(replaced[first], *(arguments[i] for i in rest))
+        for i, coordinate in zip(rest, exact, strict=True):
+            replaced[i] = coordinate
+        below = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+        output = operator(*replaced)
+        del below
+        return output
+
+    _library.impl(name, autocast, key.name)
+
+
+def _autocast_dtype(device: str) -> torch.dtype:
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device)
+    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+_define(
+    "deform_conv",
+    f"Tensor value, Tensor offset_mask, {_WINDOW}",
+    (0, 1),
+    _conv,
+    _conv_meta,
+    _conv_backward,
+    _conv_differentiable,
+)
+_define(
+    "ms_deform_attn",
+    _ATTENTION,
+    (0, 3, 4),
+    _attn,
+    _attn_meta,
+    _attn_backward,
+    _attn_differentiable,
+)
+deform_conv = torch.ops.dcnv4.deform_conv.default
+ms_deform_attn = torch.ops.dcnv4.ms_deform_attn.default
