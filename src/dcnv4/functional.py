@@ -133,7 +133,7 @@ def windowed_conv(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
             f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(offset_mask.shape)}"
         )
-    chosen = backends.choose(backends.Call("deform_conv", value.device, value.dtype), backend)
+    chosen = backends.choose("deform_conv", value.device, value.dtype, backend)
     dtype = value.dtype
     value, (offset_mask,) = _promote(value, offset_mask)
     output: Tensor = ops.deform_conv(value, offset_mask, *window, chosen)
@@ -209,7 +209,7 @@ def ms_deform_attn(
             f"got {list(attention_weights.shape)}"
         )
     shapes, sizes = _levels(spatial_shapes, levels, length, value.device)
-    chosen = backends.choose(backends.Call("ms_deform_attn", value.device, value.dtype), backend)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, backend)
     dtype = value.dtype
     value, (locations, weights) = _promote(value, sampling_locations, attention_weights)
     output: Tensor = ops.ms_deform_attn(
@@ -237,7 +237,7 @@ def _levels(
             raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
             raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
-        if spatial_shapes.device.type != "cpu" or _is_compiling():
+        if spatial_shapes.device.type != "cpu" or is_compiling():
             return spatial_shapes, []
         spatial_shapes = spatial_shapes.tolist()
     try:
@@ -255,7 +255,8 @@ def _levels(
     return None, sizes
 
 
-def _is_compiling() -> bool:
+def is_compiling() -> bool:
+    """Whether a graph is being traced, in which tensors have no values yet."""
     compiler = getattr(torch, "compiler", None)
     return compiler is not None and bool(compiler.is_compiling())
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import ms_deform_attn, window, windowed_conv
+from .functional import is_compiling, ms_deform_attn, window, windowed_conv
 from .geometry import Window
 
 
@@ -212,12 +212,11 @@ class DCNv4(_DeformConv):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
             return self._deform(x)
         length = x.shape[1]
-        side = math.isqrt(length)
-        height, width = (side, side) if shape is None else shape
+        height, width = (int(length**0.5),) * 2 if shape is None else shape
         if height * width != length:
+            got = "None, which means a square map" if shape is None else f"{(height, width)}"
             raise ValueError(
-                f"shape must be (H, W) with H*W = {length}, the length of x; got "
-                + (f"{(height, width)}" if shape is not None else "None, which means a square map")
+                f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
         return self._deform(x.unflatten(1, (height, width))).flatten(1, 2)
 
@@ -469,18 +468,25 @@ class FlashDeformAttn(nn.Module):
         """The levels' (W, H), [L, 1, 2], beside `offsets`."""
         if isinstance(shapes, Tensor):
             return shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype)
-        pairs = tuple((int(height), int(width)) for height, width in shapes)
-        return _constant_sizes(pairs, offsets.device, offsets.dtype)
+        sizes = tuple((width, height) for height, width in shapes)
+        make = _make_sizes if is_compiling() else _kept_sizes
+        return make(sizes, offsets.device, offsets.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _make_sizes(
+    sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return torch.tensor(sizes, dtype=dtype, device=device)[:, None]
+
+
 @lru_cache(maxsize=256)
-def _constant_sizes(
-    pairs: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
+def _kept_sizes(
+    sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     # Kept, because copying numbers to an accelerator makes the host wait for it.
     with torch.inference_mode(False):
-        return torch.tensor([(w, h) for h, w in pairs], dtype=dtype, device=device)[:, None]
+        return _make_sizes(sizes, device, dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import load, reference
 from .geometry import Window
@@ -124,11 +125,13 @@ def _define(
     meta: Callable[..., Tensor],
     backward: Callable[..., tuple[Tensor, ...]],
     differentiable: Callable[..., Tensor],
-) -> None:
-    """Register operator `name` and its backward, differentiable in the arguments at `inputs`.
+) -> Callable[..., Tensor]:
+    """Register operator `name` and its backward; return what calls it.
 
-    `backward` takes the output's gradient before the same arguments. `differentiable` is the
-    forward made of PyTorch's own operations: from it come the derivatives of the backward.
+    The operator is differentiable in the arguments at `inputs`. `backward` takes the output's
+    gradient before the same arguments. `differentiable` is the forward made of PyTorch's own
+    operations: the derivatives of the backward come from it, and it runs under `torch.func`
+    transforms and in forward mode.
     """
     results = ", ".join(["Tensor"] * len(inputs))
     tag = getattr(torch.Tag, "pt2_compliant_tag", None)
@@ -164,7 +167,7 @@ def _define(
 
     def autograd(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs):
-            return Differentiable.apply(*arguments)
+            return Differentiable.apply(*arguments)  # type: ignore[no-untyped-call]
         below = torch._C._AutoDispatchBelowAutograd()
         output = operator(*arguments)
         del below
@@ -194,6 +197,14 @@ def _define(
     for device in ("cpu", "cuda", "mps", "xpu"):
         _define_autocast(name, operator, inputs, device)
 
+    def call(*arguments: Any) -> Tensor:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return differentiable(*arguments)
+        output: Tensor = operator(*arguments)
+        return output
+
+    return call
+
 
 def _define_autocast(
     name: str, operator: Callable[..., Tensor], inputs: tuple[int, ...], device: str
@@ -211,10 +222,11 @@ def _define_autocast(
         exact = exact_coordinates(replaced[first], *(arguments[i] for i in rest))
         for i, coordinate in zip(rest, exact, strict=True):
             replaced[i] = coordinate
-        below = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
-        output = operator(*replaced)
-        del below
-        return output
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        try:
+            return operator(*replaced)
+        finally:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
 
     _library.impl(name, autocast, key.name)
 
@@ -225,7 +237,7 @@ def _autocast_dtype(device: str) -> torch.dtype:
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
 
 
-_define(
+deform_conv = _define(
     "deform_conv",
     f"Tensor value, Tensor offset_mask, {_WINDOW}",
     (0, 1),
@@ -234,7 +246,7 @@ _define(
     _conv_backward,
     _conv_differentiable,
 )
-_define(
+ms_deform_attn = _define(
     "ms_deform_attn",
     _ATTENTION,
     (0, 3, 4),
@@ -243,5 +255,3 @@ _define(
     _attn_backward,
     _attn_differentiable,
 )
-deform_conv = torch.ops.dcnv4.deform_conv.default
-ms_deform_attn = torch.ops.dcnv4.ms_deform_attn.default

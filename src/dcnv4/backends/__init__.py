@@ -79,19 +79,21 @@ def why_not(name: str, call: Call) -> str | None:
     return load(name).why_not(call)
 
 
-def choose(call: Call, backend: str | None = None) -> str:
-    """The name of the backend that runs `call`.
+def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The name of the backend that runs a call.
 
     Args:
-        call: what is to be run.
+        op: `deform_conv` or `ms_deform_attn`.
+        device: where its tensors are.
+        dtype: of the value.
         backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: the named backend cannot run `call`. A named backend never falls back.
+        RuntimeError: the named backend cannot run the call. A named backend never falls back.
     """
-    name = requested(call.device.type) if backend is None else _known("backend", backend)
-    return _choose(call, name)
+    name = requested(device.type) if backend is None else _known("backend", backend)
+    return _choose(Call(op, device, dtype), name)
 
 
 # The choice is a constant of a traced graph: it depends on nothing that the graph computes.
