@@ -237,7 +237,7 @@ def _levels(
             raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
             raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
-        if spatial_shapes.device.type != "cpu" or is_compiling():
+        if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
             return spatial_shapes, []
         spatial_shapes = spatial_shapes.tolist()
     try:
@@ -255,10 +255,15 @@ def _levels(
     return None, sizes
 
 
-def is_compiling() -> bool:
-    """Whether a graph is being traced, in which tensors have no values yet."""
+def is_traced(tensor: Tensor) -> bool:
+    """Whether `tensor` may lack a value to read or to keep: it is fake, a graph is being traced, or
+    a `torch.func` transform runs."""
     compiler = getattr(torch, "compiler", None)
-    return compiler is not None and bool(compiler.is_compiling())
+    if compiler is not None and compiler.is_compiling():
+        return True
+    if type(tensor) is not Tensor or torch._C._get_tracing_state() is not None:
+        return True
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _kind(argument: Any) -> str:
@@ -300,7 +305,7 @@ def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
 def _finite(name: str, argument: Any) -> float:
     if not isinstance(argument, Real) or isinstance(argument, bool):
         raise TypeError(f"{name} must be a number; got {argument!r}")
-    if not math.isfinite(argument):
+    if not -math.inf < argument < math.inf:  # as a tracer can ask it of a symbol
         raise ValueError(f"{name} must be finite; got {argument}")
     return float(argument)
 

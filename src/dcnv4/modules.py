@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import is_compiling, ms_deform_attn, window, windowed_conv
-from .geometry import Window
+from .functional import is_traced, ms_deform_attn, window, windowed_conv
+from .geometry import Window, conv_points
 
 
 class _DeformConv(nn.Module):
@@ -95,11 +95,7 @@ class _DeformConv(nn.Module):
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
         value = x if self.value_proj is None else self.value_proj(x)
-        source = x
-        if self.offset_mask_dw is not None:
-            source = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        offset_mask = self.offset_mask(self._at_centers(source))
-        y = windowed_conv(value, offset_mask, self.window, self.backend)
+        y = windowed_conv(value, self._fields(x), self.window, self.backend)
         if self.center_feature_scale:
             weight, bias = (
                 self.center_feature_scale_proj_weight,
@@ -110,6 +106,23 @@ class _DeformConv(nn.Module):
             center = self._at_centers(value).unflatten(-1, split)
             y = (y.unflatten(-1, split) * (1 - scale) + center * scale).flatten(-2)
         return y if self.output_proj is None else self.output_proj(y)
+
+    def _fields(self, x: Tensor) -> Tensor:
+        """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
+        if self.offset_mask_dw is not None:
+            x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        fields: Tensor = self.offset_mask(self._at_centers(x))
+        return fields
+
+    def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, Ho, Wo, G, K, 2] and weights [B, Ho, Wo, G, K] for x [B, H, W, C_in]."""
+        fields = self._fields(x)
+        batch, rows, columns = fields.shape[:3]
+        row = torch.arange(rows, device=x.device).repeat_interleave(columns).repeat(batch)
+        column = torch.arange(columns, device=x.device).repeat(batch * rows)
+        u, v, weights = conv_points(fields.flatten(0, 2), row, column, self.window)
+        shape = (batch, rows, columns, *weights.shape[1:])
+        return torch.stack((u, v), -1).view(*shape, 2), weights.reshape(shape)
 
     def _at_centers(self, x: Tensor) -> Tensor:
         """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
@@ -201,6 +214,25 @@ class DCNv4(_DeformConv):
         Returns:
             [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo).
         """
+        y = self._deform(self._as_map(x, shape))
+        return y if x.dim() == 4 else y.flatten(1, 2)
+
+    def sampling_points(
+        self, x: Tensor, shape: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the layer looks: the points every output pixel sums, and what each counts.
+
+        Args:
+            x, shape: as `forward` takes them.
+
+        Returns:
+            positions [B, Ho, Wo, G, K, 2] in (x, y) order, in input pixels with integer centres,
+            and weights [B, Ho, Wo, G, K].
+        """
+        return self._points(self._as_map(x, shape))
+
+    def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
+        """[B, H, W, C] of what `forward` takes."""
         if x.dim() not in (3, 4) or x.shape[-1] != self.channels:
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
             raise ValueError(
@@ -210,7 +242,7 @@ class DCNv4(_DeformConv):
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
-            return self._deform(x)
+            return x
         length = x.shape[1]
         height, width = (int(length**0.5),) * 2 if shape is None else shape
         if height * width != length:
@@ -218,7 +250,8 @@ class DCNv4(_DeformConv):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        return self._deform(x.unflatten(1, (height, width))).flatten(1, 2)
+        image: Tensor = x.unflatten(1, (height, width))
+        return image
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
@@ -312,14 +345,22 @@ class DCNv4Conv2d(_DeformConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, out_channels, Ho, Wo] from [B, in_channels, H, W], in the memory format of x."""
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        y = self._deform(self._as_map(x)).permute(0, 3, 1, 2)
+        return y if channels_last else y.contiguous()
+
+    def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the layer looks on x [B, in_channels, H, W]; returns as `DCNv4.sampling_points`."""
+        return self._points(self._as_map(x))
+
+    def _as_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, in_channels] of what `forward` takes."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
                 f"got {list(x.shape)}"
             )
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        y = self._deform(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        return y if channels_last else y.contiguous()
+        return x.permute(0, 2, 3, 1).contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"
@@ -469,7 +510,7 @@ class FlashDeformAttn(nn.Module):
         if isinstance(shapes, Tensor):
             return shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype)
         sizes = tuple((width, height) for height, width in shapes)
-        make = _make_sizes if is_compiling() else _kept_sizes
+        make = _make_sizes if is_traced(offsets) else _kept_sizes
         return make(sizes, offsets.device, offsets.dtype)
 
 

@@ -39,20 +39,22 @@ def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]
     return tuple(c if c.dtype in (value.dtype, wide) else c.to(wide) for c in coordinates)
 
 
-def _unpack(settings: Sequence[Any]) -> tuple[Window, str]:
+def unpack(settings: Sequence[Any]) -> tuple[Window, str]:
+    """The window and the backend's name that the arguments of `deform_conv` after two tensors are."""
     kernel_size, stride, padding, dilation, *rest, backend = settings
     pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
     return Window(*pairs, *rest), backend
 
 
-def _level_shapes(spatial_shapes: Tensor | None, level_sizes: Sequence[int]) -> Any:
+def level_shapes(spatial_shapes: Tensor | None, level_sizes: Sequence[int]) -> Any:
+    """The level sizes of `ms_deform_attn` as backends take them."""
     if spatial_shapes is not None:
         return spatial_shapes
     return list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
 
 
 def _conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
-    window, backend = _unpack(settings)
+    window, backend = unpack(settings)
     return load(backend).conv_forward(value, offset_mask, window)
 
 
@@ -63,12 +65,12 @@ def _conv_meta(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
 def _conv_backward(
     grad: Tensor, value: Tensor, offset_mask: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    window, backend = _unpack(settings)
+    window, backend = unpack(settings)
     return load(backend).conv_backward(grad, value, offset_mask, window)
 
 
 def _conv_differentiable(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
-    window, _ = _unpack(settings)
+    window, _ = unpack(settings)
     return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
@@ -81,7 +83,7 @@ def _attn(
     softmax: bool,
     backend: str,
 ) -> Tensor:
-    shapes = _level_shapes(spatial_shapes, level_sizes)
+    shapes = level_shapes(spatial_shapes, level_sizes)
     return load(backend).attn_forward(value, shapes, locations, weights, softmax)
 
 
@@ -100,7 +102,7 @@ def _attn_backward(
     softmax: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = _level_shapes(spatial_shapes, level_sizes)
+    shapes = level_shapes(spatial_shapes, level_sizes)
     return load(backend).attn_backward(grad, value, shapes, locations, weights, softmax)
 
 
@@ -113,7 +115,7 @@ def _attn_differentiable(
     softmax: bool,
     backend: str,
 ) -> Tensor:
-    shapes = _level_shapes(spatial_shapes, level_sizes)
+    shapes = level_shapes(spatial_shapes, level_sizes)
     return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
 
 

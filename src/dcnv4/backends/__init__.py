@@ -117,6 +117,12 @@ def cache_dir() -> str:
     return os.path.expanduser(os.environ.get("DCNV4_CACHE_DIR") or default)
 
 
+def environment() -> dict[str, str]:
+    """The environment variables that are set and change what runs, with their values."""
+    names = ("DCNV4_BACKEND", "DCNV4_USE_TRITON", "DCNV4_CACHE_DIR", "TRITON_INTERPRET")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def _known(what: str, name: str) -> str:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{what} must be one of {', '.join(('auto', *NAMES))}; got {name!r}")

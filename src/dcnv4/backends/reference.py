@@ -63,7 +63,7 @@ def attn_forward(
     """[B, Q, C]. `differentiable`: of operations autograd knows, holding every corner."""
     problem = _attn_problem(value, spatial_shapes, locations, weights, softmax)
     output = _forward(problem, _table(value, value.shape[3]), differentiable)
-    return output.reshape(*locations.shape[:2], -1).to(value.dtype)
+    return output.reshape(*locations.shape[:2], value.shape[2] * value.shape[3]).to(value.dtype)
 
 
 def attn_backward(
@@ -130,7 +130,7 @@ def _conv_problem(value: Tensor, offset_mask: Tensor, window: Window) -> _Proble
         index = _table_rows(index, image, batch, height * width, window.groups)
         return _Points(index, weights, fraction_x, fraction_y)
 
-    return _Problem(len(fields), window.groups * window.points, points)
+    return _Problem(fields.shape[0], window.groups * window.points, points)
 
 
 def _attn_problem(
@@ -157,7 +157,7 @@ def _attn_problem(
         rows = _table_rows(index, image, batch, length, groups)
         return _Points(rows, counted, fraction_x.flatten(2), fraction_y.flatten(2))
 
-    return _Problem(len(flat_locations), flat_weights.shape[1:].numel(), points)
+    return _Problem(flat_locations.shape[0], flat_weights.shape[1:].numel(), points)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -183,10 +183,10 @@ def _table_rows(index: Tensor, image: Tensor, batch: int, length: int, groups: i
 
 def _forward(problem: _Problem, table: Tensor, differentiable: bool) -> Tensor:
     """The sums [N, G, D] of all output pixels."""
-    limit = problem.pixels * problem.points_per_pixel * 4 if differentiable else _limit(table)
-    return torch.cat(
-        [_sum_rows(table, problem.points(part), differentiable) for part in problem.parts(limit)]
-    )
+    if differentiable:
+        return _sum_rows(table, problem.points(slice(0, problem.pixels)), True)
+    parts = problem.parts(_limit(table))
+    return torch.cat([_sum_rows(table, problem.points(part), False) for part in parts])
 
 
 def _sum_rows(table: Tensor, points: _Points, differentiable: bool) -> Tensor:
@@ -211,7 +211,7 @@ def _backward(
     for part in problem.parts(_limit(table)):
         points = problem.points(part)
         corners = points.rows.shape[-1]
-        sums = _exact(grad.reshape(problem.pixels, -1)[part]).reshape(-1, depth, 1)
+        sums = _exact(grad.flatten(0, -2)[part]).reshape(-1, depth, 1)
         rows = table.index_select(0, points.rows.flatten()).view(-1, corners, depth)
         slopes = torch.bmm(rows, sums).view(*points.weights.shape, 4)
         spread = torch.bmm(points.coefficients().view(-1, corners, 1), sums.transpose(1, 2))

@@ -1,0 +1,264 @@
+"""Malformed calls: each a ValueError or a TypeError that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, backends
+from dcnv4.functional import deform_conv, ms_deform_attn
+
+CPU = torch.device("cpu")
+VALUE, FIELDS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 56)
+LEVELS = torch.zeros(2, 10, 2, 4)
+LOCATIONS, WEIGHTS = torch.zeros(2, 3, 2, 2, 4, 2), torch.zeros(2, 3, 2, 2, 4)
+SHAPES = ((2, 3), (4, 1))
+
+
+def conv(value: Any = VALUE, offset_mask: Any = FIELDS, **settings: Any) -> Tensor:
+    return deform_conv(value, offset_mask, **{"groups": 2, **settings})
+
+
+def attn(
+    value: Any = LEVELS,
+    shapes: Any = SHAPES,
+    locations: Any = LOCATIONS,
+    weights: Any = WEIGHTS,
+    **settings: Any,
+) -> Tensor:
+    return ms_deform_attn(value, shapes, locations, weights, **settings)
+
+
+def attend(**changed: Any) -> Tensor:
+    arguments = {
+        "query": torch.zeros(2, 3, 8),
+        "reference_points": torch.zeros(2, 3, 2, 2),
+        "input_flatten": torch.zeros(2, 10, 8),
+        "input_spatial_shapes": SHAPES,
+        **changed,
+    }
+    return FlashDeformAttn(8, 2, 2, 4)(**arguments)
+
+
+MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    # deform_conv
+    "value_list": (TypeError, "value", lambda: conv([[1.0]])),
+    "value_none": (TypeError, "value", lambda: conv(None)),
+    "value_integer": (TypeError, "value", lambda: conv(VALUE.long())),
+    "value_complex": (TypeError, "value", lambda: conv(VALUE.cfloat())),
+    "value_3d": (ValueError, "value", lambda: conv(VALUE[0])),
+    "value_channels": (ValueError, "groups", lambda: conv(VALUE[..., :7])),
+    "value_no_channels": (ValueError, "value", lambda: conv(VALUE[..., :0])),
+    "offset_mask_number": (TypeError, "offset_mask", lambda: conv(VALUE, 1.0)),
+    "offset_mask_bool": (TypeError, "offset_mask", lambda: conv(VALUE, FIELDS.bool())),
+    "offset_mask_3d": (ValueError, "offset_mask", lambda: conv(VALUE, FIELDS.flatten(1, 2))),
+    "offset_mask_batch": (ValueError, "offset_mask", lambda: conv(VALUE, FIELDS[:1])),
+    "offset_mask_size": (ValueError, "offset_mask", lambda: conv(VALUE, FIELDS[:, :3])),
+    "offset_mask_fields": (ValueError, "offset_mask", lambda: conv(VALUE, FIELDS[..., :53])),
+    "offset_mask_meta": (ValueError, "offset_mask", lambda: conv(VALUE, FIELDS.to("meta"))),
+    "kernel_zero": (ValueError, "kernel_size", lambda: conv(kernel_size=0)),
+    "kernel_float": (TypeError, "kernel_size", lambda: conv(kernel_size=3.0)),
+    "kernel_bool": (TypeError, "kernel_size", lambda: conv(kernel_size=True)),
+    "kernel_triple": (ValueError, "kernel_size", lambda: conv(kernel_size=(3, 3, 3))),
+    "kernel_word": (TypeError, "kernel_size", lambda: conv(kernel_size="33")),
+    "kernel_too_large": (ValueError, "kernel_size", lambda: conv(kernel_size=9)),
+    "stride_zero": (ValueError, "stride", lambda: conv(stride=(1, 0))),
+    "stride_none": (TypeError, "stride", lambda: conv(stride=None)),
+    "padding_negative": (ValueError, "padding", lambda: conv(padding=-1)),
+    "padding_same": (TypeError, "padding", lambda: conv(padding="same")),
+    "dilation_zero": (ValueError, "dilation", lambda: conv(dilation=0)),
+    "groups_zero": (ValueError, "groups", lambda: conv(groups=0)),
+    "groups_pair": (TypeError, "groups", lambda: conv(groups=(2, 2))),
+    "scale_nan": (ValueError, "offset_scale", lambda: conv(offset_scale=float("nan"))),
+    "scale_infinite": (ValueError, "offset_scale", lambda: conv(offset_scale=float("inf"))),
+    "scale_word": (TypeError, "offset_scale", lambda: conv(offset_scale="1")),
+    "remove_center_number": (TypeError, "remove_center", lambda: conv(remove_center=1)),
+    "remove_only_point": (
+        ValueError,
+        "remove_center",
+        lambda: conv(kernel_size=1, padding=0, remove_center=True),
+    ),
+    "softmax_none": (TypeError, "softmax", lambda: conv(softmax=None)),
+    "backend_unknown": (ValueError, "backend", lambda: conv(backend="opencl")),
+    "im2col_step": (TypeError, "im2col_step", lambda: conv(im2col_step=64)),
+    # ms_deform_attn
+    "levels_list": (TypeError, "value", lambda: attn([])),
+    "levels_3d": (ValueError, "value", lambda: attn(LEVELS.flatten(2))),
+    "levels_integer": (TypeError, "value", lambda: attn(LEVELS.int())),
+    "levels_no_depth": (ValueError, "value", lambda: attn(LEVELS[..., :0])),
+    "shapes_number": (TypeError, "spatial_shapes", lambda: attn(shapes=10)),
+    "shapes_none": (TypeError, "spatial_shapes", lambda: attn(shapes=None)),
+    "shapes_flat": (TypeError, "spatial_shapes", lambda: attn(shapes=(2, 3, 4, 1))),
+    "shapes_triples": (TypeError, "spatial_shapes", lambda: attn(shapes=((2, 3, 1),) * 2)),
+    "shapes_fractions": (TypeError, "spatial_shapes", lambda: attn(shapes=((2.0, 3), (4, 1)))),
+    "shapes_negative": (ValueError, "spatial_shapes", lambda: attn(shapes=((-2, -3), (4, 1)))),
+    "shapes_sum": (ValueError, "spatial_shapes", lambda: attn(shapes=((2, 3), (4, 2)))),
+    "shapes_count": (ValueError, "spatial_shapes", lambda: attn(shapes=((2, 5),))),
+    "shapes_float_tensor": (
+        TypeError,
+        "spatial_shapes",
+        lambda: attn(shapes=torch.tensor(SHAPES).float()),
+    ),
+    "shapes_tensor_3": (
+        ValueError,
+        "spatial_shapes",
+        lambda: attn(shapes=torch.zeros(2, 3).long()),
+    ),
+    "shapes_tensor_sum": (
+        ValueError,
+        "spatial_shapes",
+        lambda: attn(shapes=torch.tensor(SHAPES) + 1),
+    ),
+    "shapes_tensor_meta": (
+        ValueError,
+        "spatial_shapes",
+        lambda: attn(shapes=torch.tensor(SHAPES).to("meta")),
+    ),
+    "locations_none": (TypeError, "sampling_locations", lambda: attn(locations=None)),
+    "locations_5d": (ValueError, "sampling_locations", lambda: attn(locations=LOCATIONS[..., 0])),
+    "locations_xyz": (
+        ValueError,
+        "sampling_locations",
+        lambda: attn(locations=torch.zeros(2, 3, 2, 2, 4, 3)),
+    ),
+    "locations_batch": (ValueError, "sampling_locations", lambda: attn(locations=LOCATIONS[:1])),
+    "locations_heads": (
+        ValueError,
+        "sampling_locations",
+        lambda: attn(locations=LOCATIONS[:, :, :1]),
+    ),
+    "locations_no_points": (
+        ValueError,
+        "sampling_locations",
+        lambda: attn(locations=LOCATIONS[..., :0, :], weights=WEIGHTS[..., :0]),
+    ),
+    "locations_integer": (
+        TypeError,
+        "sampling_locations",
+        lambda: attn(locations=LOCATIONS.long()),
+    ),
+    "weights_none": (TypeError, "attention_weights", lambda: attn(weights=None)),
+    "weights_3d": (ValueError, "attention_weights", lambda: attn(weights=WEIGHTS.flatten(2))),
+    "weights_points": (ValueError, "attention_weights", lambda: attn(weights=WEIGHTS[..., :3])),
+    "weights_meta": (ValueError, "attention_weights", lambda: attn(weights=WEIGHTS.to("meta"))),
+    "attn_softmax": (TypeError, "softmax", lambda: attn(softmax=1)),
+    "attn_backend": (ValueError, "backend", lambda: attn(backend="gpu")),
+    # DCNv4
+    "group": (ValueError, "group", lambda: DCNv4(64, group=5)),
+    "channels": (ValueError, "channels", lambda: DCNv4(0)),
+    "init": (ValueError, "init", lambda: DCNv4(8, init="ones")),
+    "dw_kernel_size": (ValueError, "dw_kernel_size", lambda: DCNv4(8, dw_kernel_size=0)),
+    "unknown_keyword": (TypeError, "norm_layer", lambda: DCNv4(8, norm_layer="LN")),
+    "layer_kernel": (ValueError, "kernel_size", lambda: DCNv4(8, kernel_size=-1)),
+    "layer_square": (ValueError, "shape", lambda: DCNv4(8)(torch.zeros(1, 12, 8))),
+    "layer_shape": (ValueError, "shape", lambda: DCNv4(8)(torch.zeros(1, 12, 8), (3, 3))),
+    "layer_shape_4d": (ValueError, "shape", lambda: DCNv4(8)(torch.zeros(1, 3, 4, 8), (4, 3))),
+    "layer_channels": (ValueError, "x", lambda: DCNv4(8)(torch.zeros(1, 9, 7))),
+    "layer_nchw": (ValueError, "permute", lambda: DCNv4(8)(torch.zeros(1, 8, 3, 4))),
+    "layer_2d": (ValueError, "x", lambda: DCNv4(8)(torch.zeros(9, 8))),
+    "layer_backend": (
+        ValueError,
+        "backend",
+        lambda: DCNv4(8, backend="metal")(torch.zeros(1, 9, 8)),
+    ),
+    # DCNv4Conv2d
+    "in_channels": (ValueError, "in_channels", lambda: DCNv4Conv2d(0, 8)),
+    "out_channels": (ValueError, "out_channels", lambda: DCNv4Conv2d(8, 0)),
+    "conv2d_groups": (ValueError, "group", lambda: DCNv4Conv2d(8, 9, groups=2)),
+    "conv2d_valid": (TypeError, "padding", lambda: DCNv4Conv2d(8, 8, padding="valid")),
+    "conv2d_same_even": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, kernel_size=2)),
+    "conv2d_3d": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(8, 3, 3))),
+    "conv2d_channels": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(1, 3, 3, 8))),
+    # FlashDeformAttn
+    "d_model": (ValueError, "d_model", lambda: FlashDeformAttn(0)),
+    "n_levels": (ValueError, "n_levels", lambda: FlashDeformAttn(8, 0)),
+    "n_heads": (ValueError, "n_heads", lambda: FlashDeformAttn(8, 1, 3)),
+    "n_points": (ValueError, "n_points", lambda: FlashDeformAttn(8, 1, 2, 0)),
+    "query": (ValueError, "query", lambda: attend(query=torch.zeros(2, 3, 7))),
+    "input_flatten": (
+        ValueError,
+        "input_flatten",
+        lambda: attend(input_flatten=torch.zeros(10, 8)),
+    ),
+    "reference_points": (
+        ValueError,
+        "reference_points",
+        lambda: attend(reference_points=torch.zeros(2, 3, 2, 3)),
+    ),
+    "padding_mask": (
+        ValueError,
+        "input_padding_mask",
+        lambda: attend(input_padding_mask=torch.zeros(2, 9, dtype=torch.bool)),
+    ),
+    "input_spatial_shapes": (
+        ValueError,
+        "spatial_shapes",
+        lambda: attend(input_spatial_shapes=((2, 3), (4, 4))),
+    ),
+    # the choice of a backend
+    "choose": (ValueError, "backend", lambda: backends.choose("deform_conv", CPU, VALUE.dtype, "")),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed(case: str) -> None:
+    error, argument, call = MALFORMED[case]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert argument in message
+    assert "\n" not in message
+
+
+def test_the_calls_that_are_changed_are_right() -> None:
+    assert conv().shape == (2, 4, 5, 8)
+    assert attn().shape == (2, 3, 8)
+    assert attend().shape == (2, 3, 8)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without the variables that the tests may have been started with."""
+    for name in ("DCNV4_BACKEND", "DCNV4_USE_TRITON"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("DCNV4_BACKEND", "rocm"), ("DCNV4_BACKEND", ""), ("DCNV4_USE_TRITON", "2")],
+)
+def test_environment(name: str, setting: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv(name, setting)
+    with pytest.raises(ValueError, match=name) as caught:
+        conv()
+    known = backends.NAMES if name == "DCNV4_BACKEND" else ("0", "1")
+    assert all(word in str(caught.value) for word in known)
+    assert conv(backend="reference").shape == VALUE.shape
+
+
+def test_environment_order(environment: pytest.MonkeyPatch) -> None:
+    """backend= beats DCNV4_BACKEND beats DCNV4_USE_TRITON, which is for GPU tensors."""
+    environment.setenv("DCNV4_USE_TRITON", "1")
+    assert backends.requested("cuda") == "triton"
+    assert backends.requested("cpu") == "auto"
+    environment.setenv("DCNV4_BACKEND", "reference")
+    assert backends.requested("cuda") == backends.requested("cpu") == "reference"
+    assert backends.choose("deform_conv", CPU, VALUE.dtype) == "reference"
+    with pytest.raises(RuntimeError, match="cuda"):
+        backends.choose("deform_conv", CPU, VALUE.dtype, "cuda")
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    """It raises with the reason of every backend."""
+    with pytest.raises(RuntimeError) as caught:
+        conv(backend="cuda")
+    reasons = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in reasons] == list(backends.NAMES)
+    call = backends.Call("deform_conv", CPU, VALUE.dtype)
+    for line, name in zip(reasons, backends.NAMES, strict=True):
+        assert line.endswith(backends.why_not(name, call) or "usable")

@@ -1,0 +1,128 @@
+"""The executable geometry against the oracle's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import cases
+import oracle
+from dcnv4 import geometry
+from dcnv4.functional import window
+
+CONV = [case for case in cases.CONV if case.points and not case.outside]
+
+
+def settings(case: cases.ConvCase) -> geometry.Window:
+    return window(**case.settings, softmax=case.softmax)
+
+
+@pytest.mark.parametrize("case", CONV, ids=lambda case: case.id)
+def test_conv_points(case: cases.ConvCase) -> None:
+    """Coordinates and used weights of every point, in the operators' order."""
+    value, offset_mask, _ = case.exact
+    rows, columns = offset_mask.shape[1:3]
+    pixel = torch.arange(case.batch * rows * columns)
+    x, y, weights = geometry.conv_points(
+        torch.from_numpy(offset_mask).flatten(0, 2),
+        pixel // columns % rows,
+        pixel % columns,
+        settings(case),
+    )
+    flat = x.flatten(0, 1), y.flatten(0, 1), weights.flatten(0, 1)
+    windows = list(oracle.conv_windows(value, offset_mask, **case.settings))
+    assert len(windows) == len(flat[0])
+    for n, (at, _, _, owned, points) in enumerate(windows):
+        expected = [point.x for point in points], [point.y for point in points]
+        np.testing.assert_allclose(flat[0][n].numpy(), expected[0], rtol=1e-14, atol=1e-13)
+        np.testing.assert_allclose(flat[1][n].numpy(), expected[1], rtol=1e-14, atol=1e-13)
+        used = oracle.normalise(offset_mask[at][owned], case.softmax)
+        np.testing.assert_allclose(flat[2][n].numpy(), used, rtol=1e-14)
+
+
+@pytest.mark.parametrize("case", cases.CONV, ids=lambda case: case.id)
+def test_output_size(case: cases.ConvCase) -> None:
+    """The oracle asserts the size that it is given; so does this one."""
+    assert [max(0, n) for n in settings(case).output_size(*case.size)] == list(case.output_size)
+
+
+@pytest.mark.parametrize("case", cases.ATTENTION, ids=lambda case: case.id)
+def test_attn_points(case: cases.AttnCase) -> None:
+    value, locations, _, _ = case.exact
+    heights, widths, starts = geometry.levels(case.shapes, torch.device("cpu"))
+    x, y = geometry.attn_points(torch.from_numpy(locations), heights, widths)
+    levels = oracle.split_levels(value, case.shapes)
+    assert starts.flatten().tolist() == [
+        sum(h * w for h, w in case.shapes[:n]) for n in range(len(case.shapes))
+    ]
+    for at in np.ndindex(locations.shape[:3]):
+        points = oracle.attn_points(levels, locations, *at)
+        np.testing.assert_allclose(x[at].flatten().numpy(), [p.x for p in points], rtol=1e-14)
+        np.testing.assert_allclose(y[at].flatten().numpy(), [p.y for p in points], rtol=1e-14)
+
+
+COORDINATES = (-2.0, -1.25, -1.0, -0.75, 0.0, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0, 3.5, 4.0, 1e30)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize("size", [(3, 4), (4, 3), (1, 1), (1, 4), (0, 4), (3, 0)])
+def test_corners_and_coefficients(size: tuple[int, int]) -> None:
+    """Inside, outside, on the border and on pixel centres, alone and with NaN and infinities."""
+    height, width = size
+    axis = torch.tensor((*COORDINATES, *NOT_FINITE), dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    weights = torch.full_like(x, 2.0)
+    index, fraction_x, fraction_y = geometry.corners(x, y, height, width)
+    coefficients = geometry.coefficients(weights, fraction_x, fraction_y)
+    image = np.zeros((*size, 1))
+    for at in np.ndindex(tuple(x.shape)):
+        found = {
+            n: c
+            for n, c in zip(index[at].tolist(), coefficients[at].tolist(), strict=True)
+            if n >= 0
+        }
+        corners = oracle.bilinear(image, float(x[at]), float(y[at]))
+        expected = {row * width + column: 2 * share for row, column, share, _, _ in corners}
+        assert found == pytest.approx(expected, rel=1e-15), (x[at], y[at])
+    assert torch.isfinite(coefficients).all()
+
+
+def test_coefficients_backward() -> None:
+    """Against autograd, the gradient of a corner outside being 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, weights = (
+        6 * torch.rand(3, 200, generator=generator, dtype=torch.float64) - 1.5
+    ).unbind()
+    leaves = [t.requires_grad_() for t in (x.clone(), y.clone(), weights.clone())]
+    index, fraction_x, fraction_y = geometry.corners(leaves[0], leaves[1], 3, 4)
+    grad = torch.randn(200, 4, generator=generator, dtype=torch.float64) * (index >= 0)
+    coefficients = geometry.coefficients(leaves[2], fraction_x, fraction_y)
+    expected = torch.autograd.grad(coefficients, leaves, grad)
+    fractions = fraction_x.detach(), fraction_y.detach()
+    got = geometry.coefficients_backward(grad, weights, *fractions)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_conv_points_backward(softmax: bool) -> None:
+    """Against autograd."""
+    frozen = window((3, 2), groups=2, offset_scale=0.7, softmax=softmax)
+    generator = torch.Generator().manual_seed(0)
+    fields = torch.randn(5, 3 * 2 * 6, generator=generator, dtype=torch.float64).requires_grad_()
+    results = geometry.conv_points(fields, torch.arange(5), torch.arange(5), frozen)
+    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    (expected,) = torch.autograd.grad(results, fields, grads)
+    got = geometry.conv_points_backward(*grads, results[2].detach(), frozen)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_points_of_large_maps_stay_exact() -> None:
+    """Origins are whole numbers until they meet the offsets, in the dtype of the offsets."""
+    frozen = window(1, padding=0, groups=1)
+    fields = torch.full((1, 3), 0.25)
+    row, column = torch.tensor([2**20 + 1]), torch.tensor([2**20 + 3])
+    x, y, _ = geometry.conv_points(fields, row, column, frozen)
+    assert x.dtype == y.dtype == torch.float32
+    assert (x.item(), y.item()) == (2**20 + 3.25, 2**20 + 1.25)
