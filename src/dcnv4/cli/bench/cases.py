@@ -1,0 +1,301 @@
+"""What is run: shapes, dtypes and inputs. A new case is a new line in `CUDA` or `CPU`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import functional
+from ...geometry import Window
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
+"""The largest relative L2 error of a result that counts as right."""
+
+
+class Case:
+    """What every case is; its `inputs` are what gradients are taken of."""
+
+    op: ClassVar[str]
+    precision: str
+    note: str
+    """Where the shape comes from."""
+    quick: bool
+    """Whether `--quick` keeps it."""
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The same random tensors in every run, in the contract's layout."""
+        raise NotImplementedError
+
+    def random(self, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
+
+
+@dataclass(frozen=True)
+class Conv(Case):
+    """`deform_conv` at stride 1 with "same" padding; offsets are normal with deviation `spread`."""
+
+    batch: int
+    height: int
+    width: int
+    groups: int
+    depth: int
+    precision: str = "fp32"
+    spread: float = 0.5
+    kernel: int = 3
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "deform_conv"
+
+    @property
+    def name(self) -> str:
+        shape = "x".join(map(str, (self.batch, self.height, self.width, self.groups, self.depth)))
+        kernel = f"-k{self.kernel}" if self.kernel != 3 else ""
+        spread = f"-spread{self.spread:g}" if self.spread != 0.5 else ""
+        return f"conv-{shape}-{self.precision}{kernel}{spread}"
+
+    @property
+    def window(self) -> Window:
+        return functional.window(self.kernel, padding=self.kernel // 2, groups=self.groups)
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """value [B, H, W, C] and offset_mask [B, H, W, 3·G·K rounded up to a multiple of 8]."""
+        options: dict[str, Any] = {"device": device, "generator": self.random(device)}
+        image, points = (self.batch, self.height, self.width), self.kernel**2
+        value = torch.randn(*image, self.groups * self.depth, **options)
+        fields = torch.randn(*image, self.groups, 3 * points, **options)
+        fields[..., : 2 * points] = between_pixels(self.spread * fields[..., : 2 * points])
+        padding = -fields[0, 0, 0].numel() % 8
+        offset_mask = torch.nn.functional.pad(fields.flatten(3), (0, padding))
+        return value.to(self.dtype), offset_mask.to(self.dtype)
+
+    def operator(self, backend: str) -> Callable[..., Tensor]:
+        """This library's function of the inputs."""
+        return partial(
+            functional.deform_conv,
+            kernel_size=self.kernel,
+            padding=self.kernel // 2,
+            groups=self.groups,
+            backend=backend,
+        )
+
+
+@dataclass(frozen=True)
+class Attention(Case):
+    """`ms_deform_attn` with its softmax: an encoder's (a query a pixel) or a decoder's queries.
+
+    Points are normal around each query's place with deviation `spread` pixels in every level.
+    `locations` is the dtype of the sampling locations, where it isn't the value's.
+    """
+
+    batch: int
+    levels: tuple[tuple[int, int], ...]
+    queries: int | None = None
+    precision: str = "fp32"
+    locations: str | None = None
+    heads: int = 8
+    depth: int = 32
+    points: int = 4
+    spread: float = 2.0
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "ms_deform_attn"
+
+    @property
+    def name(self) -> str:
+        height, width = self.levels[0]
+        what = f"encoder-{self.batch}x{height}x{width}"
+        if self.queries is not None:
+            what = f"decoder-{self.batch}x{self.queries}"
+        exact = f"-{self.locations}-locations" if self.locations else ""
+        return f"{what}-{self.precision}{exact}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """value [B, S, G, D], locations [B, Q, G, L, P, 2] and logits [B, Q, G, L, P]."""
+        options: dict[str, Any] = {"device": device, "generator": self.random(device)}
+        pixels = sum(height * width for height, width in self.levels)
+        if self.queries is None:
+            places = torch.cat([_centers(height, width, device) for height, width in self.levels])
+            places = places.expand(self.batch, -1, -1)
+        else:
+            places = torch.rand(self.batch, self.queries, 2, **options)
+        shape = (self.batch, places.shape[1], self.heads, len(self.levels), self.points)
+        value = torch.randn(self.batch, pixels, self.heads, self.depth, **options)
+        sizes = torch.tensor(self.levels, device=device).flip(1)[:, None]
+        x_y = places[:, :, None, None, None] * sizes - 0.5
+        x_y = between_pixels(x_y + self.spread * torch.randn(*shape, 2, **options))
+        locations = (x_y + 0.5) / sizes
+        logits = torch.randn(shape, **options)
+        exact = DTYPES[self.locations] if self.locations else self.dtype
+        return value.to(self.dtype), locations.to(exact), logits.to(self.dtype)
+
+    def operator(self, backend: str) -> Callable[..., Tensor]:
+        """This library's function of the inputs."""
+
+        def call(value: Tensor, locations: Tensor, logits: Tensor) -> Tensor:
+            return functional.ms_deform_attn(
+                value, self.levels, locations, logits, softmax=True, backend=backend
+            )
+
+        return call
+
+
+@dataclass(frozen=True)
+class Layer(Case):
+    """A whole `DCNv4` layer with float32 parameters, under autocast where the dtype is a half."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    precision: str = "fp32"
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "layer"
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
+        return f"layer-{shape}-{self.precision}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """x [B, H, W, C]"""
+        image = (self.batch, self.height, self.width, self.channels)
+        x = torch.randn(image, device=device, generator=self.random(device))
+        return (x.to(self.dtype),)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+
+def between_pixels(x: Tensor) -> Tensor:
+    """x moved to at least 1/16 from an integer, where gradients jump and rounding decides them."""
+    whole = x.floor()
+    return whole + 1 / 16 + (x - whole) * (7 / 8)
+
+
+def _centers(height: int, width: int, device: torch.device) -> Tensor:
+    """(x, y) of the pixels [H·W, 2], normalised."""
+    y = (torch.arange(height, device=device) + 0.5) / height
+    x = (torch.arange(width, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1)
+
+
+TINY = Conv(1, 2, 2, 1, 16, note="what a call itself costs", quick=True)
+"""Next to no work: the time of its calls is measured in each way to call."""
+
+_DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
+_HALF_DETR = ((50, 67), (25, 34), (13, 17), (7, 9))
+
+# The most telling first: a plot shows as many as it has room for, a time limit cuts the last.
+CUDA: tuple[Case, ...] = (
+    Conv(64, 56, 56, 4, 16, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    Conv(64, 56, 56, 4, 16, "fp16", spread=8, quick=True),
+    Attention(2, _DETR, None, "fp16", note="Deformable DETR encoder", quick=True),
+    Attention(8, _DETR, 300, "fp16", note="Deformable DETR decoder", quick=True),
+    Layer(64, 56, 56, 64, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    Conv(64, 28, 28, 8, 16, "fp16", note="FlashInternImage-T/224 stage 2"),
+    Conv(64, 14, 14, 16, 16, "fp16", note="FlashInternImage-T/224 stage 3"),
+    Conv(64, 7, 7, 32, 16, "fp16", note="FlashInternImage-T/224 stage 4"),
+    Conv(64, 56, 56, 4, 16, "fp16", spread=2),
+    Conv(64, 56, 56, 4, 16, "fp32"),
+    Conv(64, 56, 56, 4, 16, "bf16"),
+    Attention(2, _DETR, None, "fp32", note="Deformable DETR encoder"),
+    Attention(8, _DETR, 900, "fp32", note="DINO decoder"),
+    Conv(1, 200, 320, 4, 16, "fp16", note="FlashInternImage-T/800x1280 stage 1"),
+    Conv(1, 100, 160, 8, 16, "fp16", note="FlashInternImage-T/800x1280 stage 2"),
+    Conv(1, 50, 80, 16, 16, "fp16", note="FlashInternImage-T/800x1280 stage 3"),
+    Conv(1, 25, 40, 32, 16, "fp16", note="FlashInternImage-T/800x1280 stage 4"),
+    Conv(64, 56, 56, 4, 32, "fp16"),
+    Conv(64, 56, 56, 7, 16, "fp16", note="FlashInternImage-B/224 stage 1"),
+    Conv(16, 100, 160, 8, 64, "fp16"),
+    Layer(64, 14, 14, 256, "fp16", note="FlashInternImage-T/224 stage 3"),
+    Conv(16, 56, 56, 4, 16, "fp16", kernel=5),
+    Conv(16, 56, 56, 4, 16, "fp16", kernel=7),
+    Conv(1, 14, 14, 4, 16, "fp16", note="small"),
+    Conv(3, 17, 23, 3, 5, "fp32", note="odd"),
+    Conv(2, 31, 29, 5, 24, "fp16", note="odd"),
+    Attention(2, _DETR, None, "bf16"),
+    Attention(2, _DETR, None, "fp16", locations="fp32"),
+    TINY,
+)
+
+CPU: tuple[Case, ...] = (
+    Conv(1, 56, 56, 4, 16, note="FlashInternImage-T/224 stage 1", quick=True),
+    Attention(1, _HALF_DETR, 300, note="Deformable DETR decoder", quick=True),
+    Layer(1, 56, 56, 64, note="FlashInternImage-T/224 stage 1", quick=True),
+    Conv(4, 28, 28, 8, 16, note="FlashInternImage-T/224 stage 2"),
+    Conv(4, 14, 14, 16, 16, note="FlashInternImage-T/224 stage 3"),
+    Conv(4, 7, 7, 32, 16, note="FlashInternImage-T/224 stage 4"),
+    Conv(1, 100, 160, 4, 16, note="FlashInternImage-T/400x640 stage 1"),
+    Conv(1, 56, 56, 7, 16, note="FlashInternImage-B/224 stage 1"),
+    Conv(1, 50, 80, 8, 64),
+    Conv(1, 56, 56, 4, 16, spread=2),
+    Conv(1, 56, 56, 4, 16, spread=8),
+    Conv(1, 56, 56, 4, 16, kernel=5),
+    Conv(1, 56, 56, 4, 16, kernel=7),
+    Conv(1, 56, 56, 4, 16, "bf16"),
+    Conv(1, 56, 56, 4, 16, "fp16"),
+    Conv(1, 14, 14, 4, 16, note="small"),
+    Conv(3, 17, 23, 3, 5, note="odd"),
+    Attention(1, _HALF_DETR, note="Deformable DETR encoder, half resolution"),
+    Attention(1, _HALF_DETR, None, "bf16", locations="fp32"),
+    Layer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    TINY,
+)
+
+
+def choose(device: torch.device, patterns: Sequence[str], quick: bool) -> list[Case]:
+    """The device's cases that a pattern names, or whose name or note one matches; all without."""
+    cases = CUDA if device.type == "cuda" else CPU
+    named = [case for case in cases if case.name in patterns]
+    loose = [pattern for pattern in patterns if pattern not in {case.name for case in named}]
+    return [
+        case
+        for case in cases
+        if (case.quick or not quick)
+        and (
+            not patterns
+            or case in named
+            or (loose and (matches(case.name, loose) or matches(case.note, loose)))
+        )
+    ]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether `name` fits one of the globs, or contains one of the words; True without any."""
+    return not patterns or any(
+        fnmatchcase(name, pattern) or pattern in name for pattern in patterns
+    )
+
+
+def floor_bytes(inputs: Sequence[Tensor], output: Tensor, direction: str) -> int:
+    """Bytes that `direction` cannot do without: each input read, each result written, once.
+
+    A backward reads the inputs and the output's gradient, and writes the inputs' gradients.
+    """
+    read = sum(t.numel() * t.element_size() for t in inputs)
+    result = output.numel() * output.element_size()
+    return {
+        "forward": read + result,
+        "backward": 2 * read + result,
+        "forward+backward": 3 * read + 2 * result,
+    }[direction]

@@ -1,0 +1,467 @@
+"""Who runs the cases: this library's backends, other implementations, and yardsticks.
+
+A new peer is a function that makes a `Job` of a case, under `@contestant`. Peers get the inputs in
+the layout that they want: their conversions are not timed. Arithmetic that is a part of the
+operator (grids from offsets, softmax) is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import backends
+from ...modules import DCNv4
+from .cases import TOLERANCE, Attention, Case, Conv, Layer
+
+
+class Unable(Exception):  # noqa: N818
+    """A contestant gets no time in a case; the text says why in few words."""
+
+
+def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
+class Job:
+    """One contestant on one case: `call(*leaves)` is what is timed.
+
+    Args:
+        inputs: the case's tensors.
+        call: the contestant's function of `own(*inputs)` and `parameters`.
+        own: from the case's tensors to the contestant's layout, differentiable.
+        contract: from the contestant's output to the contract's layout, linear.
+        parameters: further leaves, whose gradients are computed but not checked.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        call: Callable[..., Tensor],
+        own: Callable[..., tuple[Tensor, ...]] = _same,
+        contract: Callable[[Tensor], Tensor] = lambda output: output,
+        parameters: Sequence[Tensor] = (),
+    ) -> None:
+        self._inputs = [t.detach().requires_grad_() for t in inputs]
+        self._own = own
+        self.call = call
+        self._contract = contract
+        converted = [t.detach().requires_grad_() for t in own(*self._inputs)]
+        self._converted = len(converted)
+        self.leaves = (*converted, *parameters)
+
+    def run(self) -> Tensor:
+        """The output in the contestant's layout, recorded for a backward where grad is enabled."""
+        return self.call(*self.leaves)
+
+    def output(self, output: Tensor) -> Tensor:
+        """The contestant's output in the contract's layout."""
+        return self._contract(output)
+
+    def own_gradient(self, output: Tensor, grad: Tensor) -> Tensor:
+        """The output's gradient in the contestant's layout from that in the contract's."""
+        leaf = output.detach().requires_grad_()
+        return torch.autograd.grad(self._contract(leaf), leaf, grad)[0]
+
+    def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the case's inputs from those of the leaves."""
+        with torch.enable_grad():
+            converted = self._own(*self._inputs)
+        return torch.autograd.grad(converted, self._inputs, grads[: self._converted])
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Somebody who may run the cases of one operator."""
+
+    name: str
+    op: str
+    kind: str
+    """"backend": one of this library's. "peer": the same function by another implementation.
+    "yardstick": another function, for comparison; its results are not checked."""
+    make: Callable[[Any, tuple[Tensor, ...]], Job]
+    requires: str | None = None
+    """The module that must be importable."""
+    device: str | None = None
+    """The only type of device that this runs on."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        """None where this can run anything on the device; otherwise the reason."""
+        if self.kind == "backend":
+            op = "deform_conv" if self.op == "layer" else self.op
+            call = backends.Call(op, device, torch.float32)
+            return backends.why_not(self.name.removeprefix("dcnv4 "), call)
+        try:
+            import_module(self.requires or "torch")
+        except ModuleNotFoundError as error:
+            return "not installed" if error.name == self.requires else describe(error)
+        except Exception as error:
+            return describe(error)
+        return None
+
+
+def describe(error: BaseException) -> str:
+    """An exception in few words."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+CONTESTANTS: list[Contestant] = []
+
+
+def contestant(
+    name: str,
+    op: str,
+    kind: str = "peer",
+    requires: str | None = None,
+    device: str | None = None,
+) -> Callable[[Callable[..., Job]], Callable[..., Job]]:
+    """Enter a function (case, inputs) -> Job under this name; it may raise `Unable`."""
+
+    def enter(make: Callable[..., Job]) -> Callable[..., Job]:
+        CONTESTANTS.append(Contestant(name, op, kind, make, requires, device))
+        return make
+
+    return enter
+
+
+def _enter_backend(name: str) -> None:
+    def usable(op: str, inputs: tuple[Tensor, ...]) -> None:
+        reason = backends.why_not(name, backends.Call(op, inputs[0].device, inputs[0].dtype))
+        if reason:
+            raise Unable(f"cannot: {reason}")
+
+    def operator(case: Conv | Attention, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.op, inputs)
+        return Job(inputs, case.operator(name))
+
+    def layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+        usable("deform_conv", inputs)
+        module = DCNv4(case.channels, group=case.channels // 16, backend=name)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # Offsets and weights that vary from pixel to pixel by half a pixel and 1.
+            deviation = 0.5 / case.channels**0.5
+            module.offset_mask.weight.normal_(0, deviation, generator=generator)
+            for projection in (module.value_proj, module.output_proj):
+                assert projection is not None
+                bound = (3 / case.channels) ** 0.5
+                projection.weight.uniform_(-bound, bound, generator=generator)
+        return _layer_job(case, inputs, module)
+
+    contestant(f"dcnv4 {name}", "deform_conv", "backend")(operator)
+    contestant(f"dcnv4 {name}", "ms_deform_attn", "backend")(operator)
+    contestant(f"dcnv4 {name}", "layer", "backend")(layer)
+
+
+def _layer_job(
+    case: Layer, inputs: tuple[Tensor, ...], module: nn.Module, nchw: bool = False
+) -> Job:
+    device = inputs[0].device
+    module = module.to(device)
+    if nchw:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def call(x: Tensor, *_: Tensor) -> Any:
+        with case.autocast(device):
+            return module(x)
+
+    if not nchw:
+        return Job(inputs, call, parameters=tuple(module.parameters()))
+    return Job(
+        inputs,
+        call,
+        lambda x: (x.permute(0, 3, 1, 2),),  # in memory, channels_last
+        lambda y: y.permute(0, 2, 3, 1),
+        tuple(module.parameters()),
+    )
+
+
+for _name in backends.NAMES:
+    _enter_backend(_name)
+
+
+@contestant("grid_sample", "deform_conv")
+def _grid_sample_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
+    """One grid_sample of all K points with the groups as images; a half is sampled in float32."""
+    groups, points = case.groups, case.kernel**2
+    height, width, device = case.height, case.width, inputs[0].device
+    size = torch.tensor([width, height], device=device)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    x, y = case.window.origins(rows, columns)
+    origin = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1)
+    ch, cw = case.window.center
+    cells = torch.tensor([(i - cw, j - ch) for i, j in case.window.grid()], device=device)
+    pixels = (origin + cells[:, None, None]).flatten(0, 1)
+    base, scale = (2 * pixels + 1) / size - 1, 2 / size
+
+    def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
+        offsets, weights = _fields(offset_mask, groups, points)  # [B, H, W, G, K(, 2)]
+        return (
+            value.unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous(),
+            offsets.permute(0, 3, 4, 1, 2, 5).flatten(2, 3).flatten(0, 1).contiguous(),
+            weights.permute(0, 3, 4, 1, 2).flatten(3).flatten(0, 1).unsqueeze(1).contiguous(),
+        )
+
+    def call(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        grid = torch.addcmul(base, offsets.float(), scale)
+        sampled: Tensor = F.grid_sample(value.float(), grid, align_corners=False)
+        sampled = sampled.unflatten(2, (points, height)).flatten(3)
+        return (sampled * weights).sum(2).to(value.dtype)
+
+    def contract(output: Tensor) -> Tensor:
+        split: Tensor = output.unflatten(0, (-1, groups)).unflatten(3, (height, width))
+        return split.permute(0, 3, 4, 1, 2).flatten(3)
+
+    return Job(inputs, call, own, contract)
+
+
+def _fields(offset_mask: Tensor, groups: int, points: int) -> tuple[Tensor, Tensor]:
+    """offset_mask [B, H, W, M] as offsets [B, H, W, G, K, 2] and weights [B, H, W, G, K]."""
+    fields = offset_mask[..., : 3 * groups * points].unflatten(3, (groups, 3 * points))
+    return fields[..., : 2 * points].unflatten(4, (points, 2)), fields[..., 2 * points :]
+
+
+@contestant("grid_sample", "ms_deform_attn")
+def _grid_sample_attention(case: Attention, inputs: tuple[Tensor, ...]) -> Job:
+    """A grid_sample a level with the heads as images; a half is sampled in float32."""
+    count, points = len(case.levels), case.points
+
+    def own(value: Tensor, locations: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        levels = value.split([h * w for h, w in case.levels], 1)
+        images = [
+            level.unflatten(1, size).permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous()
+            for level, size in zip(levels, case.levels, strict=True)
+        ]
+        grids = [grid.transpose(1, 2).flatten(0, 1).contiguous() for grid in locations.unbind(3)]
+        return *images, *grids, logits.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]
+
+    def call(*tensors: Tensor) -> Tensor:
+        images, grids, logits = tensors[:count], tensors[count : 2 * count], tensors[-1]
+        weights = logits.float().softmax(-1).split(points, -1)
+        parts: list[Tensor] = [
+            (F.grid_sample(i.float(), 2 * g.float() - 1, align_corners=False) * w).sum(-1)
+            for i, g, w in zip(images, grids, weights, strict=True)
+        ]
+        return torch.stack(parts).sum(0).to(images[0])
+
+    def contract(output: Tensor) -> Tensor:
+        split: Tensor = output.unflatten(0, (-1, case.heads))  # [B, G, D, Q]
+        return split.permute(0, 3, 1, 2).flatten(2)
+
+    return Job(inputs, call, own, contract)
+
+
+@contestant("torchvision", "deform_conv", requires="torchvision")
+def _torchvision(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
+    """`deform_conv2d` with the identity of each group as its weight."""
+    from torchvision.ops import deform_conv2d
+
+    groups, kernel = case.groups, case.kernel
+    identity = torch.eye(case.depth, dtype=case.dtype, device=inputs[0].device)
+    weight = identity.repeat(groups, 1)[..., None, None].expand(-1, -1, kernel, kernel).contiguous()
+
+    def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
+        offsets, weights = _fields(offset_mask, groups, kernel**2)
+        square = (kernel, kernel)
+        # Points with rows outermost, (y, x).
+        offsets = offsets.unflatten(4, square).transpose(4, 5).flip(-1)
+        weights = weights.unflatten(4, square).transpose(4, 5)
+        return tuple(
+            t.flatten(3).permute(0, 3, 1, 2).contiguous() for t in (value, offsets, weights)
+        )
+
+    def call(value: Tensor, offsets: Tensor, weights: Tensor) -> Any:
+        return deform_conv2d(value, offsets, weight, padding=kernel // 2, mask=weights)
+
+    return Job(inputs, call, own, lambda output: output.permute(0, 2, 3, 1))
+
+
+@contestant("deformops triton", "deform_conv", requires="deformops", device="cuda")
+@contestant("deformops eager", "deform_conv", requires="deformops", device="cpu")
+def _deformops_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
+    from deformops.registry import attn
+
+    groups, kernel = case.groups, case.kernel
+
+    def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
+        offsets, weights = _fields(offset_mask, groups, kernel**2)
+        fields = torch.cat((offsets, weights[..., None]), -1).flatten(3)
+        return value, F.pad(fields, (0, -fields.shape[3] % 8))
+
+    call = partial(
+        attn,
+        kernel_size=(kernel, kernel),
+        padding=(kernel // 2, kernel // 2),
+        groups=groups,
+        group_dims=case.depth,
+    )
+    return Job(inputs, call, own)
+
+
+def _levels(case: Attention, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sizes [L, 2] and first rows [L] of the levels."""
+    shapes = torch.tensor(case.levels, device=device)
+    areas = shapes.prod(1)
+    return shapes, areas.cumsum(0) - areas
+
+
+@contestant("deformops triton", "ms_deform_attn", requires="deformops", device="cuda")
+@contestant("deformops eager", "ms_deform_attn", requires="deformops", device="cpu")
+def _deformops_attention(
+    case: Attention, inputs: tuple[Tensor, ...], backend: str | None = None
+) -> Job:
+    from deformops.registry import Backend, msda
+
+    shapes, starts = _levels(case, inputs[0].device)
+    options = {"method": "softmax", "backend": None if backend is None else Backend(backend)}
+    return Job(inputs, lambda value, *rest: msda(value, shapes, starts, *rest, **options))
+
+
+@contestant("deformops cuda", "ms_deform_attn", requires="deformops", device="cuda")
+def _deformops_cuda(case: Attention, inputs: tuple[Tensor, ...]) -> Job:
+    return _deformops_attention(case, inputs, "cuda")
+
+
+@contestant("transformers", "ms_deform_attn", requires="transformers")
+def _transformers(case: Attention, inputs: tuple[Tensor, ...]) -> Job:
+    """Deformable DETR's own function of PyTorch operations, under either of its names."""
+    from transformers.models.deformable_detr import modeling_deformable_detr as detr
+
+    shapes, starts = _levels(case, inputs[0].device)
+    if hasattr(detr, "MultiScaleDeformableAttention"):
+        between: tuple[Any, ...] = (shapes, list(case.levels), starts)
+        after: tuple[int, ...] = (64,)
+        attend = detr.MultiScaleDeformableAttention()
+    else:
+        between, after = (shapes,), ()
+        attend = detr.multi_scale_deformable_attention
+
+    def call(value: Tensor, locations: Tensor, logits: Tensor) -> Any:
+        weights = logits.flatten(3).softmax(-1).view(logits.shape)
+        return attend(value, *between, locations, weights, *after)
+
+    return Job(inputs, call)
+
+
+@contestant("DCNv4 original", "deform_conv", requires="DCNv4", device="cuda")
+def _original_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
+    from DCNv4.functions import DCNv4Function
+
+    k = case.kernel
+    settings = (k, k, 1, 1, k // 2, k // 2, 1, 1, case.groups, case.depth, 1.0, 256, 0)
+
+    return Job(inputs, lambda *tensors: DCNv4Function.apply(*tensors, *settings))
+
+
+@contestant("DCNv4 original", "ms_deform_attn", requires="DCNv4", device="cuda")
+def _original_attention(case: Attention, inputs: tuple[Tensor, ...]) -> Job:
+    from DCNv4.functions import FlashDeformAttnFunction
+
+    shapes, starts = _levels(case, inputs[0].device)
+
+    def own(value: Tensor, locations: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        return value, torch.cat((locations.flatten(3), logits.flatten(3)), -1)
+
+    def call(value: Tensor, locations_logits: Tensor) -> Any:
+        settings = 64, case.points
+        return FlashDeformAttnFunction.apply(value, shapes, starts, locations_logits, *settings)
+
+    return Job(inputs, call, own)
+
+
+@contestant("depthwise conv2d", "deform_conv", "yardstick")
+def _depthwise(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
+    """The same window without offsets (cuDNN or oneDNN), channels_last."""
+    channels = case.groups * case.depth
+    weight = torch.randn(
+        channels, 1, case.kernel, case.kernel, dtype=case.dtype, device=inputs[0].device
+    ).requires_grad_()
+
+    def call(value: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(value, weight, padding=case.kernel // 2, groups=channels)
+
+    return Job(
+        inputs[:1],
+        call,
+        lambda value: (value.permute(0, 3, 1, 2),),
+        lambda output: output.permute(0, 2, 3, 1),
+        (weight,),
+    )
+
+
+@contestant("Conv2d 3x3", "layer", "yardstick")
+def _conv2d_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+    module = nn.Conv2d(case.channels, case.channels, 3, padding=1)
+    return _layer_job(case, inputs, module, nchw=True)
+
+
+@contestant("depthwise + pointwise", "layer", "yardstick")
+def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+    channels = case.channels
+    module = nn.Sequential(
+        nn.Conv2d(channels, channels, 1),
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+        nn.Conv2d(channels, channels, 1),
+    )
+    return _layer_job(case, inputs, module, nchw=True)
+
+
+class Expected:
+    """What a case must give: the output, and the gradients of its inputs for one random gradient.
+
+    An operator's come from the reference backend in float64. A layer's come from the same layer
+    with the reference backend in the same dtypes, so that only the operator differs.
+    """
+
+    def __init__(self, case: Case, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(case, Layer):
+            reference = next(
+                c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", "layer")
+            )
+            job = reference.make(case, inputs)
+        else:
+            assert isinstance(case, (Conv, Attention))
+            exact = tuple(t.double() for t in inputs)
+            job = Job(exact, case.operator("reference"))
+        output = job.run()
+        self._tolerance = TOLERANCE[case.precision]
+        self.output = output.detach()
+        self.grad = torch.randn(
+            output.shape, device=output.device, generator=case.random(output.device)
+        ).to(case.dtype)
+        grads = torch.autograd.grad(output, job.leaves, self.grad.to(output.dtype))
+        self.gradients = job.gradients(grads)
+
+    def output_error(self, job: Job, output: Tensor) -> float:
+        """The relative error of a job's output."""
+        return _error((job.output(output),), (self.output,))
+
+    def gradients_error(self, job: Job, grads: Sequence[Tensor]) -> float:
+        """The largest relative error among the case's inputs of a job's gradients."""
+        return _error(job.gradients(grads), self.gradients)
+
+    def verify(self, error: float) -> float:
+        """The error, where it is small enough."""
+        if not error <= self._tolerance:
+            raise Unable(f"WRONG: relative error {error:.1e}, allowed {self._tolerance:.0e}")
+        return error
+
+
+def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest relative L2 error; infinite for a wrong shape or anything not finite."""
+    worst = 0.0
+    for result, exact in zip(got, wanted, strict=True):
+        if result.shape != exact.shape:
+            return float("inf")
+        exact = exact.double()
+        error = (result.double() - exact).norm() / exact.norm().clamp_min(1e-300)
+        worst = max(worst, error.item() if error.isfinite() else float("inf"))
+    return worst

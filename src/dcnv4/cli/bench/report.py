@@ -1,0 +1,302 @@
+"""How results are kept and shown: rows, the table, JSON, the comparison of two runs, the plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+SCHEMA = 1
+"""Of the JSON: {"schema", "environment": {name: text}, "rows": [Row as an object]}."""
+
+
+@dataclass
+class Row:
+    """One contestant in one case and direction. Times are in µs; None: not measured."""
+
+    case: str
+    note: str
+    direction: str
+    contestant: str
+    kind: str
+    floor: float | None = None
+    """The time to copy as many bytes as the inputs and results have."""
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    least: float | None = None
+    """The fastest: what a machine busy with other things disturbs least."""
+    memory: int | None = None
+    """Bytes held at most during the call beyond those held before."""
+    host: float | None = None
+    """The time to issue the call."""
+    error: float | None = None
+    """Relative L2 error, the worst of what was checked."""
+    problem: str | None = None
+    """Why there is no time."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.case, self.direction, self.contestant
+
+    @property
+    def ratio(self) -> float | None:
+        """The median as a multiple of the floor."""
+        return self.median / self.floor if self.median and self.floor else None
+
+
+def best_peer(rows: Iterable[Row]) -> float | None:
+    """The median of the fastest peer among the rows of one case and direction."""
+    return min((r.median for r in rows if r.kind == "peer" and r.median), default=None)
+
+
+def header(environment: dict[str, str]) -> str:
+    return "\n".join(f"{key:<12}{text}" for key, text in environment.items())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one case and direction."""
+    first, best = rows[0], best_peer(rows)
+    title = [first.case, first.direction, *([first.note] if first.note else [])]
+    if first.floor:
+        title.append(f"floor {_figures(first.floor)} µs")
+    if len({row.problem for row in rows}) == 1 and first.problem:
+        return f"{'  '.join(title)}\n  {first.problem}"
+    names = max(24, *(len(row.contestant) + 2 for row in rows))
+    lines = [
+        "  ".join(title),
+        f"  {'':<{names}}{'median µs':>10}{'p20-p80':>18}{'min':>9}{'x floor':>9}{'vs peer':>9}"
+        f"{'memory MB':>11}{'host µs':>9}{'error':>9}",
+    ]
+    for row in rows:
+        label = f"{row.contestant} ~" if row.kind == "yardstick" else row.contestant
+        if row.median is None:
+            lines.append(f"  {label:<{names}}{row.problem}")
+            continue
+        spread = f"{_figures(row.p20)}-{_figures(row.p80)}"
+        versus = f"{best / row.median:.2f}" if best and row.kind != "yardstick" else "-"
+        memory = "-" if row.memory is None else f"{row.memory / 1e6:.1f}"
+        error = "-" if row.error is None else f"{row.error:.0e}"
+        lines.append(
+            f"  {label:<{names}}{_figures(row.median):>10}{spread:>18}{_figures(row.least):>9}"
+            f"{_figures(row.ratio):>9}{versus:>9}{memory:>11}{_figures(row.host):>9}{error:>9}"
+        )
+    return "\n".join(lines)
+
+
+def _figures(number: float | None) -> str:
+    """Three significant figures, never in exponents."""
+    if number is None:
+        return "-"
+    digits = 2 if number < 10 else 1 if number < 100 else 0
+    return f"{number:.{digits}f}"
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of one case and direction together, in order."""
+    return [list(group) for _, group in groupby(rows, lambda row: (row.case, row.direction))]
+
+
+def save(path: str, environment: dict[str, str], rows: Sequence[Row]) -> None:
+    """Write the JSON; a reader never meets half a file."""
+    document = {"schema": SCHEMA, "environment": environment, "rows": [asdict(r) for r in rows]}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, ensure_ascii=False)
+    os.replace(temporary, path)
+
+
+def load(path: str) -> tuple[dict[str, str], list[Row]]:
+    """Environment and rows of a saved run."""
+    with open(path, encoding="utf-8") as file:
+        document = json.load(file)
+    version = document.get("schema") if isinstance(document, dict) else None
+    if version != SCHEMA:
+        raise ValueError(f"{path} must be a benchmark's JSON of schema {SCHEMA}; got {version}")
+    known = {field.name for field in fields(Row)}
+    return document["environment"], [
+        Row(**{key: value for key, value in row.items() if key in known})
+        for row in document["rows"]
+    ]
+
+
+def compare(
+    old: tuple[dict[str, str], Sequence[Row]], new: tuple[dict[str, str], Sequence[Row]]
+) -> str:
+    """What changed: each row's time relative to its own run's floor, new over old."""
+    before = {row.key: row for row in old[1]}
+    lines, ratios = [], []
+    for row in new[1]:
+        was = before.pop(row.key, None)
+        if was is None:
+            continue
+        label = f"{row.case}  {row.direction}  {row.contestant}"
+        if (was.median is None) != (row.median is None):
+            lines.append(f"  {label}: {_state(was)} -> {_state(row)}")
+            continue
+        then, now = was.ratio or was.median, row.ratio or row.median
+        if then is None or now is None:
+            continue
+        ratios.append(now / then)
+        lines.append(f"  {now / then:6.2f}  {_verdict(was, row, now / then):<8}{label}")
+    heading = "new / old time, each relative to its own run's floor"
+    for what in ("device", "copy"):
+        if old[0].get(what) != new[0].get(what):
+            heading += f"\n  {what}: {old[0].get(what)} -> {new[0].get(what)}"
+    summary = "nothing in common"
+    if ratios:
+        middle = sorted(ratios)[len(ratios) // 2]
+        summary = f"{len(ratios)} rows in common, median ratio {middle:.2f}"
+    return "\n".join((heading, *lines, f"  {summary}; {len(before)} rows of the old run not run"))
+
+
+def _state(row: Row) -> str:
+    return row.problem or f"{_figures(row.median)} µs"
+
+
+def _verdict(was: Row, now: Row, ratio: float) -> str:
+    """Faster or slower where the spreads, put on one scale, lie apart."""
+    limits = (was.p20, was.p80, now.p20, now.p80, was.median, now.median)
+    if any(limit is None for limit in limits):
+        return ""
+    p20, p80, new_p20, new_p80, then, new = (float(limit or 0) for limit in limits)
+    if ratio * new_p80 / new < p20 / then:
+        return "faster"
+    return "slower" if ratio * new_p20 / new > p80 / then else ""
+
+
+_PLOTTED = 6
+"""Cases that a plot has room for."""
+
+
+def require_matplotlib() -> None:
+    """Raise where there is nothing to plot with."""
+    try:
+        import_module("matplotlib.figure")
+    except ImportError as error:
+        raise RuntimeError(f"--plot needs matplotlib, pip install dcnv4[bench]; {error}") from None
+
+
+def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
+    """Draw times relative to the floor as bars: forwards left, backwards right, a case a line.
+
+    A case without a backward alone shows its forward and backward together.
+
+    Returns:
+        How many of the rows' cases were left out for want of room.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    by_case: dict[str, dict[str, list[Row]]] = {}
+    for group in groups(row for row in rows if row.ratio is not None):
+        by_case.setdefault(group[0].case, {})[group[0].direction] = _contestants(group)
+    if not by_case:
+        raise RuntimeError("--plot needs a row with a time and a floor; got none")
+    shown = list(by_case.values())[:_PLOTTED]
+    heights = [max(map(len, directions.values())) + 1.1 for directions in shown]
+    panels = [
+        [directions.get("forward", []) for directions in shown],
+        [
+            directions.get("backward") or directions.get("forward+backward", [])
+            for directions in shown
+        ],
+    ]
+    colours = _colours([row for panel in panels for group in panel for row in group])
+    figure = Figure(figsize=(13, 2 + 0.22 * sum(heights)), layout="constrained")
+    figure.suptitle(
+        f"DCNv4 on {environment.get('device', 'this machine')}: time over that of a copy "
+        "of the same bytes",
+        fontsize=15,
+        fontweight="bold",
+    )
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, panel, title in zip(axes, panels, ("forward", "backward"), strict=True):
+        _draw(axis, panel, heights, colours)
+        axis.set_title(title, fontsize=13)
+    _label(axes[0], shown, heights)
+    figure.legend(
+        handles=[_patch(colour, name) for name, colour in colours.items()],
+        loc="outside lower center",
+        ncols=min(6, len(colours)),
+        frameon=False,
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=150)
+    return len(by_case) - len(shown)
+
+
+_OURS = {"cuda": "#0b7a53", "cpu": "#0b7a53", "triton": "#55b98f", "reference": "#b5dfca"}
+_PEERS = ("#5b6c8f", "#c08552", "#8e6aa8", "#c9a13b", "#a34a5c", "#6f9bb8")
+_YARDSTICKS = ("#c4c6cb", "#a5a8af", "#868a92")
+
+
+def _contestants(group: Sequence[Row]) -> list[Row]:
+    """The fastest first; the reference only where it is all there is of this library."""
+    ours = {row.contestant for row in group if row.kind == "backend"}
+    left_out = "dcnv4 reference" if len(ours) > 1 else None
+    return sorted((r for r in group if r.contestant != left_out), key=lambda row: row.ratio or 0)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Greens for this library, greys for yardsticks, other hues for peers."""
+    named = {
+        kind: list(dict.fromkeys(row.contestant for row in rows if row.kind == kind))
+        for kind in ("backend", "peer", "yardstick")
+    }
+    return {
+        **{name: _OURS.get(name.removeprefix("dcnv4 "), "#0b7a53") for name in named["backend"]},
+        **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(named["peer"])},
+        **{name: _YARDSTICKS[i % len(_YARDSTICKS)] for i, name in enumerate(named["yardstick"])},
+    }
+
+
+def _patch(colour: str, name: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, label=name)
+
+
+def _draw(
+    axis: Any, panel: Sequence[Sequence[Row]], heights: Sequence[float], colours: dict[str, str]
+) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    ratios = [row.ratio or 1 for group in panel for row in group] or [1]
+    axis.set_xscale("log")
+    axis.set_xlim(min(1, *ratios, 1) * 0.8, max(ratios) * 1.8)
+    top = 0.0
+    for group, height in zip(panel, heights, strict=True):
+        for at, row in enumerate(group):
+            ratio = row.ratio or 1
+            weight = "bold" if row.kind == "backend" else "normal"
+            axis.barh(top + at, ratio, 0.84, color=colours[row.contestant])
+            axis.annotate(
+                f" {_figures(ratio)}", (ratio, top + at), va="center", fontsize=9, weight=weight
+            )
+        top += height
+    axis.set_ylim(top - 0.5, -0.8)
+    axis.axvline(1, color="#333333", linewidth=1)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("times the floor; shorter is better", fontsize=10)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#e3e3e3", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _label(axis: Any, shown: Sequence[dict[str, list[Row]]], heights: Sequence[float]) -> None:
+    """Name the cases beside their bars."""
+    ticks, labels, top = [], [], 0.0
+    for directions, height in zip(shown, heights, strict=True):
+        row = next(iter(directions.values()))[0]
+        both = "" if "backward" in directions else "right: forward and backward"
+        ticks.append(top + (height - 2.1) / 2)
+        labels.append("\n".join(line for line in (row.case, row.note, both) if line))
+        top += height
+    axis.set_yticks(ticks, labels, fontsize=9)
