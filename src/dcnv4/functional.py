@@ -305,9 +305,10 @@ def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
 def _finite(name: str, argument: Any) -> float:
     if not isinstance(argument, Real) or isinstance(argument, bool):
         raise TypeError(f"{name} must be a number; got {argument!r}")
-    if not -math.inf < argument < math.inf:  # as a tracer can ask it of a symbol
+    number = float(argument)
+    if not -math.inf < number < math.inf:  # as a tracer can ask it of a symbol
         raise ValueError(f"{name} must be finite; got {argument}")
-    return float(argument)
+    return number
 
 
 def _flag(name: str, argument: Any) -> bool:

@@ -28,6 +28,8 @@ _ATTENTION = (
     "bool softmax, str backend"
 )
 _HALVES = (torch.float16, torch.bfloat16)
+_HAS_COMPILER = hasattr(torch, "compiler")
+_HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
 
 
 def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
@@ -136,8 +138,9 @@ def _define(
     transforms and in forward mode.
     """
     results = ", ".join(["Tensor"] * len(inputs))
-    tag = getattr(torch.Tag, "pt2_compliant_tag", None)
-    tags = {} if tag is None else {"tags": (tag,)}
+    # Any strides do, so that Inductor need not keep those it traced.
+    names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
+    tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
     _library.define(f"{name}({arguments}) -> Tensor", **tags)
     _library.define(f"{name}_backward(Tensor grad_output, {arguments}) -> ({results})", **tags)
     operator = getattr(torch.ops.dcnv4, name).default
@@ -153,6 +156,8 @@ def _define(
             tensors = [a if isinstance(a, Tensor) else None for a in arguments]
             ctx.save_for_backward(*tensors)
             ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+            if _is_plain(arguments, inputs):
+                return forward(*arguments)
             below = torch._C._AutoDispatchBelowAutograd()
             output: Tensor = operator(*arguments)
             del below
@@ -163,7 +168,9 @@ def _define(
             saved = zip(ctx.saved_tensors, ctx.arguments, strict=True)
             grads: list[Tensor | None] = [None] * len(ctx.arguments)
             arguments = [other if tensor is None else tensor for tensor, other in saved]
-            for i, result in zip(inputs, operator_backward(grad, *arguments), strict=True):
+            plain = not torch.is_grad_enabled() and _is_plain(arguments, inputs)
+            run = backward if plain else operator_backward
+            for i, result in zip(inputs, run(grad, *arguments), strict=True):
                 grads[i] = result
             return tuple(grads)
 
@@ -202,10 +209,38 @@ def _define(
     def call(*arguments: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return differentiable(*arguments)
-        output: Tensor = operator(*arguments)
-        return output
+        run: Callable[..., Tensor] = operator
+        if _is_plain(arguments, inputs):
+            needs_grad = torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs)
+            run = Differentiable.apply if needs_grad else forward
+        return run(*arguments)
 
     return call
+
+
+def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+    """Whether nothing but a backend is interested in a call, which then skips the dispatcher.
+
+    The dispatcher costs about 10 µs a call; it is there for tracing, autocast, profilers, tensor
+    subclasses and dispatch modes.
+    """
+    if not _HAS_COMPILER or torch.compiler.is_compiling():
+        return False
+    tensors = [arguments[i] for i in inputs]
+    return (
+        all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+        and not tensors[0].is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        and not _is_autocast(tensors[0].device.type)
+    )
+
+
+def _is_autocast(device: str) -> bool:
+    if _HAS_AUTOCAST_BY_DEVICE:
+        return torch.is_autocast_enabled(device)
+    return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
 def _define_autocast(
@@ -234,7 +269,7 @@ def _define_autocast(
 
 
 def _autocast_dtype(device: str) -> torch.dtype:
-    if hasattr(torch, "get_autocast_dtype"):
+    if _HAS_AUTOCAST_BY_DEVICE:
         return torch.get_autocast_dtype(device)
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
 
