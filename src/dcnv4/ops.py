@@ -222,7 +222,7 @@ def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     """Whether nothing but a backend is interested in a call, which then skips the dispatcher.
 
     The dispatcher costs about 10 µs a call; it is there for tracing, autocast, profilers, tensor
-    subclasses and dispatch modes.
+    subclasses and modes.
     """
     if not _HAS_COMPILER or torch.compiler.is_compiling():
         return False
@@ -231,6 +231,7 @@ def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
         all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
         and not tensors[0].is_meta
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         and not _is_autocast(tensors[0].device.type)
