@@ -117,9 +117,14 @@ def cache_dir() -> str:
     return os.path.expanduser(os.environ.get("DCNV4_CACHE_DIR") or default)
 
 
+def host_compiler() -> str:
+    """The command that `CXX` names; empty where it names none."""
+    return os.environ.get("CXX", "")
+
+
 def environment() -> dict[str, str]:
     """The environment variables that are set and change what runs, with their values."""
-    names = ("DCNV4_BACKEND", "DCNV4_USE_TRITON", "DCNV4_CACHE_DIR", "TRITON_INTERPRET")
+    names = ("DCNV4_BACKEND", "DCNV4_USE_TRITON", "DCNV4_CACHE_DIR", "CXX", "TRITON_INTERPRET")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

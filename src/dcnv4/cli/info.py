@@ -16,7 +16,7 @@ from .. import __version__, backends
 
 OPERATORS = ("deform_conv", "ms_deform_attn")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PACKAGES = ("ninja", "cuda-core", "triton")
+PACKAGES = ("cuda-core", "triton")
 """Packages that backends are made with; each may be missing."""
 
 

@@ -1,7 +1,252 @@
-"""Not built yet."""
+"""C++ kernels for CPU tensors, compiled by the host's compiler at first use.
 
-from .. import Call
+Both operators are one problem to the kernels, which `_run` describes: where the points come
+from, and where every tensor lies in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...geometry import Window
+from .. import Call, cache_dir
+from .compile import CompileError, library
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+# The C structure `Problem`: seven views of six numbers, twelve more, five of floating point.
+_PROBLEM = struct.Struct("42q 12q 5d")
+_View = tuple[int, ...]
+_NO_VIEW: _View = (0,) * 6
+# Column and row numbers are 32-bit integers in the kernels.
+_LARGEST = 2**31 - 1
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# A forked child has lost the threads of its parent's OpenMP pool and would wait for them forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def why_not(call: Call) -> str | None:
-    return "is not built yet"
+    """None where the kernels can run `call`; the first question compiles them."""
+    if call.device.type != "cpu":
+        return f"needs CPU tensors; got {call.device}"
+    if call.dtype not in _DTYPES:
+        return f"needs float64, float32, bfloat16 or float16; got {call.dtype}"
+    kernels = _kernels()
+    return kernels if isinstance(kernels, str) else None
+
+
+def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
+    """[B, Ho, Wo, C]."""
+    output = value.new_empty((*offset_mask.shape[:3], value.shape[3]))
+    _conv("dcnv4_forward", value, offset_mask, window, output)
+    return output
+
+
+def conv_backward(
+    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `value` and `offset_mask`."""
+    grad_value = _new_grad_value(value)
+    padded = offset_mask.shape[3] > 3 * window.groups * window.points
+    new = torch.zeros if padded else torch.empty
+    grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
+    grad = _inner(grad.to(value.dtype), 1)
+    _conv("dcnv4_backward", value, offset_mask, window, grad, grad_value, grad_mask)
+    return grad_value.to(value.dtype), grad_mask
+
+
+def attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> Tensor:
+    """[B, Q, C]."""
+    output = value.new_empty((*locations.shape[:3], value.shape[3]))
+    _attn("dcnv4_forward", value, spatial_shapes, locations, weights, softmax, output)
+    return output.flatten(2)
+
+
+def attn_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `value`, `locations` and `weights`."""
+    grads = (
+        _new_grad_value(value),
+        torch.empty(locations.shape, dtype=locations.dtype),
+        torch.empty(weights.shape, dtype=weights.dtype),
+    )
+    grad = _inner(grad.to(value.dtype), 1).unflatten(2, value.shape[2:])
+    _attn("dcnv4_backward", value, spatial_shapes, locations, weights, softmax, grad, *grads)
+    return grads[0].to(value.dtype), grads[1], grads[2]
+
+
+def _conv(
+    function: str,
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    output: Tensor,
+    *grads: Tensor,
+) -> None:
+    """Run a convolution; `output` is the forward's result or the backward's gradient of it."""
+    batch, height, width, channels = value.shape
+    if max(height, width) > _LARGEST:
+        raise ValueError(f"value must have H, W < 2**31 = {2**31}; got {list(value.shape)}")
+    value, offset_mask = _inner(value, 1), _inner(offset_mask, 1)
+    if height > 1 and value.stride(1) != width * value.stride(2):
+        value = value.contiguous()
+    depth = channels // window.groups
+    views = [
+        _view(value, depth),
+        *_field_views(offset_mask, window),
+        _view(output, depth),
+    ]
+    if grads:
+        views += [_view(grads[0], depth), *_field_views(grads[1], window)]
+    levels = [(height, width, 0)]
+    sizes = (batch, *offset_mask.shape[1:3], window.groups, depth, height * width)
+    origin = map(float, window.origins(0, 0))  # type: ignore[arg-type]
+    down, right = window.stride
+    _run(
+        function,
+        views,
+        (*sizes, len(levels), window.points, window.softmax, False),
+        (*origin, right, down, window.offset_scale),
+        levels,
+        _base(window),
+    )
+
+
+def _attn(
+    function: str,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    output: Tensor,
+    *grads: Tensor,
+) -> None:
+    """Run an attention; `output` is the forward's result or the backward's gradient of it."""
+    batch, pixels, groups, depth = value.shape
+    value, locations, weights = _inner(value, 1), _inner(locations, 3), _inner(weights, 2)
+    levels, clipped = _levels(spatial_shapes, pixels)
+    tensors = value, locations, weights, output, *grads
+    sizes = (batch, 1, locations.shape[1], groups, depth, pixels)
+    _run(
+        function,
+        [_heads_view(tensor) for tensor in tensors],
+        (*sizes, len(levels), locations.shape[4], softmax, clipped),
+        (-0.5, -0.5, 0.0, 0.0, 0.0),
+        levels,
+        None,
+    )
+
+
+def _run(
+    function: str,
+    views: list[_View],
+    integers: tuple[int, ...],
+    numbers: tuple[float, ...],
+    levels: list[tuple[int, int, int]],
+    base: bytes | None,
+) -> None:
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        raise RuntimeError(f"the cpu backend {kernels}")
+    views += [_NO_VIEW] * (7 - len(views))
+    flat = [number for view in views for number in view]
+    problem = _PROBLEM.pack(*flat, *integers, torch.get_num_threads(), _forked, *numbers)
+    packed = struct.pack(f"{3 * len(levels)}q", *(number for level in levels for number in level))
+    if getattr(kernels, function)(problem, packed, base):
+        raise MemoryError("the cpu backend has no memory for its scratch")
+
+
+@cache
+def _kernels() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    try:
+        return library(cache_dir())
+    except CompileError as error:
+        return str(error)
+
+
+def _new_grad_value(value: Tensor) -> Tensor:
+    """Zeros in the dtype that sums are made in."""
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return torch.zeros(value.shape, dtype=dtype)
+
+
+def _inner(tensor: Tensor, dimensions: int) -> Tensor:
+    """The tensor, or a copy, in which the last dimensions lie in memory without gaps."""
+    expected = 1
+    for size, stride in zip(
+        tensor.shape[: -dimensions - 1 : -1], tensor.stride()[::-1], strict=False
+    ):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def _view(tensor: Tensor, group: int, skip: int = 0) -> _View:
+    """A tensor [B, rows, columns, channels] whose groups are so many channels apart."""
+    data = tensor.data_ptr() + skip * tensor.element_size()
+    return (data, _DTYPES[tensor.dtype], *tensor.stride()[:3], group)
+
+
+def _field_views(offset_mask: Tensor, window: Window) -> tuple[_View, _View]:
+    """The offsets in an `offset_mask`, and its weights."""
+    points = window.points
+    return _view(offset_mask, 3 * points), _view(offset_mask, 3 * points, skip=2 * points)
+
+
+def _heads_view(tensor: Tensor) -> _View:
+    """A tensor [B, S or Q, G, ...]: one row of pixels or queries."""
+    image, column, group = tensor.stride()[:3]
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], image, 0, column, group)
+
+
+def _levels(
+    spatial_shapes: Tensor | Sequence[tuple[int, int]], pixels: int
+) -> tuple[list[tuple[int, int, int]], bool]:
+    """Height, width and first pixel of each level, and whether any leaves the value."""
+    pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    levels, start, clipped = [], 0, False
+    for height, width in pairs:
+        stop = start + height * width
+        clipped |= min(height, width, start) < 0 or stop > pixels
+        fits = 0 <= start <= pixels and min(height, width) >= 0 and max(height, width) <= _LARGEST
+        levels.append((height, width, start) if fits else (0, 0, 0))
+        start = stop
+    return levels, clipped
+
+
+@cache
+def _base(window: Window) -> bytes:
+    """(x, y) of each kernel point from the window's centre, as the kernels read them."""
+    (dh, dw), (ch, cw) = window.dilation, window.center
+    cells = [number for i, j in window.grid() for number in (i * dw - cw, j * dh - ch)]
+    return struct.pack(f"{len(cells)}d", *cells)
