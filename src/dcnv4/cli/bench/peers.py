@@ -1,8 +1,9 @@
 """Who runs the cases: this library's backends, other implementations, and yardsticks.
 
-A new peer is a function that makes a `Job` of a case, under `@contestant`. Peers get the inputs in
-the layout that they want: their conversions are not timed. Arithmetic that is a part of the
-operator (grids from offsets, softmax) is.
+A new peer is a function that makes a `Job` of a case, under `@contestant`. Other libraries get the
+inputs in the layout that they want: their conversions are not timed. A `grid_sample` formulation is
+the whole operator, from the contract's tensors to its output. Arithmetic that is a part of the
+operator (grids from offsets, softmax) is timed.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def _grid_sample_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
         split: Tensor = output.unflatten(0, (-1, groups)).unflatten(3, (height, width))
         return split.permute(0, 3, 4, 1, 2).flatten(3)
 
-    return Job(inputs, call, own, contract)
+    return Job(inputs, lambda *tensors: contract(call(*own(*tensors))))
 
 
 def _fields(offset_mask: Tensor, groups: int, points: int) -> tuple[Tensor, Tensor]:
@@ -256,7 +257,7 @@ def _grid_sample_attention(case: Attention, inputs: tuple[Tensor, ...]) -> Job:
         split: Tensor = output.unflatten(0, (-1, case.heads))  # [B, G, D, Q]
         return split.permute(0, 3, 1, 2).flatten(2)
 
-    return Job(inputs, call, own, contract)
+    return Job(inputs, lambda *tensors: contract(call(*own(*tensors))))
 
 
 @contestant("torchvision", "deform_conv", requires="torchvision")
