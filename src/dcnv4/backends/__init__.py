@@ -136,7 +136,9 @@ def _known(what: str, name: str) -> str:
 
 @cache
 def _choose(call: Call, name: str) -> str:
-    for candidate in NAMES if name == "auto" else (name,):
+    # Triton's interpreter takes CPU tensors when it is asked to, but it is no backend to prefer.
+    fit = [n for n in NAMES if n != "triton" or call.device.type != "cpu"]
+    for candidate in fit if name == "auto" else (name,):
         if why_not(candidate, call) is None:
             return candidate
     reasons = "".join(f"\n  {key}: {why_not(key, call) or 'usable'}" for key in NAMES)
