@@ -42,7 +42,7 @@ def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]
 
 
 def unpack(settings: Sequence[Any]) -> tuple[Window, str]:
-    """The window and the backend's name that the arguments of `deform_conv` after two tensors are."""
+    """The window and the backend's name: what follows the tensors of `deform_conv`."""
     kernel_size, stride, padding, dilation, *rest, backend = settings
     pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
     return Window(*pairs, *rest), backend

@@ -45,9 +45,9 @@ memory           PyTorch's allocations at their highest during the call, beyond 
 host             the time to issue the call without waiting (GPU only).
 ~                a yardstick: another function, never checked.
 
-Other libraries get their inputs in the layout that they want; conversions are not timed. grid_sample
-is the whole operator, from and to the contract's layout. deformops compiles its CUDA kernels where
-DEFORMOPS_COMPILE=always.
+Other libraries get their inputs in the layout that they want; conversions are not timed. A
+grid_sample is the whole operator, from and to the contract's layout. deformops compiles its CUDA
+kernels where DEFORMOPS_COMPILE=always.
 """
 
 

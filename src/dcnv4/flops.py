@@ -1,0 +1,105 @@
+"""How many operations the operators are, for the counters people use.
+
+As PyTorch counts, a multiplication and its addition are 2 operations, and what is not a sum of
+products (coordinates, fractions, softmax) is none. A point sums 4 corners in each channel of its
+group: 8 operations a point and channel in the forward, 16 in the backward (the value's gradient,
+and the products that the gradients of coordinates and weights are made of).
+
+`torch.utils.flop_counter.FlopCounterMode` knows these formulas once this module is imported, which
+`import dcnv4` leaves to whoever counts: PyTorch's counter imports Triton. fvcore and thop, which
+count a multiplication and its addition as 1, are told:
+
+    FlopCountAnalysis(model, inputs).set_op_handle(**dcnv4.flops.FVCORE)
+    with dcnv4.flops.thop_hooks(model):
+        thop.profile(model, inputs)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+
+
+def _products(points: int, output: Sequence[int]) -> int:
+    """Multiplications of the forward: `points` a group and output pixel, of 4 corners each."""
+    return 4 * points * prod(output)
+
+
+def _conv_points(kernel_size: Sequence[int], remove_center: bool) -> int:
+    return prod(kernel_size) - remove_center
+
+
+def _forward(points: Callable[..., int]) -> Callable[..., int]:
+    return lambda *shapes, out_shape, **_: 2 * _products(points(*shapes), out_shape)
+
+
+def _backward(points: Callable[..., int]) -> Callable[..., int]:
+    return lambda grad, *shapes, **_: 4 * _products(points(*shapes), grad)
+
+
+def _register(counter: ModuleType) -> None:
+    """Teach PyTorch's counter, which calls a formula with the arguments, shapes for tensors."""
+    for name, points in (
+        ("deform_conv", lambda *arguments: _conv_points(arguments[2], arguments[8])),
+        ("ms_deform_attn", lambda *arguments: prod(arguments[3][3:5])),
+    ):
+        operator = getattr(torch.ops.dcnv4, name)
+        operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward")
+        counter.register_flop_formula(operator)(_forward(points))
+        counter.register_flop_formula(operator_backward)(_backward(points))
+
+
+try:
+    from torch.utils import flop_counter
+except ImportError:  # before PyTorch 2.1
+    pass
+else:
+    _register(flop_counter)
+
+
+def _fvcore_conv(inputs: list[Any], outputs: list[Any]) -> int:
+    kernel_size = [size.toIValue() for size in inputs[2].node().inputs()]
+    return _products(_conv_points(kernel_size, inputs[8].toIValue()), outputs[0].type().sizes())
+
+
+def _fvcore_attn(inputs: list[Any], outputs: list[Any]) -> int:
+    return _products(prod(inputs[3].type().sizes()[3:5]), outputs[0].type().sizes())
+
+
+FVCORE: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    "dcnv4::deform_conv": _fvcore_conv,
+    "dcnv4::ms_deform_attn": _fvcore_attn,
+}
+"""What fvcore counts an operator with, by its name: for `set_op_handle`."""
+
+
+@contextmanager
+def thop_hooks(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `thop.profile(model, …)` counts the operators in the layers of `model`.
+
+    thop counts their projections by itself.
+    """
+
+    def count(layer: Any, inputs: Any, output: Tensor) -> None:
+        points = (
+            layer.n_levels * layer.n_points
+            if isinstance(layer, FlashDeformAttn)
+            else layer.window.points
+        )
+        layer.total_ops += _products(points, output.shape)
+
+    layers = [m for m in model.modules() if isinstance(m, (DCNv4, DCNv4Conv2d, FlashDeformAttn))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
