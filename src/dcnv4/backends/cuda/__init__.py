@@ -1,7 +1,449 @@
-"""Not built yet."""
+"""CUDA C++ kernels, compiled by NVRTC at the first call for this GPU and these shape constants.
 
+What a kernel is compiled for: numbers of channels, groups, points and levels, the window, dtypes.
+What it is told at launch: sizes of batch, image and queries, and strides. So a new image size never
+compiles. Tensors are read where they lie if channels are innermost and pixels regularly spaced.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...geometry import Window
 from .. import Call
+from . import compile
+
+_NUMBERS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+MAX_THREADS = 256
+_WARP = 32
+_PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
 def why_not(call: Call) -> str | None:
-    return "is not built yet"
+    """None where this backend can run `call`; otherwise one sentence that says why not."""
+    if call.device.type != "cuda":
+        return f"needs tensors on a CUDA GPU; got {call.device.type}"
+    return compile.why_not(call.device.index)
+
+
+class Shape(NamedTuple):
+    """How threads share the channels of a slice, one (output pixel, group)."""
+
+    vector: int
+    """Neighbouring channels a thread holds."""
+    lanes: int
+    """Threads of a warp for a slice."""
+
+
+@cache
+def launch_shape(depth: int, points: int, itemsize: int, alignment: int, backward: bool) -> Shape:
+    """The cheapest way to share a slice.
+
+    Args:
+        depth: D, channels of a slice.
+        points: points of a slice.
+        itemsize: bytes of a channel.
+        alignment: bytes that divide the addresses of all slices, up to 16.
+        backward: whether gradients are added to memory, four float32 at once.
+    """
+    vectors = [
+        vector
+        for vector in (1, 2, 4, 8)
+        if depth % vector == 0 and vector * itemsize <= alignment and not (backward and vector > 4)
+    ]
+    candidates = [Shape(vector, _lanes(-(-depth // vector))) for vector in vectors]
+
+    def cost(shape: Shape) -> float:
+        """Instructions of a slice's threads, about."""
+        vector, lanes = shape
+        passes = -(-depth // (vector * lanes))
+        own = -(-points // lanes) * 60
+        shared = points * (6 if lanes > 1 else 0)
+        if backward:
+            sums = points * 8 * (lanes.bit_length() - 1)
+            return lanes * (own + shared + sums + passes * points * (28 + 16 * vector))
+        return lanes * passes * (own + shared + points * (22 + 4 * vector))
+
+    return min(candidates, key=cost)
+
+
+def block_size(threads: int, processors: int) -> int:
+    """The threads of a block: many, so that neighbours share an L1, and few enough for balance.
+
+    The largest size with which the busiest of `processors` is at most a tenth busier than it need
+    be.
+    """
+
+    def busiest(size: int) -> int:
+        blocks = -(-threads // size)
+        return -(-blocks // processors) * size
+
+    sizes = (MAX_THREADS, 128, 64)
+    enough = 1.1 * min(map(busiest, sizes))
+    return next(size for size in sizes if busiest(size) <= enough)
+
+
+def _lanes(wanted: int) -> int:
+    """The power of two that holds them, of at most a warp."""
+    return min(_WARP, 1 << (wanted - 1).bit_length())
+
+
+class _Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    kernel: compile.Kernel
+    blocks: int
+    threads: int
+    pack: Callable[..., bytes]
+    """The tensors' addresses, the structure's first fields, as bytes."""
+    tail: bytes
+    """The other fields."""
+    device: int
+
+    def __call__(self, *addresses: int) -> None:
+        arguments = self.pack(*addresses) + self.tail
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if torch._C._cuda_getDevice() == self.device:
+            self.kernel(self.blocks, self.threads, stream, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                self.kernel(self.blocks, self.threads, stream, arguments)
+
+
+class _Problem(NamedTuple):
+    """What a launch depends on in either operator."""
+
+    groups: int
+    depth: int
+    points: int
+    """Of a slice."""
+    softmax: bool
+    dtype: torch.dtype
+    """Of the value."""
+    wide: bool
+    """Whether pixels or slices need 64-bit numbers."""
+    slices: int
+    device: int
+    macros: dict[str, int | str]
+    """The operator's own."""
+
+
+class _Layout(NamedTuple):
+    """Where the numbers of a tensor lie, as far as a launch depends on it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    address: int
+    """Of its first number, modulo 16 bytes."""
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Strides from image to image, and from pixel to pixel, of a [B, H, W, C] or [B, N, C]."""
+        if len(self.shape) == 3 or self.shape[2] == 1:
+            return self.strides[0], self.strides[1]
+        return self.strides[0], self.strides[2]
+
+    def alignment(self, *strides: int) -> int:
+        """Bytes, up to 16, that divide all addresses these strides lead to."""
+        bits = self.address | 16
+        for stride in strides:
+            bits |= stride * _bytes(self.dtype)
+        return bits & -bits
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
+
+
+def _pixels(tensor: Tensor) -> Tensor:
+    """A [B, H, W, C] as kernels read it: channels innermost, pixels regularly spaced."""
+    if tensor.is_contiguous():
+        return tensor
+    _, height, width, channels = tensor.shape
+    _, row, pixel, channel = tensor.stride()
+    regular = height == 1 or width == 1 or row == width * pixel
+    return tensor if regular and (channel == 1 or channels == 1) else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A [B, N, ...] as kernels read it: what follows N is contiguous."""
+    if tensor.is_contiguous():
+        return tensor
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
+    """[B, Ho, Wo, C]"""
+    value, offset_mask = _pixels(value), _pixels(offset_mask)
+    plan = _conv_plan(
+        "conv_forward", _layout(value), _layout(offset_mask), None, window, value.get_device()
+    )
+    shape = *offset_mask.shape[:3], value.shape[3]
+    if plan is None:
+        return value.new_zeros(shape)
+    output = torch.empty(shape, dtype=value.dtype, device=value.device)
+    plan(value.data_ptr(), offset_mask.data_ptr(), output.data_ptr())
+    return output
+
+
+def conv_backward(
+    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `value` and `offset_mask`."""
+    grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
+    layouts = _layout(value), _layout(offset_mask), _layout(grad)
+    plan = _conv_plan("conv_backward", *layouts, window, value.get_device())
+    if plan is None:
+        return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
+    grad_value = _zeros(value)
+    grad_mask = torch.empty(offset_mask.shape, dtype=offset_mask.dtype, device=value.device)
+    plan(
+        value.data_ptr(),
+        offset_mask.data_ptr(),
+        grad.data_ptr(),
+        grad_value.data_ptr(),
+        grad_mask.data_ptr(),
+    )
+    return grad_value.to(value.dtype), grad_mask
+
+
+def attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> Tensor:
+    """[B, Q, C]"""
+    value, locations, weights = _rows(value), _rows(locations), _rows(weights)
+    sizes, shapes = _sizes(spatial_shapes)
+    layouts = _layout(value), _layout(locations), _layout(weights)
+    plan = _attn_plan("attn_forward", *layouts, None, sizes, softmax, value.get_device())
+    shape = *locations.shape[:2], value.shape[2] * value.shape[3]
+    if plan is None:
+        return value.new_zeros(shape)
+    output = torch.empty(shape, dtype=value.dtype, device=value.device)
+    plan(
+        value.data_ptr(),
+        locations.data_ptr(),
+        weights.data_ptr(),
+        output.data_ptr(),
+        0 if shapes is None else shapes.data_ptr(),
+    )
+    return output
+
+
+def attn_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `value`, `locations` and `weights`."""
+    grad, value = _rows(grad), _rows(value)
+    locations, weights = _rows(locations), _rows(weights)
+    sizes, shapes = _sizes(spatial_shapes)
+    layouts = _layout(value), _layout(locations), _layout(weights), _layout(grad)
+    plan = _attn_plan("attn_backward", *layouts, sizes, softmax, value.get_device())
+    if plan is None:
+        inputs = value, locations, weights
+        grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
+        return grads[0], grads[1], grads[2]
+    grad_value = _zeros(value)
+    grad_locations = torch.empty(locations.shape, dtype=locations.dtype, device=value.device)
+    grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=value.device)
+    plan(
+        value.data_ptr(),
+        locations.data_ptr(),
+        weights.data_ptr(),
+        grad.data_ptr(),
+        grad_value.data_ptr(),
+        grad_locations.data_ptr(),
+        grad_weights.data_ptr(),
+        0 if shapes is None else shapes.data_ptr(),
+    )
+    return grad_value.to(value.dtype), grad_locations, grad_weights
+
+
+def _zeros(value: Tensor) -> Tensor:
+    """What the gradient of `value` is summed in."""
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return torch.zeros(value.shape, dtype=dtype, device=value.device)
+
+
+def _sizes(
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+) -> tuple[tuple[int, ...] | None, Tensor | None]:
+    """The levels' sizes H₀, W₀, H₁, … where the host knows them, otherwise where they lie."""
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.device.type == "cuda":
+            return None, spatial_shapes.to(torch.int64).contiguous()
+        spatial_shapes = spatial_shapes.tolist()
+    return tuple(size for pair in spatial_shapes for size in pair), None
+
+
+@lru_cache(_PLANS)
+def _conv_plan(
+    name: str,
+    value: _Layout,
+    fields: _Layout,
+    grad: _Layout | None,
+    window: Window,
+    device: int,
+) -> _Plan | None:
+    batch, height, width, channels = value.shape
+    rows, columns = fields.shape[1:3]
+    slices = batch * rows * columns * window.groups
+    if slices == 0 or height * width == 0:
+        return None
+    value_strides, fields_strides = value.pixels, fields.pixels
+    alignment = value.alignment(*value_strides)
+    head = ""
+    numbers: tuple[float, ...] = ()
+    if grad is not None:
+        alignment = min(alignment, grad.alignment(*grad.pixels))
+        head, numbers = "3q", (*grad.pixels, fields.shape[3])
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window[:4]
+    center_h, center_w = window.center
+    macros: dict[str, int | str] = {
+        "FIELDS": _NUMBERS[fields.dtype],
+        "KERNEL_H": kh,
+        "KERNEL_W": kw,
+        "STRIDE_H": sh,
+        "STRIDE_W": sw,
+        "PADDING_H": ph,
+        "PADDING_W": pw,
+        "DILATION_H": dh,
+        "DILATION_W": dw,
+        "CENTER_H": center_h,
+        "CENTER_W": center_w,
+        "REMOVE_CENTER": int(window.remove_center),
+    }
+    stride = value_strides[1] * _bytes(value.dtype)
+    wide = max(slices >> 2, height * width, stride >> 2) >= 1 << 29
+    numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
+    numbers += (height, width, rows, columns)
+    return _plan(
+        name,
+        _Problem(
+            window.groups,
+            channels // window.groups,
+            window.points,
+            window.softmax,
+            value.dtype,
+            wide,
+            slices,
+            device,
+            macros,
+        ),
+        alignment,
+        3 if grad is None else 5,
+        f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}4i",
+        numbers,
+    )
+
+
+@lru_cache(_PLANS)
+def _attn_plan(
+    name: str,
+    value: _Layout,
+    locations: _Layout,
+    weights: _Layout,
+    grad: _Layout | None,
+    sizes: tuple[int, ...] | None,
+    softmax: bool,
+    device: int,
+) -> _Plan | None:
+    batch, length, groups, depth = value.shape
+    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    slices = batch * queries * groups
+    if slices == 0 or length == 0:
+        return None
+    alignment = value.alignment(*value.strides[:2])
+    head = ""
+    numbers: tuple[float, ...] = ()
+    if grad is not None:
+        alignment = min(alignment, grad.alignment(*grad.pixels))
+        head, numbers = "2q", grad.pixels
+    pair = 2 * _bytes(locations.dtype)
+    macros: dict[str, int | str] = {
+        "LOCATIONS": _NUMBERS[locations.dtype],
+        "WEIGHTS": _NUMBERS[weights.dtype],
+        "LEVELS": levels,
+        "LEVEL_POINTS": points,
+        "LOCATION_VECTOR": 2 if locations.alignment(*locations.strides[:2]) >= pair else 1,
+    }
+    stride = value.strides[1] * _bytes(value.dtype)
+    wide = max(slices >> 2, length, stride >> 2) >= 1 << 29
+    numbers += (value.strides[0], *locations.strides[:2], *weights.strides[:2], length)
+    numbers += (stride, slices, queries, *(sizes or (0,) * 2 * levels))
+    return _plan(
+        name,
+        _Problem(
+            groups, depth, levels * points, softmax, value.dtype, wide, slices, device, macros
+        ),
+        alignment,
+        5 if grad is None else 8,
+        f"{head}6q{'3Q' if wide else '3I'}{2 * levels}i",
+        numbers,
+    )
+
+
+def _plan(
+    name: str,
+    problem: _Problem,
+    alignment: int,
+    addresses: int,
+    fields: str,
+    numbers: Sequence[float],
+) -> _Plan:
+    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
+    depth, points, itemsize = problem.depth, problem.points, _bytes(problem.dtype)
+    vector, lanes = launch_shape(depth, points, itemsize, alignment, "backward" in name)
+    pack, tail = struct.Struct(f"{addresses}P").pack, struct.pack(f"{fields}0q", *numbers)
+    macros = {
+        "VALUE": _NUMBERS[problem.dtype],
+        "INDEX": "unsigned long long" if problem.wide else "unsigned",
+        "GROUPS": problem.groups,
+        "DEPTH": depth,
+        "POINTS": points,
+        "SOFTMAX": int(problem.softmax),
+        "VECTOR": vector,
+        "LANES": lanes,
+        "MAX_THREADS": MAX_THREADS,
+        "ARGUMENT_BYTES": struct.calcsize(f"{addresses}P") + len(tail),
+        **problem.macros,
+    }
+    device = problem.device
+    kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    threads = block_size(problem.slices * lanes, processors)
+    blocks = -(-problem.slices * lanes // threads)
+    return _Plan(kernel, blocks, threads, pack, tail, device)
+
+
+def _sum(dtype: torch.dtype) -> str:
+    return "d" if dtype == torch.float64 else "f"
+
+
+def _bytes(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits // 8

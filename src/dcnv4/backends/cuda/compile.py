@@ -1,0 +1,203 @@
+"""Kernels from source to launch: NVRTC, one cache in memory and one on disk.
+
+A kernel is compiled for one architecture and one set of macros, at its first call. What is on disk
+is trusted only with its checksum, and losing it costs a compilation (about 0.3 s).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from ctypes import addressof, c_char_p
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from .. import cache_dir
+
+Macros = tuple[tuple[str, str], ...]
+
+_FOLDER = Path(__file__).parent
+_INCLUDE = _FOLDER.parent / "include"
+_DIGEST = 32  # bytes of the checksum that an entry of the cache begins with
+_OLDEST = (7, 0)  # compute capability: what `numbers.cuh` is written for
+_lock = Lock()
+
+
+@cache
+def why_not(index: int | None) -> str | None:
+    """What keeps GPU `index` (None: the current one) from running kernels, in one sentence."""
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU; got ROCm {torch.version.hip}, which the triton backend serves"
+    major = max(12, int((torch.version.cuda or "13").split(".")[0]))
+    install = "pip install -U 'cuda-core[cu{}]'"
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        found = version("cuda-core")
+    except ImportError as error:
+        return (
+            f"needs cuda-core ({install.format(major)}); got {type(error).__name__}: {_line(error)}"
+        )
+    if int(found.split(".")[0]) < 1:
+        return f"needs cuda-core >= 1 ({install.format(major)}); got {found}"
+    try:
+        compiler = _nvrtc_version()
+    except Exception as error:
+        package = f"nvidia-cuda-nvrtc{'-cu12' if major == 12 else ''}"
+        return f"needs NVRTC (pip install {package}); got {type(error).__name__}: {_line(error)}"
+    if not torch.cuda.is_available():
+        return f"needs a CUDA GPU that PyTorch sees; got none with torch {torch.__version__}"
+    newest = int(driver.cuDriverGetVersion()[1])
+    if newest // 1000 < compiler[0]:
+        return (
+            f"needs an NVIDIA driver for CUDA {compiler[0]} (update it, or "
+            f"{install.format(newest // 1000)}); got one for CUDA "
+            f"{newest // 1000}.{newest % 1000 // 10}"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    known = nvrtc.nvrtcGetSupportedArchs()[1]
+    if capability < _OLDEST or 10 * capability[0] + capability[1] not in known:
+        return (
+            f"needs a GPU of compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer that NVRTC "
+            f"{compiler[0]}.{compiler[1]} knows (pip install -U nvidia-cuda-nvrtc); "
+            f"got {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+class Kernel:
+    """A compiled kernel whose one parameter is a structure, passed by value."""
+
+    def __init__(self, name: str, code: bytes, index: int) -> None:
+        from cuda.bindings import driver
+
+        self._index = index
+        self._start = driver.cuLaunchKernel
+        # The library is never unloaded: a graph may hold its kernel longer than anything here.
+        library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        self._kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
+
+    def __call__(self, blocks: int, threads: int, stream: int, arguments: bytes) -> None:
+        """Start it on a stream of its GPU, which must be the current one."""
+        pointer = (c_char_p * 1)(arguments)
+        launch = blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0
+        result = self._start(self._kernel, *launch)
+        if result[0] and result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
+            _make_current(self._index)  # a thread in which nothing has used CUDA yet
+            result = self._start(self._kernel, *launch)
+        if result[0]:
+            _check(result)
+
+
+def _make_current(index: int) -> None:
+    """Make the context that PyTorch uses on GPU `index` this thread's."""
+    from cuda.bindings import driver
+
+    device = _check(driver.cuDeviceGet(index))
+    _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a function of the driver returned, unless that is an error."""
+    if result[0]:
+        raise RuntimeError(f"the CUDA driver refused a kernel: {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+def kernel(name: str, macros: Macros, index: int) -> Kernel:
+    """The kernel `name` for GPU `index`."""
+    with _lock:
+        return _kernel(name, macros, index)
+
+
+@cache
+def _kernel(name: str, macros: Macros, index: int) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Kernel(name, cached(name, macros, f"sm_{major}{minor}"), index)
+
+
+def cached(name: str, macros: Macros, arch: str) -> bytes:
+    """The machine code of kernel `name`, from the disk or compiled and then kept there."""
+    key = "\0".join(
+        (name, arch, repr(macros), repr(_nvrtc_version()), str(_driver_version()), _sources())
+    )
+    path = Path(cache_dir(), "cuda", f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        entry = b""
+    code = entry[_DIGEST:]
+    if code and entry[:_DIGEST] == _checksum(key, code):
+        return code
+    code = compile(name, macros, arch)
+    _keep(path, _checksum(key, code) + code)
+    return code
+
+
+def compile(name: str, macros: Macros, arch: str) -> bytes:
+    """The machine code of kernel `name` for architecture `arch`. Needs no GPU and no driver."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=name,
+        arch=arch,
+        std="c++17",
+        include_path=[str(_FOLDER), str(_INCLUDE)],
+        define_macro=list(macros),
+    )
+    source = (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    return bytes(Program(source, "c++", options).compile("cubin").code)
+
+
+def _keep(path: Path, entry: bytes) -> None:
+    """Write a cache entry whole or not at all; a folder that takes none only costs time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(entry)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _checksum(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\0" + code).digest()
+
+
+@cache
+def _sources() -> str:
+    """The text of all kernels, which every cache entry depends on."""
+    files = sorted([*_FOLDER.glob("*.cu"), *_FOLDER.glob("*.cuh"), *_INCLUDE.glob("*.h")])
+    return "\0".join(file.read_text(encoding="utf-8") for file in files)
+
+
+@cache
+def _nvrtc_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+@cache
+def _driver_version() -> int | None:
+    from cuda.bindings import driver
+
+    try:
+        return int(driver.cuDriverGetVersion()[1])
+    except Exception:  # no driver: kernels can be compiled, not run
+        return None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,87 @@
+// Where the points of deform_conv lie: the mirror of `conv_points` in geometry.py.
+#pragma once
+
+#include "points.cuh"
+
+namespace dcnv4 {
+
+// What both kernels are told. Strides are in elements but for `stride`; channels lie side by side.
+struct Convolution {
+    long long value_image;
+    long long fields_image, fields_pixel;  // of offset_mask
+    Index stride;                          // bytes from pixel to pixel of the value
+    Index slices;                          // B * Ho * Wo * G
+    Sum offset_scale;
+    int height, width, out_height, out_width;
+};
+
+// The cells of the undeformed window, from its centre: columns outermost. Tabulated, as a division
+// for every point costs more; but constant memory is small.
+constexpr int CELLS = KERNEL_H * KERNEL_W;
+constexpr bool TABULATED = CELLS <= 2048;
+
+constexpr DCNV4_DEVICE Sum grid_x(int cell) { return cell / KERNEL_H * DILATION_W - CENTER_W; }
+constexpr DCNV4_DEVICE Sum grid_y(int cell) { return cell % KERNEL_H * DILATION_H - CENTER_H; }
+
+struct Grid {
+    Sum x[TABULATED ? CELLS : 1], y[TABULATED ? CELLS : 1];
+
+    constexpr __device__ Grid() : x(), y() {
+        for (int cell = 0; TABULATED && cell < CELLS; ++cell) {
+            x[cell] = grid_x(cell);
+            y[cell] = grid_y(cell);
+        }
+    }
+};
+__constant__ constexpr Grid grid;
+
+struct ConvPoints {
+    const FIELDS* fields;  // 2K offsets, K weights
+    FIELDS* gradient;      // as fields
+    Sum x, y, scale;       // of the window's centre
+    int height, width;
+
+    DCNV4_DEVICE ConvPoints(const Convolution& c, const FIELDS* at, FIELDS* gradient, int row,
+                            int column)
+        : fields(at),
+          gradient(gradient),
+          x(Sum(column * STRIDE_W - PADDING_W + CENTER_W)),
+          y(Sum(row * STRIDE_H - PADDING_H + CENTER_H)),
+          scale(c.offset_scale),
+          height(c.height),
+          width(c.width) {}
+
+    DCNV4_DEVICE Place locate(int k) const {
+        constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
+        const int cell = k + (k >= removed);
+        const FIELDS* offset = fields + 2 * k;
+        const Sum at_x = x + scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + load(offset));
+        const Sum at_y = y + scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + load(offset + 1));
+        return {corners(at_x, at_y, height, width), 0, width};
+    }
+    DCNV4_DEVICE Sum logit(int k) const { return load(fields + 2 * POINTS + k); }
+
+    DCNV4_DEVICE void store_gradient(int k, Sum grad_x, Sum grad_y) const {
+        store(gradient + 2 * k, grad_x * scale);
+        store(gradient + 2 * k + 1, grad_y * scale);
+    }
+    DCNV4_DEVICE void store_weight_gradient(int k, Sum grad) const {
+        store(gradient + 2 * POINTS + k, grad);
+    }
+};
+
+// Image, row and column of an output pixel.
+struct OutputPixel {
+    Index image, in_image;
+    int row, column;
+
+    DCNV4_DEVICE OutputPixel(const Convolution& c, Index pixel) {
+        const Index area = Index(c.out_height) * c.out_width;
+        image = pixel / area;
+        in_image = pixel - image * area;
+        row = int(in_image / c.out_width);
+        column = int(in_image - Index(row) * c.out_width);
+    }
+};
+
+}  // namespace dcnv4

@@ -1,0 +1,204 @@
+// The four number types, in vectors of N neighbouring channels. Needs no header of CUDA's.
+//
+// A vector lies in 32-bit words, two halves to a word, and moves in one instruction of up to 16
+// bytes. `Sum` is the type that sums are made in.
+#pragma once
+
+namespace dcnv4 {
+
+struct float16 {
+    unsigned short bits;
+};
+struct bfloat16 {
+    unsigned short bits;
+};
+
+#define DCNV4_DEVICE __device__ __forceinline__
+
+// Both halves of the result are the lower, or the upper, half of `pair`.
+DCNV4_DEVICE unsigned lower_twice(unsigned pair) {
+    unsigned out;
+    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {lower, lower};}"
+        : "=r"(out)
+        : "r"(pair));
+    return out;
+}
+DCNV4_DEVICE unsigned upper_twice(unsigned pair) {
+    unsigned out;
+    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {upper, upper};}"
+        : "=r"(out)
+        : "r"(pair));
+    return out;
+}
+
+template <typename T>
+struct Number {  // float
+    using Sum = float;
+    static constexpr bool packed = false;
+    static DCNV4_DEVICE float get(const unsigned* words, int i) {
+        return __uint_as_float(words[i]);
+    }
+    static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
+        words[i] = __float_as_uint(number);
+    }
+};
+
+template <>
+struct Number<double> {
+    using Sum = double;
+    static constexpr bool packed = false;
+    static DCNV4_DEVICE double get(const unsigned* words, int i) {
+        return __hiloint2double(words[2 * i + 1], words[2 * i]);
+    }
+    static DCNV4_DEVICE void set(unsigned* words, int i, double number) {
+        words[2 * i] = __double2loint(number);
+        words[2 * i + 1] = __double2hiint(number);
+    }
+};
+
+// `packed`: `multiply` and `multiply_add` work on both halves of a word at once.
+template <>
+struct Number<float16> {
+    using Sum = float;
+    static constexpr bool packed = true;
+    static DCNV4_DEVICE float get(const unsigned* words, int i) {
+        float number;
+        asm("cvt.f32.f16 %0, %1;"
+            : "=f"(number)
+            : "h"((unsigned short)(words[i / 2] >> i % 2 * 16)));
+        return number;
+    }
+    static DCNV4_DEVICE unsigned short round(float number) {
+        unsigned short bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
+        return bits;
+    }
+    static DCNV4_DEVICE unsigned multiply(unsigned a, unsigned b) {
+        unsigned product;
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+        return product;
+    }
+    static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+        unsigned sum;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+        return sum;
+    }
+    static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
+        const unsigned bits = round(number);
+        words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
+    }
+};
+
+template <>
+struct Number<bfloat16> {
+    using Sum = float;
+    static constexpr bool packed = __CUDA_ARCH__ >= 800;
+    static DCNV4_DEVICE float get(const unsigned* words, int i) {
+        const unsigned word = words[i / 2];
+        return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+    }
+    static DCNV4_DEVICE unsigned short round(float number) {
+#if __CUDA_ARCH__ >= 800
+        unsigned short bits;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
+        return bits;
+#else
+        const unsigned bits = __float_as_uint(number);
+        if (number != number) return 0x7fff;
+        return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+#endif
+    }
+    static DCNV4_DEVICE unsigned multiply(unsigned a, unsigned b) {
+        return multiply_add(a, b, 0x80008000u);
+    }
+    static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+        unsigned sum;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+        return sum;
+    }
+    static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
+        const unsigned bits = round(number);
+        words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
+    }
+};
+
+// N numbers at an address that their size divides.
+template <typename T, int N>
+struct Vector {
+    using Sum = typename Number<T>::Sum;
+    static constexpr int bytes = N * sizeof(T), words = (bytes + 3) / 4;
+    unsigned word[words];
+
+    DCNV4_DEVICE Sum operator[](int i) const { return Number<T>::get(word, i); }
+    DCNV4_DEVICE void set(int i, Sum number) { Number<T>::set(word, i, number); }
+
+    // From memory that no kernel writes meanwhile.
+    static DCNV4_DEVICE Vector load(const void* at) {
+        Vector out;
+        if constexpr (bytes == 16) {
+            const uint4 w = __ldg((const uint4*)at);
+            out.word[0] = w.x, out.word[1] = w.y, out.word[2] = w.z, out.word[3] = w.w;
+        } else if constexpr (bytes == 8) {
+            const uint2 w = __ldg((const uint2*)at);
+            out.word[0] = w.x, out.word[1] = w.y;
+        } else if constexpr (bytes == 4) {
+            out.word[0] = __ldg((const unsigned*)at);
+        } else {
+            out.word[0] = __ldg((const unsigned short*)at);
+        }
+        return out;
+    }
+    DCNV4_DEVICE void store(void* at) const {
+        if constexpr (bytes == 16) {
+            *(uint4*)at = make_uint4(word[0], word[1], word[2], word[3]);
+        } else if constexpr (bytes == 8) {
+            *(uint2*)at = make_uint2(word[0], word[1]);
+        } else if constexpr (bytes == 4) {
+            *(unsigned*)at = word[0];
+        } else {
+            *(unsigned short*)at = (unsigned short)word[0];
+        }
+    }
+};
+
+template <typename T>
+DCNV4_DEVICE typename Number<T>::Sum load(const T* at) {
+    return Vector<T, 1>::load(at)[0];
+}
+
+template <typename T>
+DCNV4_DEVICE void store(T* at, typename Number<T>::Sum number) {
+    Vector<T, 1> out;
+    out.set(0, number);
+    out.store(at);
+}
+
+// Adds to memory that other threads add to. Relaxed: nothing is ordered by it, no value comes back.
+template <int N>
+DCNV4_DEVICE void add(float* at, const float (&terms)[N]) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4)
+            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + i),
+                         "f"(terms[i]), "f"(terms[i + 1]), "f"(terms[i + 2]), "f"(terms[i + 3]));
+        return;
+    } else if constexpr (N == 2) {
+        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(terms[0]),
+                     "f"(terms[1]));
+        return;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at + i), "f"(terms[i]));
+}
+
+template <int N>
+DCNV4_DEVICE void add(double* at, const double (&terms)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(at + i), "d"(terms[i]));
+}
+
+}  // namespace dcnv4

@@ -1,0 +1,99 @@
+"""Random legal calls of the CUDA kernels against the oracle.
+
+    python tests/fuzz_cuda.py --calls 5000 [--settings 60] [--seed 0]
+
+What a kernel is compiled for comes from a few settings, so that most calls only launch; what it is
+told at launch is drawn for every call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import replace
+
+import torch
+
+import cases
+
+DEPTHS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 33, 64, 130)
+LAYOUTS = ("plain", "plain", "plain", "sliced", "permuted", "expanded")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=5000)
+    parser.add_argument("--settings", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    fuzz(arguments.calls, arguments.settings, arguments.seed)
+    print(f"{arguments.calls} calls of {arguments.settings} settings are right")
+
+
+def fuzz(calls: int, settings: int, seed: int) -> None:
+    """Raises AssertionError, which names the case, where a result is outside its budget."""
+    rng = random.Random(seed)
+    pool = [(conv(rng), attention(rng))[i % 2] for i in range(settings)]
+    dtypes = [rng.choice(cases.DTYPES) for _ in pool]
+    for i in range(calls):
+        chosen = rng.randrange(settings)
+        case = replace(
+            sized(rng, pool[chosen]),
+            id=f"fuzz-{seed}-{i}",
+            layout=rng.choice(LAYOUTS),
+            sigma=rng.choice((0.0, 0.5, 2.0, 8.0)),
+        )
+        case.check(case.run(dtypes[chosen], "cuda", "cuda"), dtypes[chosen])
+
+
+def conv(rng: random.Random) -> cases.ConvCase:
+    kernel = rng.choice(((3, 3), (3, 3), (1, 1), (2, 2), (5, 5), (3, 5), (4, 1), (7, 7)))
+    pairs = {name: (rng.randint(1, 3), rng.randint(1, 3)) for name in ("stride", "dilation")}
+    window = {
+        "kernel_size": kernel,
+        "padding": (rng.randint(0, 3), rng.randint(0, 3)),
+        "offset_scale": rng.choice((1.0, 1.0, 0.5, 2.0, -1.0)),
+        "remove_center": kernel != (1, 1) and rng.random() < 0.3,
+        **pairs,
+    }
+    return cases.ConvCase(
+        "",
+        groups=rng.choice((1, 2, 3, 4, 7)),
+        depth=rng.choice(DEPTHS),
+        softmax=rng.random() < 0.4,
+        coordinates=rng.choice(((), (), (torch.float32,))),
+        window=window,
+    )
+
+
+def attention(rng: random.Random) -> cases.AttnCase:
+    precise = rng.choice(((), (), (torch.float32, torch.float32)))
+    return cases.AttnCase(
+        "",
+        groups=rng.choice((1, 2, 3, 8)),
+        depth=rng.choice(DEPTHS),
+        softmax=rng.random() < 0.6,
+        coordinates=precise,
+        shapes=((1, 1),) * rng.randint(1, 4),
+        per_level=rng.choice((1, 2, 3, 4, 8)),
+        tensor=rng.random() < 0.3,
+    )
+
+
+def sized(rng: random.Random, case: cases.Case) -> cases.Case:
+    """The case at another size, on which its kernels do not depend."""
+    batch = rng.choice((0, 1, 1, 2, 3))
+    if isinstance(case, cases.AttnCase):
+        shapes = tuple((rng.randint(0, 6), rng.randint(0, 6)) for _ in case.shapes)
+        queries = rng.randint(0, 9)
+        flat = batch > 0 < queries and rng.random() < 0.3
+        return replace(case, batch=batch, shapes=shapes, queries=queries, flat=flat)
+    (kh, kw), (dh, dw) = case.window["kernel_size"], case.window["dilation"]
+    ph, pw = case.window["padding"]
+    least = max(1, dh * (kh - 1) + 1 - 2 * ph), max(1, dw * (kw - 1) + 1 - 2 * pw)
+    size = tuple(low + rng.randint(0, 3) for low in least)
+    return replace(case, batch=batch, size=size, extra=rng.choice((0, 0, 1, 5)))
+
+
+if __name__ == "__main__":
+    main()

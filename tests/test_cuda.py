@@ -1,0 +1,508 @@
+"""The CUDA backend: its kernels compile for every architecture, its launches, its cache, its
+reasons; and, on a GPU, streams, threads, graphs, devices, sizes."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import fuzz_cuda
+from dcnv4 import backends, functional
+from dcnv4.backends import cuda as backend
+from dcnv4.backends.cuda import compile
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
+Variant = tuple[str, compile.Macros]
+
+
+@pytest.fixture
+def nvrtc() -> None:
+    try:
+        compile._nvrtc_version()
+    except Exception as error:
+        pytest.skip(f"needs NVRTC; got {type(error).__name__}: {error}")
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """What the cases compile, one in ten of them for a batch that needs 64-bit indices too."""
+    found: dict[Variant, None] = {}
+
+    def record(name: str, macros: compile.Macros, index: int) -> None:
+        found[name, macros] = None
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(compile, "kernel", record)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    for i, (_, case) in enumerate(cases.CASES):
+        for dtype in cases.DTYPES:
+            _plan(case, dtype, case.batch)
+            if i % 10 == 0:
+                _plan(case, dtype, 2**31)
+    return list(found)
+
+
+def _plan(case: cases.Case, dtype: torch.dtype, batch: int) -> None:
+    """Plan the launches of a case, as forward and backward do, for `batch` images."""
+    *arguments, grad = (tensor.detach() for tensor in case.inputs(dtype))
+    value, coordinates = functional._promote(arguments[0], *arguments[1:])
+    grad = grad.to(value.dtype)
+    name, prepare = ("conv", backend._pixels)
+    rest: tuple[Any, ...]
+    if isinstance(case, cases.ConvCase):
+        plan: Callable[..., Any] = backend._conv_plan.__wrapped__
+        rest = (functional.window(**case.settings, softmax=case.softmax), 0)
+    else:
+        assert isinstance(case, cases.AttnCase)
+        name, prepare, plan = "attn", backend._rows, backend._attn_plan.__wrapped__
+        rest = (tuple(size for pair in case.shapes for size in pair), case.softmax, 0)
+        locations, weights = coordinates
+        coordinates = locations, weights.reshape(locations.shape[:-1])
+    first, *layouts = (backend._layout(prepare(tensor)) for tensor in (value, *coordinates))
+    first = first._replace(shape=(batch, *first.shape[1:]))
+    plan(f"{name}_forward", first, *layouts, None, *rest)
+    plan(f"{name}_backward", first, *layouts, backend._layout(prepare(grad)), *rest)
+
+
+def test_every_variant_compiles(nvrtc: None, variants: list[Variant]) -> None:
+    """Each for one architecture in turn."""
+    indices = {dict(macros)["INDEX"] for _, macros in variants}
+    assert indices == {"unsigned", "unsigned long long"}
+    jobs = [(*v, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, v in enumerate(variants)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        codes = list(pool.map(compile.compile, *zip(*jobs, strict=True), chunksize=8))
+    assert all(code.startswith(b"\x7fELF") for code in codes)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_launch_shape(itemsize: int, backward: bool) -> None:
+    for depth in (*range(1, 67), 80, 96, 100, 128, 255, 256, 1000):
+        for points in (1, 9, 16, 49):
+            for alignment in (2, 4, 8, 16):
+                if alignment < itemsize:
+                    continue
+                vector, lanes = backend.launch_shape(depth, points, itemsize, alignment, backward)
+                assert depth % vector == 0
+                assert vector * itemsize <= alignment
+                assert lanes in (1, 2, 4, 8, 16, 32)
+                assert lanes == 32 or vector * lanes >= depth
+                assert lanes == 1 or vector * lanes < 2 * depth
+                assert not backward or vector <= 4
+
+
+def test_threads_move_sixteen_bytes_of_the_usual_layers() -> None:
+    for itemsize, vector in ((2, 8), (4, 4)):
+        for depth in (16, 32, 64):
+            assert backend.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
+            assert backend.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
+
+
+def test_block_size() -> None:
+    for threads in (1, 63, 64, 1000, 77_000, 132 * 256, 132 * 256 + 1, 10**7, 2**33):
+        size = backend.block_size(threads, 132)
+        assert size in (64, 128, 256)
+        load = {s: math.ceil(math.ceil(threads / s) / 132) * s for s in (64, 128, 256)}
+        assert load[size] <= 1.1 * min(load.values())
+    assert backend.block_size(10**7, 132) == 256
+    assert backend.block_size(132 * 64, 132) == 64
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvrtc: None) -> list[str]:
+    """The kernels compiled, in a cache of its own; compiling them is pretended."""
+    calls: list[str] = []
+
+    def pretend(name: str, macros: compile.Macros, arch: str) -> bytes:
+        calls.append(name)
+        return f"code of {name} {macros} {arch}".encode()
+
+    monkeypatch.setenv("DCNV4_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile, "compile", pretend)
+    return calls
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_cache_is_read_by_the_next_call(compiled: list[str], tmp_path: Path) -> None:
+    code = compile.cached("a", (("N", "1"),), "sm_90")
+    assert compile.cached("a", (("N", "1"),), "sm_90") == code
+    assert compiled == ["a"]
+    assert len(_entries(tmp_path)) == 1
+
+
+def test_cache_depends_on_all_that_the_code_does(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [
+        compile.cached("a", (("N", "1"),), "sm_90"),
+        compile.cached("b", (("N", "1"),), "sm_90"),
+        compile.cached("a", (("N", "2"),), "sm_90"),
+        compile.cached("a", (("N", "1"),), "sm_80"),
+    ]
+    assert len(set(codes)) == len(compiled) == 4
+    for name, other in (("_sources", ""), ("_nvrtc_version", (1, 2)), ("_driver_version", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(compile, name, lambda other=other: other)
+            compile.cached("a", (("N", "1"),), "sm_90")
+    assert len(compiled) == 7
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "foreign"])
+def test_cache_trusts_no_damaged_entry(compiled: list[str], tmp_path: Path, damage: str) -> None:
+    code = compile.cached("a", (), "sm_90")
+    (entry,) = _entries(tmp_path)
+    written = entry.read_bytes()
+    compile.cached("b", (), "sm_90")
+    (other,) = (path for path in _entries(tmp_path) if path != entry)
+    damaged = {
+        "empty": b"",
+        "short": written[:-1],
+        "flipped": written[:-1] + bytes([written[-1] ^ 1]),
+        "foreign": other.read_bytes(),
+    }
+    entry.write_bytes(damaged[damage])
+    assert compile.cached("a", (), "sm_90") == code
+    assert compiled == ["a", "b", "a"]
+    assert entry.read_bytes() == written
+
+
+def test_cache_that_takes_nothing_only_costs_time(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DCNV4_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert compile.cached("a", (), "sm_90") == compile.cached("a", (), "sm_90")
+    assert compiled == ["a", "a"]
+
+
+def test_cache_entry_is_whole_or_absent(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert compile.cached("a", (), "sm_90")
+    assert _entries(tmp_path) == []
+
+
+def test_cache_survives_racing_threads(compiled: list[str], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        codes = set(pool.map(lambda i: compile.cached("a", (), "sm_90"), range(64)))
+    assert len(codes) == 1
+    assert len(_entries(tmp_path)) == 1
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch, nvrtc: None) -> Iterator[pytest.MonkeyPatch]:
+    """As if a GPU of capability 9.0 with a new driver were there."""
+    from cuda.bindings import driver
+
+    compile.why_not.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, 99_000))
+    yield monkeypatch
+    compile.why_not.cache_clear()
+
+
+def test_why_not_when_all_is_there(visible: pytest.MonkeyPatch) -> None:
+    assert backend.why_not(CALL) is None
+
+
+def test_why_not_a_cpu() -> None:
+    call = CALL._replace(device=torch.device("cpu"))
+    assert backend.why_not(call) == "needs tensors on a CUDA GPU; got cpu"
+
+
+def test_why_not_rocm(visible: pytest.MonkeyPatch) -> None:
+    visible.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA GPU; got ROCm 6.4" in str(backend.why_not(CALL))
+
+
+def test_why_not_an_old_cuda_core(visible: pytest.MonkeyPatch) -> None:
+    visible.setattr(compile, "version", lambda name: "0.3.2")
+    reason = str(backend.why_not(CALL))
+    assert reason.startswith("needs cuda-core >= 1 (pip install -U 'cuda-core[cu1")
+    assert reason.endswith("got 0.3.2")
+
+
+def test_why_not_without_nvrtc(visible: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("no libnvrtc\nsecond line")
+
+    visible.setattr(compile, "_nvrtc_version", missing)
+    reason = str(backend.why_not(CALL))
+    assert reason.startswith("needs NVRTC (pip install nvidia-cuda-nvrtc")
+    assert reason.endswith("got RuntimeError: no libnvrtc")
+
+
+def test_why_not_an_old_driver(visible: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver
+
+    visible.setattr(compile, "_nvrtc_version", lambda: (13, 0))
+    visible.setattr(driver, "cuDriverGetVersion", lambda: (0, 12_040))
+    reason = str(backend.why_not(CALL))
+    assert reason.startswith("needs an NVIDIA driver for CUDA 13 (update it, or pip install")
+    assert "cuda-core[cu12]" in reason
+    assert reason.endswith("got one for CUDA 12.4")
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (99, 0)])
+def test_why_not_an_unknown_gpu(visible: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    visible.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = str(backend.why_not(CALL))
+    assert "compute capability 7.0 or newer" in reason
+    assert reason.endswith("got {}.{}".format(*capability))
+
+
+def _fresh(code: str) -> str:
+    """What a new process prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_why_not_without_cuda_core() -> None:
+    reason = _fresh(
+        """
+        import sys
+        sys.modules["cuda"] = sys.modules["cuda.core"] = None
+        import torch, dcnv4
+        from dcnv4.backends import Call, why_not
+        torch.version.hip = None
+        print(why_not("cuda", Call("deform_conv", torch.device("cuda"), torch.float32)))
+        """
+    )
+    assert reason.startswith("needs cuda-core (pip install -U 'cuda-core[cu1")
+    assert "\n" not in reason
+
+
+def test_import_loads_no_compiler() -> None:
+    loaded = (
+        "import sys, dcnv4.backends.cuda as c; print([m for m in sys.modules if m[:9] == {!r}])"
+    )
+    assert _fresh(loaded.format("cuda.core")) == "[]"
+
+
+def _call(
+    batch: int = 2, size: int = 8, device: str = "cuda", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float16}
+    image = batch, size, size
+    return torch.randn(*image, 64, **options), torch.randn(*image, 112, **options)
+
+
+def _run(value: torch.Tensor, offset_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and the gradients, the value's rounded sums of additions in any order."""
+    inputs = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
+    output = functional.deform_conv(*inputs, backend="cuda")
+    return output.detach(), *torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def _assert_same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    output, grad_value, grad_mask = results
+    assert torch.equal(output, expected[0])
+    assert torch.equal(grad_mask, expected[2])
+    torch.testing.assert_close(grad_value, expected[1], rtol=2**-9, atol=2**-10)
+
+
+@pytest.mark.gpu
+def test_random_calls() -> None:
+    fuzz_cuda.fuzz(calls=200, settings=12, seed=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [*range(1, 10), 33, 257])
+def test_batch_independence(batch: int) -> None:
+    inputs = _call(batch, size=7)
+    results = _run(*inputs)
+    for image in sorted({0, batch // 2, batch - 1}):
+        alone = _run(*(tensor[image : image + 1] for tensor in inputs))
+        _assert_same(tuple(result[image : image + 1] for result in results), alone)
+
+
+@pytest.mark.gpu
+def test_side_stream() -> None:
+    """Inputs that a side stream is still making are read in that stream's order."""
+    expected = _run(*_call(16, 56, seed=3))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        results = _run(*_call(16, 56, seed=3))
+    torch.cuda.current_stream().wait_stream(stream)
+    _assert_same(results, expected)
+
+
+@pytest.mark.gpu
+def test_fresh_threads() -> None:
+    inputs = _call()
+    expected = _run(*inputs)
+    torch.cuda.synchronize()
+    results: list[tuple[torch.Tensor, ...]] = []
+    threads = [
+        threading.Thread(target=lambda: results.extend(_run(*inputs) for _ in range(50)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 400
+    for result in results:
+        _assert_same(result, expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph() -> None:
+    inputs = _call()
+    _run(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _run(*inputs)
+    for seed in (1, 2):
+        fresh = _call(seed=seed)
+        for old, new in zip(inputs, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        _assert_same(captured, _run(*fresh))
+
+
+@pytest.mark.gpu
+def test_second_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs; got {torch.cuda.device_count()}")
+    inputs = _call()
+    expected = _run(*inputs)
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            results = _run(*(tensor.to("cuda:1") for tensor in inputs))
+            assert {result.device.index for result in results} == {1}
+            assert torch.cuda.current_device() == current
+            _assert_same(tuple(result.to("cuda:0") for result in results), expected)
+
+
+@pytest.mark.gpu
+def test_shapes_on_the_gpu_cost_no_synchronisation() -> None:
+    value = torch.randn(2, 26, 2, 16, device="cuda", requires_grad=True)
+    shapes = torch.tensor([(4, 5), (2, 3)], device="cuda")
+    locations = torch.rand(2, 5, 2, 2, 4, 2, device="cuda")
+    weights = torch.randn(2, 5, 2, 2, 4, device="cuda")
+    arguments = value, shapes, locations, weights
+    functional.ms_deform_attn(*arguments, backend="cuda").sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional.ms_deform_attn(*arguments, backend="cuda").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _require_memory(gigabytes: int) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory; {free:.0f} are free")
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last image of a value of 2.2e9 elements, and its gradients, as alone."""
+    _require_memory(40)
+    monkeypatch.undo()  # filling 10 GiB with NaN proves nothing more
+    value = torch.randn(33, 1024, 1024, 64, device="cuda", dtype=torch.float16)
+    offset_mask = torch.randn(33, 1024, 1024, 27, device="cuda", dtype=torch.float16)
+    assert value.numel() > 2**31
+
+    def run(value: torch.Tensor, offset_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        window = functional.window(groups=1)
+        output = backend.conv_forward(value, offset_mask, window)
+        return output, *backend.conv_backward(value, value, offset_mask, window)
+
+    results = tuple(result[32:].clone() for result in run(value, offset_mask))
+    output, grad_value, grad_mask = run(value[32:], offset_mask[32:])
+    assert torch.equal(results[0], output)
+    assert torch.equal(results[2], grad_mask)
+    torch.testing.assert_close(results[1], grad_value, rtol=2**-8, atol=2**-4)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel a group and one undeformed point: the output is value * weight."""
+    _require_memory(80)
+    monkeypatch.undo()
+    side, groups = 5793, 64
+    value = torch.randn(1, side, side, groups, device="cuda", dtype=torch.float16)
+    assert value.numel() > 2**31
+    offset_mask = torch.zeros(1, side, side, 3 * groups, device="cuda", dtype=torch.float16)
+    weights = offset_mask.unflatten(3, (groups, 3))[..., 2]
+    weights.normal_()
+    window = functional.window(1, padding=0, groups=groups)
+    output = backend.conv_forward(value, offset_mask, window)
+    for rows in torch.arange(side, device="cuda").split(500):
+        expected = value[:, rows].float() * weights[:, rows].float()
+        assert torch.equal(output[:, rows], expected.half())
+
+
+@pytest.mark.gpu
+def test_host_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issuing a call must not wait for the GPU; how long it takes is printed."""
+    monkeypatch.undo()
+    value, offset_mask = _call(1)
+    inputs = value.requires_grad_(), offset_mask.requires_grad_()
+    grad = torch.ones_like(value)
+
+    def forward() -> torch.Tensor:
+        return functional.deform_conv(*inputs, backend="cuda")
+
+    def both() -> None:
+        torch.autograd.grad(forward(), inputs, grad)
+
+    def no_grad() -> None:
+        with torch.no_grad():
+            forward()
+
+    for name, call in (
+        ("no grad", no_grad),
+        ("forward and backward", both),
+        ("torch.add", lambda: torch.add(grad, grad)),
+    ):
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            times.append((time.perf_counter() - start) / 50 * 1e6)
+        with capsys.disabled():
+            print(f"\nhost time, {name}: {min(times):.1f} µs", end="")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    event = torch.cuda.Event()
+    event.record()
+    both()
+    assert not event.query()
