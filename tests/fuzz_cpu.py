@@ -97,14 +97,14 @@ def conv(rng: random.Random) -> None:
             break
     rows, columns = max(rows, 0), max(columns, 0)
     batch, depth, groups = rng.randint(0, 2), rng.choice(DEPTHS), settings.groups
-    while batch * rows * columns * groups * settings.points > 1500 and batch > 1:
+    while batch * rows * columns * groups * settings.points() > 1500 and batch > 1:
         batch -= 1
     numbers = np.random.default_rng(rng.getrandbits(64))
     value = numbers.normal(size=(batch, height, width, groups * depth))
     pixels = batch, rows, columns
     padding = rng.choice((0, 0, 1, 5))
-    fields = numbers.normal(size=(*pixels, groups, 3 * settings.points))
-    offsets = 2 * settings.points
+    fields = numbers.normal(size=(*pixels, groups, 3 * settings.points()))
+    offsets = 2 * settings.points()
     spread = rng.choice((1, 4, 40))
     shape = (*pixels, groups, offsets)
     # The points of most scales stay off the pixel centres, where the gradient jumps.
@@ -114,7 +114,7 @@ def conv(rng: random.Random) -> None:
     spoil(rng, fields[..., :offsets], (np.nan, np.inf, -np.inf, 1e9, -1e30))
     offset_mask = np.concatenate(
         (
-            fields.reshape(*pixels, 3 * groups * settings.points),
+            fields.reshape(*pixels, settings.fields()),
             np.full((*pixels, padding), np.nan),
         ),
         -1,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cases
-from dcnv4 import DCNv4Conv2d
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CASES = pytest.mark.parametrize(
@@ -67,6 +67,63 @@ def test_one_dynamic_graph_serves_every_size() -> None:
     assert len(graphs) == 1
 
 
+def example(name: str, batch: int, height: int, width: int) -> tuple[Any, ...]:
+    """Arguments of a layer for a batch of maps of this size."""
+    tokens = torch.randn(batch, height * width, 8)
+    if name == "DCNv4":
+        return tokens, (height, width)
+    return torch.randn(batch, 5, 8), torch.rand(batch, 5, 1, 2), tokens, [(height, width)]
+
+
+@needs_compile
+@pytest.mark.parametrize("name", ["DCNv4", "FlashDeformAttn"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_no_recompilation_for_another_batch_or_size(name: str, grad: bool) -> None:
+    """PyTorch's default: the second size makes a dynamic graph, which serves all others."""
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(1)
+        return module.forward
+
+    layer = (
+        DCNv4(8, group=2, center_feature_scale=True)
+        if name == "DCNv4"
+        else FlashDeformAttn(8, n_levels=1, n_heads=2)
+    )
+    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    sizes = ((2, 6, 7), (3, 9, 5), (4, 6, 7), (5, 12, 11), (6, 4, 4))
+    with torch.set_grad_enabled(grad):
+        for size in sizes:
+            inputs = example(name, *size)
+            output = compiled(*inputs)
+            torch.testing.assert_close(output, layer(*inputs))
+            if grad:
+                output.sum().backward()
+    assert len(graphs) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["DCNv4", "FlashDeformAttn"])
+def test_cuda_graphs(name: str) -> None:
+    """mode="reduce-overhead", forward and backward, replayed with other numbers."""
+    torch._dynamo.reset()
+    layer = (DCNv4(8, group=2) if name == "DCNv4" else FlashDeformAttn(8, 1, 2)).cuda()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        inputs = [a.cuda() if isinstance(a, Tensor) else a for a in example(name, 2, 6, 7)]
+        results = []
+        for call in (layer, compiled):
+            layer.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            output = call(*inputs)
+            output.square().sum().backward()
+            results.append([output.clone(), *(p.grad.clone() for p in layer.parameters())])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @needs_compile
 def test_the_first_call_may_be_a_compiled_one() -> None:
     """In a new process, where no kernel was loaded before."""
@@ -87,7 +144,8 @@ print("fine")
 
 @needs_compile
 @CASES
-def test_opcheck(case: cases.Case) -> None:
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_opcheck(case: cases.Case, grad: bool) -> None:
     """Schema, fakes, autograd registration and dynamic tracing, as PyTorch checks them."""
     recorded: list[tuple[Any, ...]] = []
 
@@ -99,7 +157,7 @@ def test_opcheck(case: cases.Case) -> None:
                 recorded.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    inputs = case.inputs(torch.float64)
+    inputs = [t.detach().requires_grad_(grad) for t in case.inputs(torch.float64)]
     with Record():
         case.call(*inputs[:-1], backend="reference")
     ((operator, arguments),) = recorded
@@ -119,3 +177,25 @@ def test_fakes_have_the_results_shapes_and_strides(case: cases.Case) -> None:
         got = grads(case, lambda *a: case.call(*a, backend="reference"), *fakes)
     for one, other in zip(got, expected, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@CASES
+def test_meta_tensors(case: cases.Case) -> None:
+    """Shapes and dtypes of forward and backward, without memory."""
+    inputs = case.inputs(torch.float32)
+    expected = grads(case, lambda *a: case.call(*a, backend="reference"), *inputs)
+    got = grads(case, case.call, *(tensor.to("meta") for tensor in inputs))
+    for one, other in zip(got, expected, strict=True):
+        assert one.is_meta
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def test_fakes_leave_nothing_behind() -> None:
+    """What a layer keeps between calls is never a fake tensor."""
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    layer = FlashDeformAttn(8, n_levels=1, n_heads=2)
+    inputs = example("FlashDeformAttn", 2, 13, 11)
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in inputs]
+        assert isinstance(layer(*fakes), fake_tensor.FakeTensor)
+    assert type(layer(*inputs)) is Tensor

@@ -43,7 +43,7 @@ def test_layer_is_the_sum_over_its_points(settings):
     x = torch.randn(2, 6, 7, 12, dtype=torch.float64)
     positions, weights = layer.sampling_points(x)
     rows, columns = layer.output_shape((6, 7))
-    assert positions.shape == (2, rows, columns, 3, layer.window.points, 2)
+    assert positions.shape == (2, rows, columns, 3, layer.window.points(), 2)
     assert weights.shape == positions.shape[:-1]
     torch.testing.assert_close(sum_at(x, positions, weights), layer(x))
 

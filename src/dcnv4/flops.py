@@ -92,7 +92,7 @@ def thop_hooks(model: nn.Module) -> Iterator[None]:
         points = (
             layer.n_levels * layer.n_points
             if isinstance(layer, FlashDeformAttn)
-            else layer.window.points
+            else layer.window.points()
         )
         layer.total_ops += _products(points, output.shape)
 

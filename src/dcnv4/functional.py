@@ -101,7 +101,7 @@ def window(
         _flag("remove_center", remove_center),
         _flag("softmax", softmax),
     )
-    if settings.points == 0:
+    if settings.points() == 0:
         raise ValueError(
             "remove_center must leave a point; got kernel_size (1, 1), whose one it is"
         )
@@ -127,7 +127,7 @@ def windowed_conv(
             f"{window.dilation}"
         )
     shape = [batch, max(rows, 0), max(columns, 0)]
-    fields = 3 * window.groups * window.points
+    fields = window.fields()
     if list(offset_mask.shape[:3]) != shape or offset_mask.shape[3] < fields:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "

@@ -26,12 +26,16 @@ class Window(NamedTuple):
     remove_center: bool
     softmax: bool
 
-    @property
+    # Methods, because the tracer of torch 2.8 reads no property of a NamedTuple.
+
     def points(self) -> int:
         """K: how many points a group samples for one output pixel."""
         return self.kernel_size[0] * self.kernel_size[1] - self.remove_center
 
-    @property
+    def fields(self) -> int:
+        """3·G·K: how many channels of `offset_mask` are read."""
+        return 3 * self.groups * self.points()
+
     def center(self) -> tuple[int, int]:
         """The distance from a window's first row and column to its centre, in pixels."""
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
@@ -39,7 +43,8 @@ class Window(NamedTuple):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Output rows and columns of an input of `height` rows and `width` columns."""
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self[:4]
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        (ph, pw), (dh, dw) = self.padding, self.dilation
         rows = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1
         columns = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
         return rows, columns
@@ -54,7 +59,7 @@ class Window(NamedTuple):
 
     def origins(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the undeformed centre of the windows of these output rows and columns."""
-        (sh, sw), (ph, pw), (ch, cw) = self.stride, self.padding, self.center
+        (sh, sw), (ph, pw), (ch, cw) = self.stride, self.padding, self.center()
         return columns * sw - pw + cw, rows * sh - ph + ch
 
 
@@ -65,10 +70,10 @@ def conv_points(
 
     x and y are in input pixels. `rows` and `columns` [N] say which output pixels these are.
     """
-    groups, points = window.groups, window.points
+    groups, points = window.groups, window.points()
     fields = offset_mask[:, : 3 * groups * points].unflatten(1, (groups, 3 * points))
     offsets = fields[..., : 2 * points].unflatten(-1, (points, 2))
-    (dh, dw), (ch, cw) = window.dilation, window.center
+    (dh, dw), (ch, cw) = window.dilation, window.center()
     cells = [(i * dw - cw, j * dh - ch) for i, j in window.grid()]
     base = torch.tensor(cells, dtype=offsets.dtype, device=offsets.device)
     origin = torch.stack(window.origins(rows, columns), -1).to(offsets.dtype)

@@ -42,7 +42,7 @@ class _DeformConv(nn.Module):
         self.init = init
         self.backend = backend
         self.center_feature_scale = center_feature_scale
-        fields = math.ceil(3 * groups * settings.points / 8) * 8
+        fields = math.ceil(settings.fields() / 8) * 8
         self.offset_mask = nn.Linear(in_channels, fields)
         self.offset_mask_dw = (
             nn.Conv2d(in_channels, in_channels, dw_kernel_size, padding="same", groups=in_channels)
@@ -61,7 +61,7 @@ class _DeformConv(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, as `init` says."""
-        points = self.window.points
+        points = self.window.points()
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         if self.init == "average":
@@ -328,7 +328,7 @@ class DCNv4Conv2d(_DeformConv):
                     "padding must be numbers where dilation*(kernel_size - 1) is odd; got 'same' "
                     f"with kernel_size {settings.kernel_size}, dilation {settings.dilation}"
                 )
-            settings = settings._replace(padding=settings.center)
+            settings = settings._replace(padding=settings.center())
         super().__init__(
             in_channels,
             out_channels,

@@ -44,7 +44,7 @@ def conv_backward(
     table = _table(value, value.shape[3] // window.groups)
     grad_table = torch.zeros_like(table)
     grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    fields = grad_mask.flatten(0, 2)[:, : 3 * window.groups * window.points]
+    fields = grad_mask.flatten(0, 2)[:, : window.fields()]
     problem = _conv_problem(value, offset_mask, window)
     for part, grads, weights in _backward(problem, grad, table, grad_table):
         fields[part] = geometry.conv_points_backward(*grads, weights, window).to(fields.dtype)
@@ -130,7 +130,7 @@ def _conv_problem(value: Tensor, offset_mask: Tensor, window: Window) -> _Proble
         index = _table_rows(index, image, batch, height * width, window.groups)
         return _Points(index, weights, fraction_x, fraction_y)
 
-    return _Problem(fields.shape[0], window.groups * window.points, points)
+    return _Problem(fields.shape[0], window.groups * window.points(), points)
 
 
 def _attn_problem(

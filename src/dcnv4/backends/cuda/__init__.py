@@ -323,7 +323,7 @@ def _conv_plan(
         alignment = min(alignment, grad.alignment(*grad.pixels))
         head, numbers = "3q", (*grad.pixels, fields.shape[3])
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window[:4]
-    center_h, center_w = window.center
+    center_h, center_w = window.center()
     macros: dict[str, int | str] = {
         "FIELDS": _NUMBERS[fields.dtype],
         "KERNEL_H": kh,
@@ -347,7 +347,7 @@ def _conv_plan(
         _Problem(
             window.groups,
             channels // window.groups,
-            window.points,
+            window.points(),
             window.softmax,
             value.dtype,
             wide,

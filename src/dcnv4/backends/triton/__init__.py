@@ -229,7 +229,7 @@ def _conv_constants(
 ) -> tuple[Launch, tuple[Any, ...]]:
     """The launch and a kernel's constants; `layout` goes with a gradient where it has four."""
     depth = channels // window.groups
-    launch = preferred(window.groups, depth, None, window.points, _bytes(dtype), len(layout) > 2)
+    launch = preferred(window.groups, depth, None, window.points(), _bytes(dtype), len(layout) > 2)
     (kernel, stride, padding, dilation), rest = window[:4], window[4:]
     constants = (*kernel, *stride, *padding, *dilation, *rest, depth, *layout)
     return launch, (*constants, *launch[:5], *_types(dtype, index))

@@ -1,0 +1,238 @@
+"""Export to ONNX: deformable convolution as the standard `DeformConv`, attention as gathers.
+
+`lower` rewrites an exported program, `export` goes all the way from a model to a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from . import ops
+from .backends import reference
+from .geometry import Window
+
+
+def export(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    path: str | PathLike[str] | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    attention: str = "gather",
+    opset_version: int = 20,
+    verbose: bool = False,
+    **options: Any,
+) -> Any:
+    """Write `model` as ONNX, in operators of the standard opset alone.
+
+    Args:
+        model: a module with any of this package's layers or operators; call `eval` on it first.
+        args: example inputs.
+        path: the file to write; None for none.
+        kwargs: example inputs by name.
+        dynamic_shapes: which sizes may change, as `torch.export.export` takes it; a string in place
+            of a `Dim` names an axis of any size.
+        attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
+            `GridSample` per level; the level sizes must then be numbers in the model.
+        opset_version: of the standard opset; at least 19, the first with `DeformConv`.
+        verbose: print the exporter's progress.
+        options: more keywords of `torch.onnx.export`, such as `input_names`.
+
+    Returns:
+        The `torch.onnx.ONNXProgram`.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing, or torch is older than 2.8.
+        ValueError: an argument of the wrong range.
+    """
+    if opset_version < 19:
+        raise ValueError(
+            f"opset_version must be >= 19, the first with DeformConv; got {opset_version}"
+        )
+    _require_torch()
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"dcnv4.onnx.export needs {' and '.join(missing)}: pip install onnx onnxscript"
+        )
+    with torch.no_grad():
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)
+        )
+    return torch.onnx.export(
+        lower(program, attention=attention),
+        f=path,
+        dynamo=True,
+        opset_version=opset_version,
+        dynamic_shapes=tree_map(_dimension_name, dynamic_shapes),
+        verbose=verbose,
+        **options,
+    )
+
+
+def _dimension(size: Any) -> Any:
+    """What `torch.export.export` takes for a size that has only a name."""
+    return torch.export.Dim.DYNAMIC if isinstance(size, str) else size
+
+
+def _dimension_name(size: Any) -> Any:
+    """What names the axis of a size in the ONNX graph."""
+    return size.__name__ if isinstance(size, torch.export.Dim) else size
+
+
+def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -> Any:
+    """An exported program in which this package's operators are those that ONNX has.
+
+    `torch.onnx.export(lowered, …, dynamo=True)` takes it as it is.
+
+    Args:
+        program: from `torch.export.export`.
+        attention: as in `export`.
+
+    Returns:
+        The `torch.export.ExportedProgram`; it is not meant to be run in PyTorch.
+    """
+    _require_torch()
+    if attention not in _ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}; got {attention!r}")
+    table = {
+        torch.ops.dcnv4.deform_conv.default: _deform_conv,
+        torch.ops.dcnv4.ms_deform_attn.default: _ATTENTION[attention],
+    }
+    return program.run_decompositions(table)
+
+
+def _require_torch() -> None:
+    if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
+        raise ImportError(f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}")
+
+
+def _deform_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+    """A depthwise `DeformConv` of ones, whose mask is the weights.
+
+    It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
+    """
+    window, _ = ops.unpack(settings)
+    kh, kw = window.kernel_size
+    points, channels = window.points(), value.shape[3]
+    # The operator computes coordinates in its only dtype, which must hold them.
+    dtype = _exact_dtype(value, offset_mask)
+    fields = offset_mask[..., : window.fields()].to(dtype)
+    fields = fields.unflatten(-1, (window.groups, 3 * points))
+    offsets, weights = fields[..., : 2 * points], fields[..., 2 * points :]
+    if window.softmax:
+        weights = weights.softmax(-1)
+    if window.remove_center:
+        center = kw // 2 * kh + kh // 2
+        offsets = _with_zeros(offsets, 2 * center, 2)
+        weights = _with_zeros(weights, center, 1)
+    offsets = offsets.unflatten(-1, (kw, kh, 2))
+    if window.offset_scale != 1:
+        # An integer times a power of two, because the exporter rounds numbers to float32.
+        fraction, exponent = math.frexp(window.offset_scale)
+        digits = torch.full((), int(fraction * 2**53), dtype=torch.int64, device=value.device)
+        scale = digits.to(dtype) * 2.0 ** (exponent - 53)
+        offsets = scale * offsets + (scale - 1) * _cells(window, offsets)
+    output: Tensor = torch.onnx.ops.symbolic(
+        "DeformConv",
+        (
+            value.to(dtype).permute(0, 3, 1, 2),
+            torch.ones(channels, 1, kh, kw, dtype=dtype, device=value.device),
+            offsets.flip(-1).permute(0, 3, 5, 4, 6, 1, 2).flatten(1, 4),
+            None,
+            weights.unflatten(-1, (kw, kh)).permute(0, 3, 5, 4, 1, 2).flatten(1, 3),
+        ),
+        {
+            "kernel_shape": [kh, kw],
+            "strides": list(window.stride),
+            "pads": list(window.padding) * 2,
+            "dilations": list(window.dilation),
+            "group": channels,
+            "offset_group": window.groups,
+        },
+        dtype=dtype,
+        shape=(value.shape[0], channels, *offset_mask.shape[1:3]),
+        version=19,
+    )
+    return output.to(value.device, value.dtype).permute(0, 2, 3, 1)
+
+
+def _with_zeros(fields: Tensor, start: int, count: int) -> Tensor:
+    zeros = torch.zeros_like(fields[..., :count])
+    return torch.cat((fields[..., :start], zeros, fields[..., start:]), -1)
+
+
+def _cells(window: Window, like: Tensor) -> Tensor:
+    """(x, y) of the undeformed points from the window's centre, [kw, kh, 2]."""
+    y, x = (
+        torch.arange(size, dtype=like.dtype, device=like.device) * step - center
+        for size, step, center in zip(
+            window.kernel_size, window.dilation, window.center(), strict=True
+        )
+    )
+    return torch.stack(torch.broadcast_tensors(x[:, None], y), -1)
+
+
+def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return torch.promote_types(wide, coordinates.dtype)
+
+
+def _gather(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> Tensor:
+    if spatial_shapes is None:
+        # A tensor of numbers would be a constant, which a lowering cannot add to a program.
+        sizes = [torch.full((), n, dtype=torch.int64, device=value.device) for n in level_sizes]
+        spatial_shapes = torch.stack(sizes).view(-1, 2)
+    return reference.attn_forward(
+        value, spatial_shapes, locations, weights, softmax, differentiable=True
+    )
+
+
+def _grid_sample(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> Tensor:
+    if spatial_shapes is not None:
+        raise ValueError(
+            "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"
+        )
+    dtype = _exact_dtype(value, locations)
+    sizes = ops.level_shapes(spatial_shapes, level_sizes)
+    heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
+    grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)
+    weights = weights.to(dtype).flatten(3)
+    weights = weights.softmax(-1) if softmax else weights
+    levels = heads.split([height * width for height, width in sizes], -1)
+    samples = [
+        F.grid_sample(level.unflatten(-1, size), grids[:, :, i], align_corners=False)
+        for i, (level, size) in enumerate(zip(levels, sizes, strict=True))
+    ]
+    counted = torch.cat(samples, -1) * weights.transpose(1, 2).flatten(0, 1)[:, None]
+    output: Tensor = counted.sum(-1).unflatten(0, (value.shape[0], value.shape[2]))
+    return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+
+
+_ATTENTION = {"gather": _gather, "grid_sample": _grid_sample}

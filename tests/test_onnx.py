@@ -1,0 +1,238 @@
+"""Models exported to ONNX, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cases
+import dcnv4
+import dcnv4.onnx
+
+onnx = pytest.importorskip("onnx", reason="needs onnx; pip install onnx")
+pytest.importorskip("onnxscript", reason="needs onnxscript; pip install onnxscript")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="needs onnxruntime; pip install onnxruntime"
+)
+if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
+    pytest.skip(f"needs torch >= 2.8; got {torch.__version__}", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:# The axis name:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Off: the exporter traces with the functions that it would replace."""
+
+
+def load(path: Path, opset: int) -> tuple[onnx.ModelProto, onnxruntime.InferenceSession]:
+    """The model, checked to be of this standard opset alone, and what runs it."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", opset)}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return model, session
+
+
+def run(session: onnxruntime.InferenceSession, *inputs: Tensor) -> list[Tensor]:
+    names = [entry.name for entry in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+
+def count(model: onnx.ModelProto, operator: str) -> int:
+    return sum(node.op_type == operator for node in model.graph.node)
+
+
+class Calls(nn.Module):
+    """Every case in one model: exporting takes seconds."""
+
+    def __init__(self, calls: list[cases.Case]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, inputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        return [case.call(*tensors) for case, tensors in zip(self.calls, inputs, strict=True)]
+
+
+def exported_calls(
+    path: Path, calls: list[Any], dtype: torch.dtype, **options: Any
+) -> onnx.ModelProto:
+    """Export these cases, and hold what ONNX Runtime makes of them against the oracle."""
+    inputs = [tuple(t.detach() for t in case.inputs(dtype)[:-1]) for case in calls]
+    dcnv4.onnx.export(Calls(calls), (inputs,), path, **options)
+    model, session = load(path, 20)
+    outputs = run(session, *(tensor for tensors in inputs for tensor in tensors))
+    for case, output in zip(calls, outputs, strict=True):
+        expected, budget = case.expected(dtype)["output"]
+        assert output.dtype == dtype, case.id
+        assert output.shape == expected.shape, case.id
+        error = abs(output.double().numpy() - expected)
+        assert (error <= budget).all(), f"{case.id}: {(error / budget).max():.2f} budgets"
+    return model
+
+
+OTHER_DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16], ids=["float64", "float16"]
+)
+
+
+def choose(kind: tuple[Any, ...], names: str) -> list[Any]:
+    chosen = [case for case in kind if case.id in names.split()]
+    assert len(chosen) == len(names.split())
+    return chosen
+
+
+def test_deform_conv(tmp_path: Path) -> None:
+    """Every case that has pixels, as ONNX knows no empty image."""
+    calls = [case for case in cases.CONV if all(array.size for array in case.exact)]
+    model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
+    assert count(model, "DeformConv") == len(calls)
+
+
+@OTHER_DTYPES
+def test_deform_conv_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    calls = choose(cases.CONV, "odd_scale float_coordinates half_coordinates double_coordinates")
+    exported_calls(tmp_path / "model.onnx", calls, dtype)
+
+
+def test_attention_by_gather(tmp_path: Path) -> None:
+    calls = choose(cases.ATTENTION, "three_levels softmax_flat empty_level shapes_tensor")
+    model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
+    assert count(model, "Gather") >= len(calls)
+    assert not count(model, "GridSample")
+
+
+@OTHER_DTYPES
+def test_attention_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    calls = choose(cases.ATTENTION, "float_coordinates double_locations")
+    exported_calls(tmp_path / "model.onnx", calls, dtype)
+
+
+def test_attention_by_grid_sample(tmp_path: Path) -> None:
+    calls = choose(cases.ATTENTION, "three_levels softmax_flat four_levels far float_coordinates")
+    model = exported_calls(tmp_path / "model.onnx", calls, torch.float32, attention="grid_sample")
+    assert count(model, "GridSample") == sum(len(case.shapes) for case in calls)
+
+
+class Network(nn.Module):
+    """Every layer, with level sizes that follow the image's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = dcnv4.DCNv4Conv2d(3, 16, stride=2, groups=2, dw_kernel_size=3)
+        self.flat = dcnv4.DCNv4(16, group=2, offset_scale=0.5, center_feature_scale=True)
+        self.attention = dcnv4.FlashDeformAttn(16, n_levels=2, n_heads=2, n_points=2)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, image: Tensor, references: Tensor) -> Tensor:
+        y = self.image(image)
+        height, width = y.shape[2:]
+        y = self.flat(y.flatten(2).transpose(1, 2), (height, width))
+        small = F.max_pool2d(y.transpose(1, 2).unflatten(2, (height, width)), 2)
+        levels = torch.cat((y, small.flatten(2).transpose(1, 2)), 1)
+        queries = y.mean(1, keepdim=True).expand(-1, references.shape[1], -1)
+        sizes = [(height, width), tuple(small.shape[2:])]
+        return self.attention(queries, references, levels, sizes)
+
+
+def network_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 3, height, width), torch.rand(batch, 5, 2, 2)
+
+
+@pytest.mark.parametrize("attention", ["gather", "grid_sample"])
+def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
+    torch.manual_seed(0)
+    network = Network().eval()
+    path = tmp_path / "model.onnx"
+    dcnv4.onnx.export(
+        network,
+        network_inputs(2, 16, 20),
+        path,
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, {0: "batch"}),
+        attention=attention,
+        opset_version=19,
+        input_names=["image", "references"],
+        output_names=["found"],
+    )
+    model, session = load(path, 19)
+    assert count(model, "DeformConv") == 2
+    assert [entry.name for entry in session.get_inputs()] == ["image", "references"]
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_outputs()[0].shape == ["batch", 5, 16]
+    for size in ((2, 16, 20), (1, 16, 20), (3, 12, 34), (5, 31, 9)):
+        inputs = network_inputs(*size)
+        with torch.no_grad():
+            expected = network(*inputs)
+        torch.testing.assert_close(run(session, *inputs)[0], expected)
+
+
+def test_lowered_program(tmp_path: Path) -> None:
+    """`lower`, for those who call the exporter themselves."""
+    network = Network().eval()
+    inputs = network_inputs(1, 12, 12)
+    lowered = dcnv4.onnx.lower(torch.export.export(network, inputs))
+    targets = {str(node.target) for node in lowered.graph.nodes}
+    assert not [target for target in targets if target.startswith("dcnv4")]
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(lowered, f=path, dynamo=True, opset_version=20, verbose=False)
+    with torch.no_grad():
+        expected = network(*inputs)
+    torch.testing.assert_close(run(load(path, 20)[1], *inputs)[0], expected)
+
+
+def test_half_precision_keeps_coordinates(tmp_path: Path) -> None:
+    """In float16 neighbours of 300.125 are 0.25 apart: such a column must not be rounded."""
+    value = torch.zeros(1, 1, 400, 1).half()
+    value[0, 0, 301] = 1
+    offset_mask = torch.zeros(1, 1, 400, 3).half()
+    offset_mask[..., 0], offset_mask[..., 2] = 0.125, 1
+
+    class Shift(nn.Module):
+        def forward(self, value: Tensor, offset_mask: Tensor) -> Tensor:
+            return dcnv4.functional.deform_conv(
+                value, offset_mask, kernel_size=1, padding=0, groups=1
+            )
+
+    dcnv4.onnx.export(Shift(), (value, offset_mask), path := tmp_path / "model.onnx")
+    (output,) = run(load(path, 20)[1], value, offset_mask)
+    assert output[0, 0, 299:303, 0].tolist() == [0, 0.125, 0.875, 0]
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = Network(), network_inputs(1, 8, 8)
+    with pytest.raises(ValueError, match=r"opset_version must be >= 19.*got 17"):
+        dcnv4.onnx.export(network, inputs, opset_version=17)
+    with pytest.raises(ValueError, match=r"attention must be one of gather, grid_sample; got 'x'"):
+        dcnv4.onnx.export(network, inputs, attention="x")
+    tensor = cases.AttnCase("onnx_tensor", tensor=True)
+
+    class Call(nn.Module):
+        def forward(self, sizes: Tensor, *inputs: Tensor) -> Tensor:
+            value, locations, weights = inputs
+            return dcnv4.functional.ms_deform_attn(value, sizes, locations, weights)
+
+    arguments = (torch.tensor(tensor.shapes), *tensor.inputs(torch.float32)[:-1])
+    with pytest.raises(ValueError, match="spatial_shapes must be numbers with attention = 'grid_"):
+        dcnv4.onnx.export(Call(), arguments, attention="grid_sample")
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+        dcnv4.onnx.export(network, inputs)
+
+
+def test_a_model_without_onnx(tmp_path: Path) -> None:
+    """Without a path nothing is written; the program is returned."""
+    program = dcnv4.onnx.export(Network().eval(), network_inputs(1, 8, 8))
+    assert count(program.model_proto, "DeformConv") == 2
+    assert not list(tmp_path.iterdir())
