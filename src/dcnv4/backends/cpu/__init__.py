@@ -62,7 +62,7 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad_value = _new_grad_value(value)
-    padded = offset_mask.shape[3] > 3 * window.groups * window.points
+    padded = offset_mask.shape[3] > window.fields()
     new = torch.zeros if padded else torch.empty
     grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
     grad = _inner(grad.to(value.dtype), 1)
@@ -132,7 +132,7 @@ def _conv(
     _run(
         function,
         views,
-        (*sizes, len(levels), window.points, window.softmax, False),
+        (*sizes, len(levels), window.points(), window.softmax, False),
         (*origin, right, down, window.offset_scale),
         levels,
         _base(window),
@@ -219,7 +219,7 @@ def _view(tensor: Tensor, group: int, skip: int = 0) -> _View:
 
 def _field_views(offset_mask: Tensor, window: Window) -> tuple[_View, _View]:
     """The offsets in an `offset_mask`, and its weights."""
-    points = window.points
+    points = window.points()
     return _view(offset_mask, 3 * points), _view(offset_mask, 3 * points, skip=2 * points)
 
 
@@ -247,6 +247,6 @@ def _levels(
 @cache
 def _base(window: Window) -> bytes:
     """(x, y) of each kernel point from the window's centre, as the kernels read them."""
-    (dh, dw), (ch, cw) = window.dilation, window.center
+    (dh, dw), (ch, cw) = window.dilation, window.center()
     cells = [number for i, j in window.grid() for number in (i * dw - cw, j * dh - ch)]
     return struct.pack(f"{len(cells)}d", *cells)
