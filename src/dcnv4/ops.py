@@ -150,37 +150,37 @@ def _define(
         tensors = (arguments[i] for i in inputs)
         return tuple(t.new_empty(t.shape) for t in tensors)
 
+    def below_autograd(*arguments: Any) -> Tensor:
+        guard = torch._C._AutoDispatchBelowAutograd()
+        output: Tensor = operator(*arguments)
+        del guard
+        return output
+
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
-            tensors = [a if isinstance(a, Tensor) else None for a in arguments]
-            ctx.save_for_backward(*tensors)
+        def forward(ctx: Any, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in arguments])
             ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
-            if _is_plain(arguments, inputs):
-                return forward(*arguments)
-            below = torch._C._AutoDispatchBelowAutograd()
-            output: Tensor = operator(*arguments)
-            del below
-            return output
+            return run(*arguments)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             saved = zip(ctx.saved_tensors, ctx.arguments, strict=True)
-            grads: list[Tensor | None] = [None] * len(ctx.arguments)
             arguments = [other if tensor is None else tensor for tensor, other in saved]
             plain = not torch.is_grad_enabled() and _is_plain(arguments, inputs)
             run = backward if plain else operator_backward
+            grads: list[Tensor | None] = [None] * (1 + len(arguments))
             for i, result in zip(inputs, run(grad, *arguments), strict=True):
-                grads[i] = result
+                grads[1 + i] = result
             return tuple(grads)
 
+    def needs_grad(arguments: Sequence[Any]) -> bool:
+        return torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs)
+
     def autograd(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs):
-            return Differentiable.apply(*arguments)  # type: ignore[no-untyped-call]
-        below = torch._C._AutoDispatchBelowAutograd()
-        output = operator(*arguments)
-        del below
-        return output
+        if needs_grad(arguments):
+            return Differentiable.apply(below_autograd, *arguments)  # type: ignore[no-untyped-call]
+        return below_autograd(*arguments)
 
     def autograd_backward(grad: Tensor, *arguments: Any) -> Any:
         tensors = [arguments[i] for i in inputs]
@@ -192,9 +192,9 @@ def _define(
             wanted = [replaced[i] for i in inputs]
             output = differentiable(*replaced)
             return torch.autograd.grad(output, wanted, grad, create_graph=True)
-        below = torch._C._AutoDispatchBelowAutograd()
+        guard = torch._C._AutoDispatchBelowAutograd()
         grads = operator_backward(grad, *arguments)
-        del below
+        del guard
         return grads
 
     _library.impl(name, forward, "CompositeExplicitAutograd")
@@ -209,11 +209,13 @@ def _define(
     def call(*arguments: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return differentiable(*arguments)
-        run: Callable[..., Tensor] = operator
-        if _is_plain(arguments, inputs):
-            needs_grad = torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs)
-            run = Differentiable.apply if needs_grad else forward
-        return run(*arguments)
+        if not _is_plain(arguments, inputs):
+            output: Tensor = operator(*arguments)
+        elif needs_grad(arguments):
+            output = Differentiable.apply(forward, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            output = forward(*arguments)
+        return output
 
     return call
 
