@@ -44,14 +44,15 @@ def restart() -> int:
     if not sys.platform.startswith("linux") or compiler is None:
         print("needs Linux and a C++ compiler")
         return MISSING
-    asked = [compiler, "-print-file-name=libasan.so"]
-    runtime = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        print("needs the runtime of the address sanitizer, libasan.so")
+    # The sanitizer looks for C++'s exceptions as it starts, and Python itself is C.
+    asked = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    paths = [subprocess.run(a, capture_output=True, text=True).stdout.strip() for a in asked]
+    if not all(map(os.path.isabs, paths)):
+        print("needs the runtime of the address sanitizer, libasan.so, and libstdc++.so.6")
         return MISSING
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(paths),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

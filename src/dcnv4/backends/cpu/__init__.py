@@ -10,7 +10,8 @@ import ctypes
 import os
 import struct
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from .compile import CompileError, library
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 # The C structure `Problem`: seven views of six numbers, twelve more, five of floating point.
 _PROBLEM = struct.Struct("42q 12q 5d")
+# The C structure `Call`: where the seven views start, threads, whether this process is forked.
+_CALL = struct.Struct("7q 2q")
 _View = tuple[int, ...]
 _NO_VIEW: _View = (0,) * 6
 # Column and row numbers are 32-bit integers in the kernels.
@@ -102,6 +105,22 @@ def attn_backward(
     return grads[0].to(value.dtype), grads[1], grads[2]
 
 
+class _Layout(NamedTuple):
+    """What the kernels must know of a tensor but where it lies."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Plan(NamedTuple):
+    """What all calls on tensors of the same layouts share: the kernels' arguments."""
+
+    problem: bytes
+    levels: bytes
+    base: bytes | None
+
+
 def _conv(
     function: str,
     value: Tensor,
@@ -111,30 +130,37 @@ def _conv(
     *grads: Tensor,
 ) -> None:
     """Run a convolution; `output` is the forward's result or the backward's gradient of it."""
+    value, offset_mask = _inner(value, 1), _inner(offset_mask, 1)
+    if not value.is_contiguous() and value.stride(1) != value.shape[2] * value.stride(2):
+        value = value.contiguous()
+    plan = _conv_plan(window, *map(_layout, (value, offset_mask, output, *grads)))
+    fields, skipped = offset_mask.data_ptr(), 2 * window.points() * offset_mask.element_size()
+    starts = [value.data_ptr(), fields, fields + skipped, output.data_ptr()]
+    if grads:
+        fields = grads[1].data_ptr()
+        starts += [grads[0].data_ptr(), fields, fields + skipped]
+    _run(function, plan, starts)
+
+
+@lru_cache(maxsize=256)
+def _conv_plan(
+    window: Window, value: _Layout, offset_mask: _Layout, output: _Layout, *grads: _Layout
+) -> _Plan:
     batch, height, width, channels = value.shape
     if max(height, width) > _LARGEST:
         raise ValueError(f"value must have H, W < 2**31 = {2**31}; got {list(value.shape)}")
-    value, offset_mask = _inner(value, 1), _inner(offset_mask, 1)
-    if height > 1 and value.stride(1) != width * value.stride(2):
-        value = value.contiguous()
-    depth = channels // window.groups
-    views = [
-        _view(value, depth),
-        *_field_views(offset_mask, window),
-        _view(output, depth),
-    ]
+    depth, fields = channels // window.groups, 3 * window.points()
+    views = [_view(value, depth), *[_view(offset_mask, fields)] * 2, _view(output, depth)]
     if grads:
-        views += [_view(grads[0], depth), *_field_views(grads[1], window)]
-    levels = [(height, width, 0)]
-    sizes = (batch, *offset_mask.shape[1:3], window.groups, depth, height * width)
+        views += [_view(grads[0], depth), *[_view(grads[1], fields)] * 2]
     origin = map(float, window.origins(0, 0))  # type: ignore[arg-type]
     down, right = window.stride
-    _run(
-        function,
+    sizes = (batch, *offset_mask.shape[1:3], window.groups, depth, height * width)
+    return _plan(
         views,
-        (*sizes, len(levels), window.points(), window.softmax, False),
+        (*sizes, 1, window.points(), window.softmax, False),
         (*origin, right, down, window.offset_scale),
-        levels,
+        [(height, width, 0)],
         _base(window),
     )
 
@@ -150,14 +176,26 @@ def _attn(
     *grads: Tensor,
 ) -> None:
     """Run an attention; `output` is the forward's result or the backward's gradient of it."""
-    batch, pixels, groups, depth = value.shape
     value, locations, weights = _inner(value, 1), _inner(locations, 3), _inner(weights, 2)
-    levels, clipped = _levels(spatial_shapes, pixels)
+    pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     tensors = value, locations, weights, output, *grads
+    plan = _attn_plan(tuple(map(tuple, pairs)), softmax, *map(_layout, tensors))
+    _run(function, plan, [tensor.data_ptr() for tensor in tensors])
+
+
+@lru_cache(maxsize=256)
+def _attn_plan(
+    shapes: tuple[tuple[int, int], ...],
+    softmax: bool,
+    value: _Layout,
+    locations: _Layout,
+    *others: _Layout,
+) -> _Plan:
+    batch, pixels, groups, depth = value.shape
+    levels, clipped = _levels(shapes, pixels)
     sizes = (batch, 1, locations.shape[1], groups, depth, pixels)
-    _run(
-        function,
-        [_heads_view(tensor) for tensor in tensors],
+    return _plan(
+        [_heads_view(layout) for layout in (value, locations, *others)],
         (*sizes, len(levels), locations.shape[4], softmax, clipped),
         (-0.5, -0.5, 0.0, 0.0, 0.0),
         levels,
@@ -165,22 +203,26 @@ def _attn(
     )
 
 
-def _run(
-    function: str,
+def _plan(
     views: list[_View],
     integers: tuple[int, ...],
     numbers: tuple[float, ...],
     levels: list[tuple[int, int, int]],
     base: bytes | None,
-) -> None:
+) -> _Plan:
+    views += [_NO_VIEW] * (7 - len(views))
+    problem = _PROBLEM.pack(*(n for view in views for n in view), *integers, 0, 0, *numbers)
+    packed = struct.pack(f"{3 * len(levels)}q", *(number for level in levels for number in level))
+    return _Plan(problem, packed, base)
+
+
+def _run(function: str, plan: _Plan, starts: list[int]) -> None:
     kernels = _kernels()
     if isinstance(kernels, str):
         raise RuntimeError(f"the cpu backend {kernels}")
-    views += [_NO_VIEW] * (7 - len(views))
-    flat = [number for view in views for number in view]
-    problem = _PROBLEM.pack(*flat, *integers, torch.get_num_threads(), _forked, *numbers)
-    packed = struct.pack(f"{3 * len(levels)}q", *(number for level in levels for number in level))
-    if getattr(kernels, function)(problem, packed, base):
+    starts += [0] * (7 - len(starts))
+    call = _CALL.pack(*starts, torch.get_num_threads(), _forked)
+    if getattr(kernels, function)(plan.problem, plan.levels, plan.base, call):
         raise MemoryError("the cpu backend has no memory for its scratch")
 
 
@@ -201,6 +243,8 @@ def _new_grad_value(value: Tensor) -> Tensor:
 
 def _inner(tensor: Tensor, dimensions: int) -> Tensor:
     """The tensor, or a copy, in which the last dimensions lie in memory without gaps."""
+    if tensor.is_contiguous():
+        return tensor
     expected = 1
     for size, stride in zip(
         tensor.shape[: -dimensions - 1 : -1], tensor.stride()[::-1], strict=False
@@ -211,31 +255,27 @@ def _inner(tensor: Tensor, dimensions: int) -> Tensor:
     return tensor
 
 
-def _view(tensor: Tensor, group: int, skip: int = 0) -> _View:
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _view(tensor: _Layout, group: int) -> _View:
     """A tensor [B, rows, columns, channels] whose groups are so many channels apart."""
-    data = tensor.data_ptr() + skip * tensor.element_size()
-    return (data, _DTYPES[tensor.dtype], *tensor.stride()[:3], group)
+    return (0, _DTYPES[tensor.dtype], *tensor.strides[:3], group)
 
 
-def _field_views(offset_mask: Tensor, window: Window) -> tuple[_View, _View]:
-    """The offsets in an `offset_mask`, and its weights."""
-    points = window.points()
-    return _view(offset_mask, 3 * points), _view(offset_mask, 3 * points, skip=2 * points)
-
-
-def _heads_view(tensor: Tensor) -> _View:
+def _heads_view(tensor: _Layout) -> _View:
     """A tensor [B, S or Q, G, ...]: one row of pixels or queries."""
-    image, column, group = tensor.stride()[:3]
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], image, 0, column, group)
+    image, column, group = tensor.strides[:3]
+    return (0, _DTYPES[tensor.dtype], image, 0, column, group)
 
 
 def _levels(
-    spatial_shapes: Tensor | Sequence[tuple[int, int]], pixels: int
+    shapes: Sequence[tuple[int, int]], pixels: int
 ) -> tuple[list[tuple[int, int, int]], bool]:
     """Height, width and first pixel of each level, and whether any leaves the value."""
-    pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     levels, start, clipped = [], 0, False
-    for height, width in pairs:
+    for height, width in shapes:
         stop = start + height * width
         clipped |= min(height, width, start) < 0 or stop > pixels
         fits = 0 <= start <= pixels and min(height, width) >= 0 and max(height, width) <= _LARGEST
