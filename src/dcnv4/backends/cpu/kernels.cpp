@@ -818,7 +818,7 @@ void backward(const Problem& p, const Level* levels, const double* base) {
     const int64_t per_image = p.rows * p.columns, threads = threads_for(p, grid);
     const int64_t owners = p.images * p.groups;
     if (owners * per_image == 0) return;
-    if (owners >= 4 * threads || owners % threads == 0) {
+    if (owners >= 3 * threads || owners % threads == 0) {
         // Neighbouring groups share cache lines and pages: a task takes as many as leave every
         // thread busy.
         const int64_t wanted = threads == 1 ? 1 : (2 * threads + p.images - 1) / p.images;
