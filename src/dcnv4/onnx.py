@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -188,39 +187,23 @@ def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
     return torch.promote_types(wide, coordinates.dtype)
 
 
-def _gather(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int],
-    locations: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    backend: str,
-) -> Tensor:
-    if spatial_shapes is None:
+def _gather(*arguments: Any) -> Tensor:
+    (value, shapes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    if not isinstance(shapes, Tensor):
         # A tensor of numbers would be a constant, which a lowering cannot add to a program.
-        sizes = [torch.full((), n, dtype=torch.int64, device=value.device) for n in level_sizes]
-        spatial_shapes = torch.stack(sizes).view(-1, 2)
-    return reference.attn_forward(
-        value, spatial_shapes, locations, weights, softmax, differentiable=True
-    )
+        numbers = [size for pair in shapes for size in pair]
+        sizes = [torch.full((), n, dtype=torch.int64, device=value.device) for n in numbers]
+        shapes = torch.stack(sizes).view(-1, 2)
+    return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
 
 
-def _grid_sample(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int],
-    locations: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    backend: str,
-) -> Tensor:
-    if spatial_shapes is not None:
+def _grid_sample(*arguments: Any) -> Tensor:
+    (value, sizes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    if isinstance(sizes, Tensor):
         raise ValueError(
             "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"
         )
     dtype = _exact_dtype(value, locations)
-    sizes = ops.level_shapes(spatial_shapes, level_sizes)
     heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
     grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)
     weights = weights.to(dtype).flatten(3)

@@ -48,11 +48,19 @@ def unpack(settings: Sequence[Any]) -> tuple[Window, str]:
     return Window(*pairs, *rest), backend
 
 
-def level_shapes(spatial_shapes: Tensor | None, level_sizes: Sequence[int]) -> Any:
-    """The level sizes of `ms_deform_attn` as backends take them."""
-    if spatial_shapes is not None:
-        return spatial_shapes
-    return list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
+def unpack_attention(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    backend: str,
+) -> tuple[tuple[Tensor, Any, Tensor, Tensor, bool], str]:
+    """The arguments of `ms_deform_attn` as backends take them, and the backend's name."""
+    pairs = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
+    shapes = pairs if spatial_shapes is None else spatial_shapes
+    return (value, shapes, locations, weights, softmax), backend
 
 
 def _conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
@@ -76,17 +84,9 @@ def _conv_differentiable(value: Tensor, offset_mask: Tensor, *settings: Any) -> 
     return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
-def _attn(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int],
-    locations: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    backend: str,
-) -> Tensor:
-    shapes = level_shapes(spatial_shapes, level_sizes)
-    return load(backend).attn_forward(value, shapes, locations, weights, softmax)
+def _attn(*arguments: Any) -> Tensor:
+    unpacked, backend = unpack_attention(*arguments)
+    return load(backend).attn_forward(*unpacked)
 
 
 def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
@@ -94,31 +94,14 @@ def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
     return value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
 
 
-def _attn_backward(
-    grad: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int],
-    locations: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = level_shapes(spatial_shapes, level_sizes)
-    return load(backend).attn_backward(grad, value, shapes, locations, weights, softmax)
+def _attn_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    unpacked, backend = unpack_attention(*arguments)
+    return load(backend).attn_backward(grad, *unpacked)
 
 
-def _attn_differentiable(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int],
-    locations: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    backend: str,
-) -> Tensor:
-    shapes = level_shapes(spatial_shapes, level_sizes)
-    return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
+def _attn_differentiable(*arguments: Any) -> Tensor:
+    unpacked, _ = unpack_attention(*arguments)
+    return reference.attn_forward(*unpacked, differentiable=True)
 
 
 def _define(
