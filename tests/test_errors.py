@@ -160,11 +160,11 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "layer_channels": (ValueError, "x", lambda: DCNv4(8)(torch.zeros(1, 9, 7))),
     "layer_nchw": (ValueError, "permute", lambda: DCNv4(8)(torch.zeros(1, 8, 3, 4))),
     "layer_2d": (ValueError, "x", lambda: DCNv4(8)(torch.zeros(9, 8))),
-    "layer_backend": (
-        ValueError,
-        "backend",
-        lambda: DCNv4(8, backend="metal")(torch.zeros(1, 9, 8)),
-    ),
+    "layer_type": (TypeError, "x", lambda: DCNv4(8)([[1.0] * 8])),
+    "layer_dtype": (TypeError, "x", lambda: DCNv4(8)(torch.zeros(1, 9, 8, dtype=torch.int64))),
+    "layer_shape_number": (TypeError, "shape", lambda: DCNv4(8)(torch.zeros(1, 9, 8), 3)),
+    "layer_backend": (ValueError, "backend", lambda: DCNv4(8, backend="metal")),
+    "attention_backend": (ValueError, "backend", lambda: FlashDeformAttn(8, 1, 2, backend="gpu")),
     # DCNv4Conv2d
     "in_channels": (ValueError, "in_channels", lambda: DCNv4Conv2d(0, 8)),
     "out_channels": (ValueError, "out_channels", lambda: DCNv4Conv2d(8, 0)),

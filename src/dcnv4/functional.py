@@ -112,8 +112,8 @@ def windowed_conv(
     value: Tensor, offset_mask: Tensor, window: Window, backend: str | None = None
 ) -> Tensor:
     """`deform_conv` with settings that were checked before."""
-    _tensor("value", value, "[B, H, W, C]", (4,))
-    _tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
+    check_tensor("value", value, "[B, H, W, C]", (4,))
+    check_tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
     batch, height, width, channels = value.shape
     if channels % window.groups or channels == 0:
         raise ValueError(
@@ -186,8 +186,8 @@ def ms_deform_attn(
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
     """
     _flag("softmax", softmax)
-    _tensor("value", value, "[B, S, G, D]", (4,))
-    _tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
+    check_tensor("value", value, "[B, S, G, D]", (4,))
+    check_tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
     batch, length, groups, depth = value.shape
     _, queries, _, levels, points, _ = sampling_locations.shape
     if sampling_locations.shape != (batch, queries, groups, levels, points, 2):
@@ -202,7 +202,7 @@ def ms_deform_attn(
         )
     shape = (batch, queries, groups, levels, points)
     layout = "[B, Q, G, L, P] or [B, Q, G, L*P]"
-    _tensor("attention_weights", attention_weights, layout, (5, 4), value)
+    check_tensor("attention_weights", attention_weights, layout, (5, 4), value)
     if attention_weights.shape not in (shape, (*shape[:3], levels * points)):
         raise ValueError(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
@@ -266,11 +266,16 @@ def is_traced(tensor: Tensor) -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def check_backend(backend: str | None) -> str | None:
+    """A backend's name as an operator takes it, or None for the environment's choice."""
+    return None if backend is None else backends.known("backend", backend)
+
+
 def _kind(argument: Any) -> str:
     return type(argument).__name__
 
 
-def _tensor(
+def check_tensor(
     name: str, argument: Any, layout: str, dimensions: tuple[int, ...], value: Tensor | None = None
 ) -> None:
     """Check type, dtype, number of dimensions and, beside `value`, device of a tensor."""

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import is_traced, ms_deform_attn, window, windowed_conv
+from .functional import (
+    check_backend,
+    check_tensor,
+    is_traced,
+    ms_deform_attn,
+    window,
+    windowed_conv,
+)
 from .geometry import Window, conv_points
 
 
@@ -40,7 +47,7 @@ class _DeformConv(nn.Module):
             raise ValueError(f"dw_kernel_size must be None or >= 1; got {dw_kernel_size}")
         self.window = settings
         self.init = init
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.center_feature_scale = center_feature_scale
         fields = math.ceil(settings.fields() / 8) * 8
         self.offset_mask = nn.Linear(in_channels, fields)
@@ -233,12 +240,15 @@ class DCNv4(_DeformConv):
 
     def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
         """[B, H, W, C] of what `forward` takes."""
-        if x.dim() not in (3, 4) or x.shape[-1] != self.channels:
+        layout = "[B, H*W, C] or [B, H, W, C]"
+        check_tensor("x", x, layout, (3, 4))
+        if x.shape[-1] != self.channels:
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
             raise ValueError(
-                f"x must be [B, H*W, C] or [B, H, W, C] with C = {self.channels}; "
-                f"got {list(x.shape)}{hint}"
+                f"x must be {layout} with C = {self.channels}; got {list(x.shape)}{hint}"
             )
+        if shape is not None and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
+            raise TypeError(f"shape must be (H, W); got {shape!r}")
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
@@ -355,7 +365,8 @@ class DCNv4Conv2d(_DeformConv):
 
     def _as_map(self, x: Tensor) -> Tensor:
         """[B, H, W, in_channels] of what `forward` takes."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        check_tensor("x", x, "[B, in_channels, H, W]", (4,))
+        if x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
                 f"got {list(x.shape)}"
@@ -409,7 +420,7 @@ class FlashDeformAttn(nn.Module):
         self.n_levels = n_levels
         self.n_heads = n_heads
         self.n_points = n_points
-        self.backend = backend
+        self.backend = check_backend(backend)
         samples = n_heads * n_levels * n_points
         self.sampling_offsets = nn.Linear(d_model, 2 * samples)
         self.attention_weights = nn.Linear(d_model, samples)
@@ -459,11 +470,13 @@ class FlashDeformAttn(nn.Module):
             [B, Q, C].
         """
         for name, argument in (("query", query), ("input_flatten", input_flatten)):
-            if argument.dim() != 3 or argument.shape[-1] != self.d_model:
+            check_tensor(name, argument, "[B, length, d_model]", (3,))
+            if argument.shape[-1] != self.d_model:
                 raise ValueError(
                     f"{name} must be [B, length, d_model = {self.d_model}]; "
                     f"got {list(argument.shape)}"
                 )
+        check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
         batch, queries = query.shape[:2]
         if reference_points.shape not in (
             expected := [(batch, queries, self.n_levels, size) for size in (2, 4)]

@@ -92,7 +92,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         ValueError: an unknown name.
         RuntimeError: the named backend cannot run the call. A named backend never falls back.
     """
-    name = requested(device.type) if backend is None else _known("backend", backend)
+    name = requested(device.type) if backend is None else known("backend", backend)
     return _choose(Call(op, device, dtype), name)
 
 
@@ -102,7 +102,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def requested(device_type: str) -> str:
     """What the environment asks for on this kind of device: a backend's name or "auto"."""
-    name = _known("DCNV4_BACKEND", os.environ.get("DCNV4_BACKEND", "auto"))
+    name = known("DCNV4_BACKEND", os.environ.get("DCNV4_BACKEND", "auto"))
     if name != "auto":
         return name
     triton = os.environ.get("DCNV4_USE_TRITON", "0")
@@ -128,7 +128,8 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def _known(what: str, name: str) -> str:
+def known(what: str, name: str) -> str:
+    """`name`, which `what` was given as, if it is a backend or "auto"; otherwise a ValueError."""
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{what} must be one of {', '.join(('auto', *NAMES))}; got {name!r}")
     return name
