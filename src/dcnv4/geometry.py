@@ -49,18 +49,26 @@ class Window(NamedTuple):
         columns = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
         return rows, columns
 
-    def grid(self) -> list[tuple[int, int]]:
-        """The K (column, row) cells of the kernel in the operators' order: columns outermost."""
-        kh, kw = self.kernel_size
-        cells = [(i, j) for i in range(kw) for j in range(kh)]
+    def cells(self) -> list[tuple[int, int]]:
+        """(x, y) of the K undeformed points from the window's centre, in pixels.
+
+        In the operators' order: columns outermost.
+        """
+        (kh, kw), (dh, dw), (ch, cw) = self.kernel_size, self.dilation, self.center()
+        cells = [(i * dw - cw, j * dh - ch) for i in range(kw) for j in range(kh)]
         if self.remove_center:
-            cells.remove((kw // 2, kh // 2))
+            del cells[kw // 2 * kh + kh // 2]
         return cells
 
     def origins(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the undeformed centre of the windows of these output rows and columns."""
         (sh, sw), (ph, pw), (ch, cw) = self.stride, self.padding, self.center()
         return columns * sw - pw + cw, rows * sh - ph + ch
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of numbers of this dtype are made in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def conv_points(
@@ -73,9 +81,7 @@ def conv_points(
     groups, points = window.groups, window.points()
     fields = offset_mask[:, : 3 * groups * points].unflatten(1, (groups, 3 * points))
     offsets = fields[..., : 2 * points].unflatten(-1, (points, 2))
-    (dh, dw), (ch, cw) = window.dilation, window.center()
-    cells = [(i * dw - cw, j * dh - ch) for i, j in window.grid()]
-    base = torch.tensor(cells, dtype=offsets.dtype, device=offsets.device)
+    base = torch.tensor(window.cells(), dtype=offsets.dtype, device=offsets.device)
     origin = torch.stack(window.origins(rows, columns), -1).to(offsets.dtype)
     x, y = (origin[:, None, None] + window.offset_scale * (base + offsets)).unbind(-1)
     weights = fields[..., 2 * points :]

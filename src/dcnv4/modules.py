@@ -18,7 +18,7 @@ from .functional import (
     window,
     windowed_conv,
 )
-from .geometry import Window, conv_points
+from .geometry import Window, conv_points, sum_dtype
 
 
 class _DeformConv(nn.Module):
@@ -528,7 +528,7 @@ class FlashDeformAttn(nn.Module):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(sum_dtype(tensor.dtype))
 
 
 def _make_sizes(

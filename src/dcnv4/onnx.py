@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from . import ops
 from .backends import reference
-from .geometry import Window
+from .geometry import Window, sum_dtype
 
 
 def export(
@@ -183,8 +183,7 @@ def _cells(window: Window, like: Tensor) -> Tensor:
 
 
 def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return torch.promote_types(wide, coordinates.dtype)
+    return torch.promote_types(sum_dtype(value.dtype), coordinates.dtype)
 
 
 def _gather(*arguments: Any) -> Tensor:

@@ -161,8 +161,8 @@ def _attn_problem(
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In the dtype that sums are made in: float64 for float64, otherwise float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """In the dtype that sums are made in."""
+    return tensor.to(geometry.sum_dtype(tensor.dtype))
 
 
 def _table(value: Tensor, depth: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Window, sum_dtype
 from .. import Call, cache_dir
 from .compile import CompileError, library
 
@@ -237,8 +237,7 @@ def _kernels() -> ctypes.CDLL | str:
 
 def _new_grad_value(value: Tensor) -> Tensor:
     """Zeros in the dtype that sums are made in."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return torch.zeros(value.shape, dtype=dtype)
+    return torch.zeros(value.shape, dtype=sum_dtype(value.dtype))
 
 
 def _inner(tensor: Tensor, dimensions: int) -> Tensor:
@@ -287,6 +286,5 @@ def _levels(
 @cache
 def _base(window: Window) -> bytes:
     """(x, y) of each kernel point from the window's centre, as the kernels read them."""
-    (dh, dw), (ch, cw) = window.dilation, window.center()
-    cells = [number for i, j in window.grid() for number in (i * dw - cw, j * dh - ch)]
-    return struct.pack(f"{len(cells)}d", *cells)
+    numbers = [number for cell in window.cells() for number in cell]
+    return struct.pack(f"{len(numbers)}d", *numbers)

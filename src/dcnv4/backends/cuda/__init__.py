@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Window, sum_dtype
 from .. import Call
 from . import compile
 
@@ -286,8 +286,7 @@ def attn_backward(
 
 def _zeros(value: Tensor) -> Tensor:
     """What the gradient of `value` is summed in."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return torch.zeros(value.shape, dtype=dtype, device=value.device)
+    return torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
 
 
 def _sizes(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Window, sum_dtype
 from .. import Call
 
 
@@ -105,7 +105,7 @@ def conv_backward(
     """Gradients of `value` and `offset_mask`."""
     batch, height, width, channels = shape = value.shape
     rows, columns, count = offset_mask.shape[1:]
-    grad_value = torch.zeros(shape, dtype=_sum_dtype(value.dtype), device=value.device)
+    grad_value = torch.zeros(shape, dtype=sum_dtype(value.dtype), device=value.device)
     grad_fields = offset_mask.new_empty(offset_mask.shape)
     if grad.numel() > 0:
         grad, grad_stride = _pixels(grad, 3)
@@ -184,7 +184,7 @@ def attn_backward(
     """Gradients of `value`, `locations` and `weights`."""
     batch, length, groups, depth = shape = value.shape
     queries = locations.shape[1]
-    grad_value = torch.zeros(shape, dtype=_sum_dtype(value.dtype), device=value.device)
+    grad_value = torch.zeros(shape, dtype=sum_dtype(value.dtype), device=value.device)
     grad_locations = locations.new_empty(locations.shape)
     grad_weights = weights.new_empty(weights.shape)
     if grad.numel() > 0:
@@ -260,10 +260,6 @@ def _types(dtype: torch.dtype, index: str) -> tuple[Any, Any]:
 
 def _bytes(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits // 8
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _index(*elements: int) -> str:

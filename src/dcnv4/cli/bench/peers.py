@@ -198,8 +198,7 @@ def _grid_sample_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     x, y = case.window.origins(rows, columns)
     origin = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1)
-    ch, cw = case.window.center()
-    cells = torch.tensor([(i - cw, j - ch) for i, j in case.window.grid()], device=device)
+    cells = torch.tensor(case.window.cells(), device=device)
     pixels = (origin + cells[:, None, None]).flatten(0, 1)
     base, scale = (2 * pixels + 1) / size - 1, 2 / size
 
