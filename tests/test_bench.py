@@ -20,7 +20,7 @@ SMALL = (
     cases.Conv(2, 5, 6, 2, 3, note="a small map", quick=True),
     cases.Attention(1, ((5, 6), (3, 3)), heads=2, depth=4, points=2),
     cases.Layer(1, 4, 5, 16),
-    cases.TINY,
+    *cases.TINY,
 )
 
 
@@ -52,13 +52,17 @@ def test_every_case_and_direction_is_timed_and_right(
     file = tmp_path / "run.json"
     assert run("--backends", "reference", "--peers", "grid,conv", "--json", str(file)) == 0
     rows = rows_of(file)
-    conv, attention, layer, tiny = (case.name for case in SMALL)
+    conv, attention, layer, *tiny = (case.name for case in SMALL)
     operator = ("forward", "backward", "forward+backward")
     expected = {(case, d) for case in (conv, attention) for d in operator}
     expected |= {(layer, "forward"), (layer, "forward+backward")}
-    expected |= {(tiny, "eager, no grad"), (tiny, "eager, grad")}
+    modes = "eager, no grad", "eager, grad", "compiled, no grad"
+    expected |= {(case, mode) for case in tiny for mode in modes}
     assert {key[:2] for key in rows} == expected
     for row in rows.values():
+        if row.direction.startswith("compiled") and (row.problem or "").startswith("cannot: needs"):
+            assert tuple(map(int, torch.__version__.split(".")[:2])) < (2, 4)
+            continue
         assert row.problem is None, row
         assert row.least is not None
         assert 0 < row.least <= row.p20 <= row.median <= row.p80

@@ -200,7 +200,11 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: attend(input_spatial_shapes=((2, 3), (4, 4))),
     ),
     # the choice of a backend
-    "choose": (ValueError, "backend", lambda: backends.choose("deform_conv", CPU, VALUE.dtype, "")),
+    "choose": (
+        ValueError,
+        "backend",
+        lambda: backends.choose("deform_conv", CPU, VALUE.dtype, backend=""),
+    ),
 }
 
 
@@ -250,7 +254,7 @@ def test_environment_order(environment: pytest.MonkeyPatch) -> None:
     assert backends.requested("cuda") == backends.requested("cpu") == "reference"
     assert backends.choose("deform_conv", CPU, VALUE.dtype) == "reference"
     with pytest.raises(RuntimeError, match="cuda"):
-        backends.choose("deform_conv", CPU, VALUE.dtype, "cuda")
+        backends.choose("deform_conv", CPU, VALUE.dtype, backend="cuda")
 
 
 def test_a_named_backend_never_falls_back() -> None:

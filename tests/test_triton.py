@@ -42,7 +42,8 @@ LAYERS = [
 def test_in_the_interpreter() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [str(here / "test_operators.py"), __file__]
+    others = ("test_operators.py", "test_amp.py", "test_determinism.py")
+    files = [*(str(here / name) for name in others), __file__]
     chosen = ["-k", "interpreted or (triton-cpu and not float32)"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
@@ -216,7 +217,7 @@ def test_the_environment_chooses_triton_for_gpu_tensors(monkeypatch: pytest.Monk
     monkeypatch.setenv("DCNV4_BACKEND", "reference")
     call = "deform_conv", CUDA, torch.bfloat16
     assert backends.choose(*call) == "reference"
-    assert backends.choose(*call, "triton") == "triton"
+    assert backends.choose(*call, backend="triton") == "triton"
 
 
 def test_slices_are_not_copied() -> None:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
+__all__ = ["FVCORE", "thop_hooks"]
+
 
 def _products(points: int, output: Sequence[int]) -> int:
     """Multiplications of the forward: `points` a group and output pixel, of 4 corners each."""
@@ -78,7 +80,7 @@ FVCORE: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "dcnv4::deform_conv": _fvcore_conv,
     "dcnv4::ms_deform_attn": _fvcore_attn,
 }
-"""What fvcore counts an operator with, by its name: for `set_op_handle`."""
+"""What fvcore counts the operators with, by their names; `set_op_handle` takes it."""
 
 
 @contextmanager

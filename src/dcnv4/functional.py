@@ -13,6 +13,8 @@ from torch import Tensor
 from . import backends, ops
 from .geometry import Window
 
+__all__ = ["deform_conv", "ms_deform_attn"]
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -120,7 +122,8 @@ def windowed_conv(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
         )
     rows, columns = window.output_size(height, width)
-    if min(rows, columns) < 1 <= min(height, width):
+    # Not `min` of both: a graph would be compiled for tall maps and another for wide ones.
+    if (rows < 1 or columns < 1) and height >= 1 and width >= 1:
         raise ValueError(
             f"kernel_size must fit the padded image = {height + 2 * window.padding[0]} x "
             f"{width + 2 * window.padding[1]}; got {window.kernel_size} with dilation "
@@ -133,7 +136,8 @@ def windowed_conv(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
             f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(offset_mask.shape)}"
         )
-    chosen = backends.choose("deform_conv", value.device, value.dtype, backend)
+    deterministic = ops.must_be_deterministic(value, offset_mask)
+    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
     dtype = value.dtype
     value, (offset_mask,) = _promote(value, offset_mask)
     output: Tensor = ops.deform_conv(value, offset_mask, *window, chosen)
@@ -209,7 +213,8 @@ def ms_deform_attn(
             f"got {list(attention_weights.shape)}"
         )
     shapes, sizes = _levels(spatial_shapes, levels, length, value.device)
-    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, backend)
+    deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
     dtype = value.dtype
     value, (locations, weights) = _promote(value, sampling_locations, attention_weights)
     output: Tensor = ops.ms_deform_attn(
@@ -220,6 +225,8 @@ def ms_deform_attn(
 
 def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Dtypes that every backend takes, nothing rounded down: the value may become float64."""
+    if all(c.dtype == value.dtype for c in coordinates):
+        return value, coordinates
     if any(c.dtype == torch.float64 for c in coordinates):
         value = value.double()
     return value, ops.exact_coordinates(value, *coordinates)
@@ -266,6 +273,13 @@ def is_traced(tensor: Tensor) -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that autocast, where it is on, makes of a tensor before a projection reads it."""
+    if tensor.dtype == torch.float64 or not ops.is_autocast(tensor.device.type):
+        return tensor.dtype
+    return ops.autocast_dtype(tensor.device.type)
+
+
 def check_backend(backend: str | None) -> str | None:
     """A backend's name as an operator takes it, or None for the environment's choice."""
     return None if backend is None else backends.known("backend", backend)
@@ -292,6 +306,8 @@ def check_tensor(
 
 
 def _integer(name: str, argument: Any, least: int) -> int:
+    if type(argument) is int and argument >= least:  # what follows costs microseconds
+        return argument
     if not isinstance(argument, (int, torch.SymInt, Integral)) or isinstance(argument, bool):
         raise TypeError(f"{name} must be an integer >= {least}; got {argument!r}")
     if argument < least:

@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
     def points(self) -> int:
         """K: how many points a group samples for one output pixel."""
-        return self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+        return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
 
     def fields(self) -> int:
         """3·G·K: how many channels of `offset_mask` are read."""

@@ -19,6 +19,8 @@ from . import ops
 from .backends import reference
 from .geometry import Window, sum_dtype
 
+__all__ = ["export", "lower"]
+
 
 def export(
     model: torch.nn.Module,
@@ -100,6 +102,10 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
 
     Returns:
         The `torch.export.ExportedProgram`; it is not meant to be run in PyTorch.
+
+    Raises:
+        ImportError: torch is older than 2.8.
+        ValueError: an unknown `attention`, or level sizes that "grid_sample" cannot take.
     """
     _require_torch()
     if attention not in _ATTENTION:

@@ -7,13 +7,14 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import load, reference
+from .backends import Backend, choose, load, reference
 from .geometry import Window
 
 _library = torch.library.Library("dcnv4", "DEF")
@@ -41,6 +42,13 @@ def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]
     return tuple(c if c.dtype in (value.dtype, wide) else c.to(wide) for c in coordinates)
 
 
+def must_be_deterministic(*inputs: Tensor) -> bool:
+    """Whether a call's gradients are wanted and must have the same bits on every run."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
 def unpack(settings: Sequence[Any]) -> tuple[Window, str]:
     """The window and the backend's name: what follows the tensors of `deform_conv`."""
     kernel_size, stride, padding, dilation, *rest, backend = settings
@@ -63,6 +71,13 @@ def unpack_attention(
     return (value, shapes, locations, weights, softmax), backend
 
 
+def _for_backward(op: str, value: Tensor, backend: str) -> Backend:
+    """The backend, unless determinism was asked for after it was chosen, and it has none."""
+    if torch.are_deterministic_algorithms_enabled():
+        choose(op, value.device, value.dtype, True, backend)
+    return load(backend)
+
+
 def _conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
     window, backend = unpack(settings)
     return load(backend).conv_forward(value, offset_mask, window)
@@ -76,7 +91,8 @@ def _conv_backward(
     grad: Tensor, value: Tensor, offset_mask: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     window, backend = unpack(settings)
-    return load(backend).conv_backward(grad, value, offset_mask, window)
+    run = _for_backward("deform_conv", value, backend).conv_backward
+    return run(grad, value, offset_mask, window)
 
 
 def _conv_differentiable(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
@@ -96,7 +112,8 @@ def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
 
 def _attn_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     unpacked, backend = unpack_attention(*arguments)
-    return load(backend).attn_backward(grad, *unpacked)
+    run = _for_backward("ms_deform_attn", arguments[0], backend).attn_backward
+    return run(grad, *unpacked)
 
 
 def _attn_differentiable(*arguments: Any) -> Tensor:
@@ -135,8 +152,10 @@ def _define(
 
     def below_autograd(*arguments: Any) -> Tensor:
         guard = torch._C._AutoDispatchBelowAutograd()
-        output: Tensor = operator(*arguments)
-        del guard
+        try:
+            output: Tensor = operator(*arguments)
+        finally:
+            del guard  # which an exception's frames would keep, and autograd off with it
         return output
 
     class Differentiable(torch.autograd.Function):
@@ -176,8 +195,10 @@ def _define(
             output = differentiable(*replaced)
             return torch.autograd.grad(output, wanted, grad, create_graph=True)
         guard = torch._C._AutoDispatchBelowAutograd()
-        grads = operator_backward(grad, *arguments)
-        del guard
+        try:
+            grads = operator_backward(grad, *arguments)
+        finally:
+            del guard
         return grads
 
     _library.impl(name, forward, "CompositeExplicitAutograd")
@@ -187,11 +208,16 @@ def _define(
     _library.impl(f"{name}_backward", meta_backward, "Meta")
     _library.impl(f"{name}_backward", autograd_backward, "Autograd")
     for device in ("cpu", "cuda", "mps", "xpu"):
-        _define_autocast(name, operator, inputs, device)
+        _define_autocast(name, operator, partial(_as_autocast, inputs=inputs), device)
+        _define_autocast(f"{name}_backward", operator_backward, lambda given, device: given, device)
 
     def call(*arguments: Any) -> Tensor:
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return differentiable(*arguments)
+        if _is_transformed():
+            device = arguments[inputs[0]].device.type
+            if not is_autocast(device):
+                return differentiable(*arguments)
+            with torch.autocast(device, enabled=False):
+                return differentiable(*_as_autocast(arguments, device, inputs))
         if not _is_plain(arguments, inputs):
             output: Tensor = operator(*arguments)
         elif needs_grad(arguments):
@@ -203,6 +229,15 @@ def _define(
     return call
 
 
+def _is_transformed() -> bool:
+    """Whether a `torch.func` transform or forward mode wants the operations of a call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# The tracer of torch 2.4 cannot ask this itself. The answer is a constant of a graph.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     """Whether nothing but a backend is interested in a call, which then skips the dispatcher.
 
@@ -211,50 +246,62 @@ def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     """
     if not _HAS_COMPILER or torch.compiler.is_compiling():
         return False
-    tensors = [arguments[i] for i in inputs]
+    for i in inputs:
+        kind = type(arguments[i])
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            return False
+    value = arguments[inputs[0]]
     return (
-        all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
-        and not tensors[0].is_meta
+        not value.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        and not _is_autocast(tensors[0].device.type)
+        and not is_autocast(value.device.type)
     )
 
 
-def _is_autocast(device: str) -> bool:
+def is_autocast(device: str) -> bool:
     if _HAS_AUTOCAST_BY_DEVICE:
         return torch.is_autocast_enabled(device)
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
 def _define_autocast(
-    name: str, operator: Callable[..., Tensor], inputs: tuple[int, ...], device: str
+    name: str,
+    operator: Callable[..., Any],
+    prepare: Callable[[Sequence[Any], str], Sequence[Any]],
+    device: str,
 ) -> None:
-    """Under autocast the value takes its dtype; coordinates stay as precise as they came."""
+    """Under autocast run `operator` without it, on the arguments that `prepare` makes."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}", None)
     if key is None:
         return
 
-    def autocast(*arguments: Any) -> Tensor:
-        replaced = list(arguments)
-        first, *rest = inputs
-        if arguments[first].dtype != torch.float64:
-            replaced[first] = arguments[first].to(_autocast_dtype(device))
-        exact = exact_coordinates(replaced[first], *(arguments[i] for i in rest))
-        for i, coordinate in zip(rest, exact, strict=True):
-            replaced[i] = coordinate
+    def autocast(*arguments: Any) -> Any:
+        prepared = prepare(arguments, device)
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
         try:
-            return operator(*replaced)
+            return operator(*prepared)
         finally:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
 
     _library.impl(name, autocast, key.name)
 
 
-def _autocast_dtype(device: str) -> torch.dtype:
+def _as_autocast(arguments: Sequence[Any], device: str, inputs: tuple[int, ...]) -> list[Any]:
+    """The value in autocast's dtype unless it is float64; coordinates as precise as they came."""
+    replaced = list(arguments)
+    first, *rest = inputs
+    if arguments[first].dtype != torch.float64:
+        replaced[first] = arguments[first].to(autocast_dtype(device))
+    exact = exact_coordinates(replaced[first], *(arguments[i] for i in rest))
+    for i, coordinate in zip(rest, exact, strict=True):
+        replaced[i] = coordinate
+    return replaced
+
+
+def autocast_dtype(device: str) -> torch.dtype:
     if _HAS_AUTOCAST_BY_DEVICE:
         return torch.get_autocast_dtype(device)
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()

@@ -6,17 +6,21 @@ Kernels are imported when a backend is first used, never before.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
     from ..geometry import Window
+
+__all__ = ["NAMES", "Backend", "Call", "choose", "why_not"]
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 """Every backend, the one that `auto` prefers first."""
@@ -30,6 +34,15 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     """Of the value."""
+    deterministic: bool = False
+    """Whether its gradients are wanted and must have the same bits on every run."""
+
+
+UNORDERED = (
+    "needs torch.use_deterministic_algorithms(False) for gradients, which it adds up in any order; "
+    "got True"
+)
+"""What a backend without a deterministic backward says to a call that must have one."""
 
 
 class Backend(Protocol):
@@ -79,13 +92,18 @@ def why_not(name: str, call: Call) -> str | None:
     return load(name).why_not(call)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> str:
     """The name of the backend that runs a call.
 
     Args:
-        op: `deform_conv` or `ms_deform_attn`.
-        device: where its tensors are.
-        dtype: of the value.
+        op, device, dtype, deterministic: what `Call` holds. Where PyTorch is only to warn, a
+            backend without a deterministic backward is taken, with a warning.
         backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
 
     Raises:
@@ -93,7 +111,13 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         RuntimeError: the named backend cannot run the call. A named backend never falls back.
     """
     name = requested(device.type) if backend is None else known("backend", backend)
-    return _choose(Call(op, device, dtype), name)
+    if not deterministic or not torch.is_deterministic_algorithms_warn_only_enabled():
+        return _choose(Call(op, device, dtype, deterministic), name)
+    chosen = _choose(Call(op, device, dtype), name)
+    reason = why_not(chosen, Call(op, device, dtype, True))
+    if reason is not None:
+        warnings.warn(f"backend {chosen} of {op} {reason}", stacklevel=2)
+    return chosen
 
 
 # The choice is a constant of a traced graph: it depends on nothing that the graph computes.
@@ -144,5 +168,6 @@ def _choose(call: Call, name: str) -> str:
             return candidate
     reasons = "".join(f"\n  {key}: {why_not(key, call) or 'usable'}" for key in NAMES)
     raise RuntimeError(
-        f"backend {name} cannot run {call.op} on {call.device} in {call.dtype}:{reasons}"
+        f"backend {name} cannot run {call.op} on {call.device} in {call.dtype}"
+        f"{' with deterministic gradients' if call.deterministic else ''}:{reasons}"
     )

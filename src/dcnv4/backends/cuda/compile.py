@@ -6,6 +6,7 @@ is trusted only with its checksum, and losing it costs a compilation (about 0.3 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -157,17 +158,15 @@ def compile(name: str, macros: Macros, arch: str) -> bytes:
 
 def _keep(path: Path, entry: bytes) -> None:
     """Write a cache entry whole or not at all; a folder that takes none only costs time."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    except OSError:
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(entry)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(entry)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _checksum(key: str, code: bytes) -> bytes:

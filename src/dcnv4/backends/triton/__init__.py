@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Window, sum_dtype
-from .. import Call
+from .. import UNORDERED, Call
 
 
 def why_not(call: Call) -> str | None:
@@ -26,7 +26,7 @@ def why_not(call: Call) -> str | None:
     if int(version.split(".")[0]) < 3:
         return f"needs triton >= 3.0 (python -m pip install --upgrade triton); got {version}"
     if call.device.type in ("cuda", "xpu") or _kernels().is_interpreted():
-        return None
+        return UNORDERED if call.deterministic else None
     return f"needs a GPU, or TRITON_INTERPRET=1 when Python starts; got {call.device}"
 
 

@@ -43,6 +43,8 @@ x floor          over the time to copy the bytes of inputs and results once, at 
 vs peer          the fastest right peer's time over this one's: above 1 is faster than all peers.
 memory           PyTorch's allocations at their highest during the call, beyond those before it.
 host             the time to issue the call without waiting (GPU only).
+eager, compiled, graph replay
+                 what a call with next to no work costs the host, in each way to make it.
 ~                a yardstick: another function, never checked.
 
 Other libraries get their inputs in the layout that they want; conversions are not timed. A
@@ -240,7 +242,7 @@ class _Bench:
         for case in chosen:
             able = [c for c in contestants if c.op == case.op]
             if able:
-                yield from self._cost(able) if case is cases.TINY else self._case(case, able)
+                yield from self._cost(case, able) if case in cases.TINY else self._case(case, able)
 
     def _case(self, case: Case, contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
         directions = ["forward", "backward"]
@@ -295,17 +297,20 @@ class _Bench:
                 if self.device.type == "cuda" and row.median < _LONG:
                     row.host = measure.host_time(call, self.device, 20).median
 
-    def _cost(self, contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
+    def _cost(self, case: Case, contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
         """What a call costs the host, where there is next to nothing to do."""
-        case = cases.TINY
         inputs = case.inputs(self.device)
         expected = Expected(case, inputs)
-        modes = ["eager, no grad", "eager, grad"]
+        modes = ["eager, no grad", "eager, grad", "compiled, no grad"]
         if self.device.type == "cuda":
-            modes += ["compiled, no grad", "graph replay"]
+            modes.append("graph replay")
         for mode in modes:
-            # The reference takes numbers from the host, which no graph can hold.
-            able = [c for c in contestants if mode != "graph replay" or "reference" not in c.name]
+            able = list(contestants)
+            if mode == "graph replay":
+                # The reference takes numbers from the host, which no graph can hold.
+                able = [c for c in able if "reference" not in c.name]
+            elif mode == "compiled, no grad" and self.device.type == "cpu":
+                able = [c for c in able if c.kind == "backend"]  # the rest is C++ for many seconds
             rows = [Row(case.name, case.note, mode, c.name, c.kind) for c in able]
             for row, contestant in zip(rows, able, strict=True):
                 with self._explained(row):
@@ -382,6 +387,9 @@ def _issue(job: Job, mode: str) -> Callable[[], Tensor]:
         return job.run
     run = job.run
     if mode == "compiled, no grad":
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 4):
+            raise Unable(f"cannot: needs torch >= 2.4; got {torch.__version__}")
+        torch._dynamo.reset()
         compiled = torch.compile(job.call, fullgraph=True, dynamic=False)
 
         def run() -> Tensor:

@@ -199,8 +199,12 @@ def _centers(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1)
 
 
-TINY = Conv(1, 2, 2, 1, 16, note="what a call itself costs", quick=True)
-"""Next to no work: the time of its calls is measured in each way to call."""
+_COST = "what a call itself costs"
+TINY: tuple[Case, ...] = (
+    Conv(1, 2, 2, 1, 16, note=_COST, quick=True),
+    Attention(1, ((2, 2),), heads=1, depth=16, note=_COST, quick=True),
+)
+"""Next to no work: the time of their calls is measured in each way to call."""
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
 _HALF_DETR = ((50, 67), (25, 34), (13, 17), (7, 9))
@@ -235,7 +239,7 @@ CUDA: tuple[Case, ...] = (
     Conv(2, 31, 29, 5, 24, "fp16", note="odd"),
     Attention(2, _DETR, None, "bf16"),
     Attention(2, _DETR, None, "fp16", locations="fp32"),
-    TINY,
+    *TINY,
 )
 
 CPU: tuple[Case, ...] = (
@@ -259,7 +263,7 @@ CPU: tuple[Case, ...] = (
     Attention(1, _HALF_DETR, note="Deformable DETR encoder, half resolution"),
     Attention(1, _HALF_DETR, None, "bf16", locations="fp32"),
     Layer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
-    TINY,
+    *TINY,
 )
 
 
