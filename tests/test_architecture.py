@@ -26,18 +26,35 @@ NATIVE = {
 
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "flops", "functional", "modules"},
+    "__init__": {"backends", "conversion", "flops", "functional", "modules"},
     "geometry": set(),
     "functional": {"geometry", "backends", "ops"},
     "ops": {"geometry", "backends", "backends.reference"},
     "modules": {"geometry", "functional"},
     "backends": {"geometry"},
     "flops": {"modules"},
+    "conversion": {"modules"},
+    "checkpoints": {"functional", "modules"},
+    "visualize": {"checkpoints", "modules"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
+    "compat": {"functional", "modules"},
+    "integrations": set(),
+    "integrations.transformers": {"functional"},
 }
 
 
-OPTIONAL = ("triton", "cuda", "ninja", "numpy", "matplotlib", "sklearn", "tqdm")
+OPTIONAL = (
+    "triton",
+    "cuda",
+    "ninja",
+    "numpy",
+    "matplotlib",
+    "sklearn",
+    "tqdm",
+    "transformers",
+    "torchvision",
+    "mmcv",
+)
 
 
 def module_name(file: str) -> str:

@@ -196,6 +196,37 @@ def test_average_is_a_box_filter(window: dict[str, Any]) -> None:
     torch.testing.assert_close(inside, torch.ones_like(inside))
 
 
+@pytest.mark.parametrize("init", ["average", "zero"])
+def test_softmax_starts_as_a_box_filter(init: str) -> None:
+    x = random(2, 7, 8, 8)
+    layer = DCNv4(8, group=2, without_pointwise=True, softmax=True, init=init).double()
+    expected = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, 1, 1)
+    torch.testing.assert_close(layer(x).permute(0, 3, 1, 2), expected)
+    assert "softmax=True" in repr(layer)
+
+
+def test_softmax_normalises_the_weights_of_a_group() -> None:
+    layer = randomised(DCNv4(8, group=2, softmax=True))
+    x = random(2, 4, 5, 8)
+    fields = layer.offset_mask(x)[..., :54].unflatten(-1, (2, 27))
+    normalised = torch.cat((fields[..., :18], fields[..., 18:].softmax(-1)), -1).flatten(-2)
+    settings = {**conv_settings(layer), "softmax": False}
+    y = functional.deform_conv(layer.value_proj(x), normalised, **settings)
+    torch.testing.assert_close(layer(x), layer.output_proj(y))
+    conv2d = DCNv4Conv2d(8, 8, groups=2, softmax=True).double()
+    conv2d.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), layer(x))
+
+
+def test_conv2d_without_pointwise() -> None:
+    layer = DCNv4Conv2d(8, 8, groups=2, without_pointwise=True)
+    assert set(layer.state_dict()) == {"offset_mask.weight", "offset_mask.bias"}
+    x = random(2, 8, 4, 5, dtype=torch.float32)
+    torch.testing.assert_close(layer(x), F.avg_pool2d(x, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"out_channels must be in_channels = 8 with .*; got 4"):
+        DCNv4Conv2d(8, 4, without_pointwise=True)
+
+
 @pytest.mark.parametrize("remove_center", [False, True])
 def test_average_weights_add_up_to_one(remove_center: bool) -> None:
     """Padding channels of offset_mask stay 0."""

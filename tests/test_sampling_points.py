@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcnv4 import DCNv4, DCNv4Conv2d
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.geometry import coefficients, corners
 
 
@@ -34,8 +34,9 @@ def sum_at(value, positions, weights):
         {},
         {"stride": 2, "kernel_size": (3, 5), "pad": (1, 2)},
         {"dw_kernel_size": 3, "remove_center": True, "offset_scale": 0.5},
+        {"softmax": True},
     ],
-    ids=["plain", "stride 2, 3x5", "depthwise, no centre, scaled"],
+    ids=["plain", "stride 2, 3x5", "depthwise, no centre, scaled", "softmax"],
 )
 def test_layer_is_the_sum_over_its_points(settings):
     torch.manual_seed(0)
@@ -68,3 +69,31 @@ def test_a_fresh_layer_looks_at_the_kernel_grid():
     grid = [[x, y] for x in (1.0, 2.0, 3.0) for y in (2.0, 3.0, 4.0)]
     assert positions[0, 3, 2, 0].tolist() == grid
     assert weights.unique().tolist() == [torch.tensor(1 / 9).item()]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_attention_is_the_sum_over_its_points(size, as_tensor):
+    torch.manual_seed(0)
+    layer = randomised(FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3))
+    shapes = ((4, 5), (2, 3))
+    query, flat = (torch.randn(2, n, 8, dtype=torch.float64) for n in (6, 26))
+    reference = torch.rand(2, 6, 2, size, dtype=torch.float64)
+    locations, weights = layer.sampling_points(
+        query, reference, torch.tensor(shapes) if as_tensor else shapes
+    )
+    assert locations.shape == (2, 6, 2, 2, 3, 2)
+    torch.testing.assert_close(weights.flatten(3).sum(-1), torch.ones(2, 6, 2, dtype=torch.float64))
+    value = layer.value_proj(flat).split([20, 6], 1)
+    y = torch.zeros(2, 6, 8, dtype=torch.float64)
+    for level, (height, width) in enumerate(shapes):
+        pixels = locations[:, :, :, level] * torch.tensor((width, height)) - 0.5
+        image = value[level].unflatten(1, (height, width))
+        y += sum_at(image, pixels[:, None], weights[:, None, :, :, level])[:, 0]
+    torch.testing.assert_close(layer.output_proj(y), layer(query, reference, flat, shapes))
+
+
+def test_attention_checks_what_it_is_given():
+    layer = FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3)
+    with pytest.raises(ValueError, match=r"reference_points must be .* \[1, 5, 2, 2\]"):
+        layer.sampling_points(torch.ones(1, 5, 8), torch.ones(1, 5, 1, 2), ((1, 1), (1, 1)))

@@ -1,9 +1,18 @@
 """Deformable Convolution v4 and multi-scale deformable attention for PyTorch."""
 
 from . import backends, functional
+from .conversion import convert
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 dcnv4 = DCNv4
 
 __version__ = "0.1.0"
-__all__ = ["DCNv4", "DCNv4Conv2d", "FlashDeformAttn", "backends", "dcnv4", "functional"]
+__all__ = [
+    "DCNv4",
+    "DCNv4Conv2d",
+    "FlashDeformAttn",
+    "backends",
+    "convert",
+    "dcnv4",
+    "functional",
+]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import (
+    autocast_dtype,
     check_backend,
     check_tensor,
     is_traced,
@@ -21,7 +22,73 @@ from .functional import (
 from .geometry import Window, conv_points, sum_dtype
 
 
-class _DeformConv(nn.Module):
+class WindowedLayer(nn.Module):
+    """What every layer around `deform_conv` shares: its window, its points, its centre blend."""
+
+    def __init__(
+        self,
+        channels: int,
+        settings: Window,
+        *,
+        center_feature_scale: bool,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        groups = settings.groups
+        if channels < 1 or channels % groups:
+            raise ValueError(f"group(s) must divide the {channels} channels; got {groups}")
+        self.window = settings
+        self.backend = check_backend(backend)
+        self.center_feature_scale = center_feature_scale
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(Ho, Wo) of the output for an input of `shape` (H, W)."""
+        return self.window.output_size(*shape)
+
+    def extra_repr(self) -> str:
+        defaults = window(groups=self.window.groups)._asdict()
+        changed = {k: v for k, v in self.window._asdict().items() if v != defaults[k]}
+        settings = {"kernel_size": self.window.kernel_size, "groups": self.window.groups, **changed}
+        if self.center_feature_scale:
+            settings["center_feature_scale"] = True
+        if self.backend is not None:
+            settings["backend"] = self.backend
+        return ", ".join(f"{key}={setting!r}" for key, setting in settings.items())
+
+    def _blend(self, y: Tensor, value: Tensor, source: Tensor) -> Tensor:
+        """y·(1 - s) + value·s at the windows' centres, s = sigmoid(linear(source)) per group."""
+        weight, bias = self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+        scale = F.linear(source, weight, bias).sigmoid()[..., None]
+        split = (self.window.groups, -1)
+        center = self._at_centers(value).unflatten(-1, split)
+        blended: Tensor = y.unflatten(-1, split) * (1 - scale) + center * scale
+        return blended.flatten(-2)
+
+    def _points(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, Ho, Wo, G, K, 2] and weights [B, Ho, Wo, G, K] in fields [B, Ho, Wo, M]."""
+        batch, rows, columns = fields.shape[:3]
+        row = torch.arange(rows, device=fields.device).repeat_interleave(columns).repeat(batch)
+        column = torch.arange(columns, device=fields.device).repeat(batch * rows)
+        u, v, weights = conv_points(fields.flatten(0, 2), row, column, self.window)
+        shape = (batch, rows, columns, *weights.shape[1:])
+        return torch.stack((u, v), -1).view(*shape, 2), weights.reshape(shape)
+
+    def _at_centers(self, x: Tensor) -> Tensor:
+        """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
+        height, width = x.shape[1:3]
+        rows, columns = self.window.output_size(height, width)
+        if self.window.stride == (1, 1) and (rows, columns) == (height, width):
+            return x
+        column, row = self.window.origins(
+            torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
+        )
+        return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
+
+
+class _DeformConv(WindowedLayer):
     """What `DCNv4` and `DCNv4Conv2d` share: all that happens between their layouts."""
 
     def __init__(
@@ -37,18 +104,14 @@ class _DeformConv(nn.Module):
         init: str,
         backend: str | None,
     ) -> None:
-        super().__init__()
-        groups = settings.groups
-        if out_channels < 1 or out_channels % groups:
-            raise ValueError(f"group(s) must divide the {out_channels} channels; got {groups}")
+        super().__init__(
+            out_channels, settings, center_feature_scale=center_feature_scale, backend=backend
+        )
         if init not in ("average", "zero"):
             raise ValueError(f"init must be 'average' or 'zero'; got {init!r}")
         if dw_kernel_size is not None and dw_kernel_size < 1:
             raise ValueError(f"dw_kernel_size must be None or >= 1; got {dw_kernel_size}")
-        self.window = settings
         self.init = init
-        self.backend = check_backend(backend)
-        self.center_feature_scale = center_feature_scale
         fields = math.ceil(settings.fields() / 8) * 8
         self.offset_mask = nn.Linear(in_channels, fields)
         self.offset_mask_dw = (
@@ -60,9 +123,6 @@ class _DeformConv(nn.Module):
         self.output_proj = (
             None if without_pointwise else nn.Linear(out_channels, out_channels, bias=output_bias)
         )
-        if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, out_channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -85,33 +145,13 @@ class _DeformConv(nn.Module):
             nn.init.zeros_(self.center_feature_scale_proj_weight)
             nn.init.zeros_(self.center_feature_scale_proj_bias)
 
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(Ho, Wo) of the output for an input of `shape` (H, W)."""
-        return self.window.output_size(*shape)
-
-    def extra_repr(self) -> str:
-        defaults = window(groups=self.window.groups)._asdict()
-        changed = {k: v for k, v in self.window._asdict().items() if v != defaults[k]}
-        settings = {"kernel_size": self.window.kernel_size, "groups": self.window.groups, **changed}
-        if self.center_feature_scale:
-            settings["center_feature_scale"] = True
-        if self.backend is not None:
-            settings["backend"] = self.backend
-        return ", ".join(f"{key}={setting!r}" for key, setting in settings.items())
-
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+        x = x.to(autocast_dtype(x))  # once, not for each projection
         value = x if self.value_proj is None else self.value_proj(x)
         y = windowed_conv(value, self._fields(x), self.window, self.backend)
         if self.center_feature_scale:
-            weight, bias = (
-                self.center_feature_scale_proj_weight,
-                self.center_feature_scale_proj_bias,
-            )
-            scale = F.linear(y, weight, bias).sigmoid()[..., None]
-            split = (self.window.groups, -1)
-            center = self._at_centers(value).unflatten(-1, split)
-            y = (y.unflatten(-1, split) * (1 - scale) + center * scale).flatten(-2)
+            y = self._blend(y, value, y)
         return y if self.output_proj is None else self.output_proj(y)
 
     def _fields(self, x: Tensor) -> Tensor:
@@ -121,33 +161,12 @@ class _DeformConv(nn.Module):
         fields: Tensor = self.offset_mask(self._at_centers(x))
         return fields
 
-    def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, Ho, Wo, G, K, 2] and weights [B, Ho, Wo, G, K] for x [B, H, W, C_in]."""
-        fields = self._fields(x)
-        batch, rows, columns = fields.shape[:3]
-        row = torch.arange(rows, device=x.device).repeat_interleave(columns).repeat(batch)
-        column = torch.arange(columns, device=x.device).repeat(batch * rows)
-        u, v, weights = conv_points(fields.flatten(0, 2), row, column, self.window)
-        shape = (batch, rows, columns, *weights.shape[1:])
-        return torch.stack((u, v), -1).view(*shape, 2), weights.reshape(shape)
-
-    def _at_centers(self, x: Tensor) -> Tensor:
-        """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
-        height, width = x.shape[1:3]
-        rows, columns = self.window.output_size(height, width)
-        if self.window.stride == (1, 1) and (rows, columns) == (height, width):
-            return x
-        column, row = self.window.origins(
-            torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
-        )
-        return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
-
 
 class DCNv4(_DeformConv):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
     Every output pixel sums K points of each group of channels, at offsets and with weights that
-    are predicted from the input there; the weights are unbounded (no softmax).
+    are predicted from the input there; the weights are unbounded unless `softmax` is set.
 
         value = value_proj(x);  offset_mask = offset_mask(offset_mask_dw(x))
         y = deform_conv(value, offset_mask);  output = output_proj(y)
@@ -168,9 +187,11 @@ class DCNv4(_DeformConv):
         remove_center: drop the kernel's central point.
         output_bias: whether `output_proj` has a bias.
         without_pointwise: no `value_proj` and no `output_proj`.
+        softmax: normalise the K weights of a group, as DCNv3 does.
         init: "average": zero offsets and weights 1/K, so that a fresh layer is a box filter that
             passes gradients. "zero": all zero as in the paper, right inside a residual block;
-            elsewhere it outputs zeros and passes no gradient.
+            elsewhere it outputs zeros and passes no gradient. With `softmax`, either is a box
+            filter.
         backend: as in `functional.deform_conv`.
 
     Raises:
@@ -195,13 +216,14 @@ class DCNv4(_DeformConv):
         output_bias: bool = True,
         without_pointwise: bool = False,
         *,
+        softmax: bool = False,
         init: str = "average",
         backend: str | None = None,
     ) -> None:
         super().__init__(
             channels,
             channels,
-            window(kernel_size, stride, pad, dilation, group, offset_scale, remove_center),
+            window(kernel_size, stride, pad, dilation, group, offset_scale, remove_center, softmax),
             dw_kernel_size=dw_kernel_size,
             center_feature_scale=center_feature_scale,
             output_bias=output_bias,
@@ -215,11 +237,17 @@ class DCNv4(_DeformConv):
         """Apply the layer.
 
         Args:
-            x: [B, H·W, C] or [B, H, W, C].
+            x: [B, H·W, C] or [B, H, W, C], in the dtype of the parameters; under autocast in any.
             shape: (H, W). None: the map is square, or x says it.
 
         Returns:
-            [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo).
+            [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo). In the dtype
+            of x; under autocast in the autocast dtype.
+
+        Raises:
+            TypeError: x is no tensor of floating point, `shape` no pair.
+            ValueError: x or `shape` does not fit the layer or each other.
+            RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
         y = self._deform(self._as_map(x, shape))
         return y if x.dim() == 4 else y.flatten(1, 2)
@@ -236,7 +264,7 @@ class DCNv4(_DeformConv):
             positions [B, Ho, Wo, G, K, 2] in (x, y) order, in input pixels with integer centres,
             and weights [B, Ho, Wo, G, K].
         """
-        return self._points(self._as_map(x, shape))
+        return self._points(self._fields(self._as_map(x, shape)))
 
     def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
         """[B, H, W, C] of what `forward` takes."""
@@ -284,8 +312,10 @@ class DCNv4Conv2d(_DeformConv):
         groups: G, groups of channels with offsets and weights of their own; must divide
             `out_channels`. None: groups of 16 channels, or the next larger size that divides.
         bias: whether the output projection has a bias.
-        offset_scale, dw_kernel_size, center_feature_scale, remove_center, init, backend: as in
-            `DCNv4`.
+        without_pointwise: neither `value_proj` nor the output projection with its bias, as beside
+            the pointwise convolutions of a depthwise block; `out_channels` must be `in_channels`.
+        offset_scale, dw_kernel_size, center_feature_scale, remove_center, softmax, init, backend:
+            as in `DCNv4`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
@@ -308,12 +338,19 @@ class DCNv4Conv2d(_DeformConv):
         dw_kernel_size: int | None = None,
         center_feature_scale: bool = False,
         remove_center: bool = False,
+        without_pointwise: bool = False,
+        softmax: bool = False,
         init: str = "average",
         backend: str | None = None,
     ) -> None:
         if in_channels < 1 or out_channels < 1:
             raise ValueError(
                 f"in_channels and out_channels must be >= 1; got {in_channels} and {out_channels}"
+            )
+        if without_pointwise and in_channels != out_channels:
+            raise ValueError(
+                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
+                f"got {out_channels}"
             )
         if groups is None:
             groups = next(
@@ -328,6 +365,7 @@ class DCNv4Conv2d(_DeformConv):
             groups,
             offset_scale,
             remove_center,
+            softmax,
         )
         if same:
             spans = [
@@ -346,7 +384,7 @@ class DCNv4Conv2d(_DeformConv):
             dw_kernel_size=dw_kernel_size,
             center_feature_scale=center_feature_scale,
             output_bias=bias,
-            without_pointwise=False,
+            without_pointwise=without_pointwise,
             init=init,
             backend=backend,
         )
@@ -354,14 +392,24 @@ class DCNv4Conv2d(_DeformConv):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, out_channels, Ho, Wo] from [B, in_channels, H, W], in the memory format of x."""
+        """Apply the layer.
+
+        Args:
+            x: [B, in_channels, H, W], contiguous or `channels_last`; dtypes as in `DCNv4.forward`.
+
+        Returns:
+            [B, out_channels, Ho, Wo] in the memory format of x.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in `DCNv4.forward`.
+        """
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         y = self._deform(self._as_map(x)).permute(0, 3, 1, 2)
         return y if channels_last else y.contiguous()
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x [B, in_channels, H, W]; returns as `DCNv4.sampling_points`."""
-        return self._points(self._as_map(x))
+        return self._points(self._fields(self._as_map(x)))
 
     def _as_map(self, x: Tensor) -> Tensor:
         """[B, H, W, in_channels] of what `forward` takes."""
@@ -371,6 +419,8 @@ class DCNv4Conv2d(_DeformConv):
                 f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
                 f"got {list(x.shape)}"
             )
+        if (dtype := autocast_dtype(x)) != x.dtype:
+            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
         return x.permute(0, 2, 3, 1).contiguous()
 
     def extra_repr(self) -> str:
@@ -456,7 +506,7 @@ class FlashDeformAttn(nn.Module):
         """Attend.
 
         Args:
-            query: [B, Q, C].
+            query: [B, Q, C], in the dtype of the parameters; under autocast in any.
             reference_points: [B, Q, L, 2], (x, y) in [0, 1] over each level; or [B, Q, L, 4],
                 boxes (x, y, w, h), whose offsets are in half boxes per `n_points`.
             input_flatten: [B, S, C], the levels' pixels one level after another.
@@ -468,14 +518,60 @@ class FlashDeformAttn(nn.Module):
 
         Returns:
             [B, Q, C].
+
+        Raises:
+            TypeError: an argument is no tensor of floating point, or `input_spatial_shapes` no
+                pairs of integers.
+            ValueError: an argument of the wrong shape or device, by its name.
+            RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
-        for name, argument in (("query", query), ("input_flatten", input_flatten)):
-            check_tensor(name, argument, "[B, length, d_model]", (3,))
-            if argument.shape[-1] != self.d_model:
+        locations, logits = self._locate(query, reference_points, input_spatial_shapes)
+        self._check_rows("input_flatten", input_flatten)
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            if input_padding_mask.shape != input_flatten.shape[:2]:
                 raise ValueError(
-                    f"{name} must be [B, length, d_model = {self.d_model}]; "
-                    f"got {list(argument.shape)}"
+                    f"input_padding_mask must be [B, S] = {list(input_flatten.shape[:2])}; "
+                    f"got {list(input_padding_mask.shape)}"
                 )
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        output = ms_deform_attn(
+            value.unflatten(-1, (self.n_heads, -1)),
+            input_spatial_shapes,
+            locations,
+            logits,
+            softmax=True,
+            backend=self.backend,
+        )
+        projected: Tensor = self.output_proj(output)
+        return projected
+
+    def sampling_points(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_spatial_shapes: Tensor | Sequence[Sequence[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Where the layer looks: the points every query sums, and what each counts.
+
+        Args:
+            query, reference_points, input_spatial_shapes: as `forward` takes them.
+
+        Returns:
+            locations [B, Q, G, L, P, 2] in (x, y) order, from 0 to 1 over each level, edge to edge,
+            and weights [B, Q, G, L, P], which add up to 1 over L·P.
+        """
+        locations, logits = self._locate(query, reference_points, input_spatial_shapes)
+        return locations, _wide(logits).flatten(3).softmax(-1).view_as(logits)
+
+    def _locate(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        shapes: Tensor | Sequence[Sequence[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Locations [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of their weights."""
+        self._check_rows("query", query)
         check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
         batch, queries = query.shape[:2]
         if reference_points.shape not in (
@@ -485,31 +581,21 @@ class FlashDeformAttn(nn.Module):
                 f"reference_points must be [B, Q, L, 2 or 4] = {list(expected[0])} or "
                 f"{list(expected[1])}; got {list(reference_points.shape)}"
             )
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            if input_padding_mask.shape != input_flatten.shape[:2]:
-                raise ValueError(
-                    f"input_padding_mask must be [B, S] = {list(input_flatten.shape[:2])}; "
-                    f"got {list(input_padding_mask.shape)}"
-                )
-            value = value.masked_fill(input_padding_mask[..., None], 0.0)
         heads = (self.n_heads, self.n_levels, self.n_points)
         offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
         centers = _wide(reference_points)[:, :, None, :, None]
         if reference_points.shape[-1] == 2:
-            locations = centers + offsets / self._sizes(input_spatial_shapes, offsets)
+            locations = centers + offsets / self._sizes(shapes, offsets)
         else:
             locations = centers[..., :2] + offsets * (centers[..., 2:] * (0.5 / self.n_points))
-        output = ms_deform_attn(
-            value.unflatten(-1, (self.n_heads, -1)),
-            input_spatial_shapes,
-            locations,
-            self.attention_weights(query).unflatten(-1, heads),
-            softmax=True,
-            backend=self.backend,
-        )
-        projected: Tensor = self.output_proj(output)
-        return projected
+        return locations, self.attention_weights(query).unflatten(-1, heads)
+
+    def _check_rows(self, name: str, argument: Tensor) -> None:
+        check_tensor(name, argument, "[B, length, d_model]", (3,))
+        if argument.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{name} must be [B, length, d_model = {self.d_model}]; got {list(argument.shape)}"
+            )
 
     def extra_repr(self) -> str:
         return (

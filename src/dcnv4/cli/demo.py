@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import DCNv4Conv2d, backends
+from .. import DCNv4Conv2d, backends, visualize
 
 PACKAGES = {
     "matplotlib": "matplotlib",
@@ -28,7 +28,6 @@ CANVAS = 28
 """Rows and columns of the images that the digits, 8 x 8 pixels, are drawn on."""
 BATCH = 32
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-POSITIVE, NEGATIVE = "#56B4E9", "#E69F00"
 CURVES = ("-", "#0072B2"), ("--", "#D55E00")
 LAYERS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "DCNv4Conv2d": (partial(DCNv4Conv2d, dw_kernel_size=3), 64),
@@ -241,7 +240,6 @@ def save_picture(path: Path, results: dict[str, Result], digits: Digits) -> None
     images, labels = digits.test_images[chosen], digits.test_labels[chosen]
     predicted = predict(model, images)
     centers, positions, weights = look(model, images)
-    areas = 150 * weights.abs() / weights.abs().amax((1, 2), keepdim=True)
 
     figure = Figure(figsize=(14, 5.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.3, 1))  # type: ignore[misc]
@@ -252,19 +250,16 @@ def save_picture(path: Path, results: dict[str, Result], digits: Digits) -> None
     )
     for i, axes in enumerate(left.subplots(2, 5).flat):
         axes.imshow(images[i, 0].numpy(), cmap="gray", vmin=0, vmax=1.4)
-        for sign, colour in ((1, POSITIVE), (-1, NEGATIVE)):
-            at = weights[i] * sign > 0
-            x, y = positions[i][at].T.numpy()
-            area = areas[i][at].numpy()
-            axes.scatter(x, y, s=area, c=colour, edgecolors="white", linewidths=0.6)
-        axes.plot(*centers[i].numpy(), marker="+", color="white", markersize=13, markeredgewidth=2)
+        visualize.points(axes, positions[i], weights[i], center=centers[i])
         right_or_wrong = "" if predicted[i] == labels[i] else f", but it is a {labels[i]}"
         axes.set_title(f"read as {predicted[i]}{right_or_wrong}", fontsize=12)
         axes.set(xlim=(-0.5, CANVAS - 0.5), ylim=(CANVAS - 0.5, -0.5), xticks=[], yticks=[])
     left.legend(
         handles=[
             Line2D([], [], marker="o", linestyle="", markersize=9, color=colour, label=label)
-            for colour, label in ((POSITIVE, "positive weight"), (NEGATIVE, "negative weight"))
+            for colour, label in zip(
+                visualize.SIGNS, ("positive weight", "negative weight"), strict=True
+            )
         ],
         title="area of a point: its |weight|",
         loc="outside lower center",

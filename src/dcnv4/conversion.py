@@ -1,0 +1,176 @@
+"""Swap the convolutions of a model that exists for deformable ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modules import DCNv4Conv2d
+
+_KINDS: dict[str, Callable[[nn.Conv2d], bool]] = {
+    "any": lambda conv: True,
+    "depthwise": lambda conv: conv.groups == conv.in_channels == conv.out_channels > 1,
+    "dense": lambda conv: conv.groups == 1,
+}
+
+
+def convert(
+    model: nn.Module,
+    names: str | Sequence[str] = "*",
+    *,
+    kind: str = "any",
+    types: type[nn.Conv2d] | Sequence[type[nn.Conv2d]] = nn.Conv2d,
+    where: Callable[[str, nn.Conv2d], bool] | None = None,
+    kernel_size: int | Sequence[int] | None = None,
+    init: str = "average",
+    **options: Any,
+) -> dict[str, DCNv4Conv2d]:
+    """Replace convolutions inside `model`, in place, by `DCNv4Conv2d` of the same channels.
+
+    Stride, dilation, output size, dtype, device and training mode stay as they are, and so does the
+    bias, which `without_pointwise` drops. Convolutions of 1 x 1, which look at nothing around a
+    pixel, are left alone.
+
+    Args:
+        model: contains the convolutions.
+        names: which ones: their names in `model.named_modules()`, or those of modules around them,
+            with the wildcards of `fnmatch`: "layer3", "stages.[23]", "*.conv2".
+        kind: "depthwise", "dense" (of one group) or "any".
+        types: module types to replace. Subclasses, which may do more, have to be named.
+        where: called with each name and convolution that is left; True to replace it.
+        kernel_size: of the new layers, an int or (height, width); the padding follows it. None
+            keeps each convolution's.
+        init: "average" or "zero", as in `DCNv4`, where the convolution's weights are dropped. Or
+            "kernel", for depthwise ones: a group for each channel, whose points weigh what the
+            convolution's kernel does, and identities as projections, so that the model computes
+            what it did until it is trained on.
+        options: more keywords of `DCNv4Conv2d`: groups, dw_kernel_size, without_pointwise, ….
+
+    Returns:
+        The new layers by name. A convolution that has several names becomes one layer.
+
+    Raises:
+        ValueError: nothing was selected, or a selected convolution cannot be replaced; the model is
+            then as it was.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {kind!r}")
+    patterns = [names] if isinstance(names, str) else list(names)
+    allowed = (types,) if isinstance(types, type) else tuple(types)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = [p for p in patterns if not any(_matches(name, p) for name in modules)]
+    if unknown:
+        raise ValueError(f"names must match modules of the model; got {', '.join(unknown)}")
+    chosen = {
+        name: module
+        for name, module in modules.items()
+        if name
+        and type(module) in allowed
+        and any(_matches(name, pattern) for pattern in patterns)
+        and tuple(module.kernel_size) != (1, 1)
+        and _KINDS[kind](module)
+        and (where is None or where(name, module))
+    }
+    if not chosen:
+        raise ValueError(
+            "convert must select a convolution inside the model, larger than 1 x 1; got none for "
+            f"names = {', '.join(patterns)}, kind = {kind!r}, "
+            f"types = {', '.join(t.__name__ for t in allowed)}"
+            f"{'' if where is None else ' and where'}"
+        )
+    layers: dict[nn.Module, DCNv4Conv2d] = {}
+    for name, conv in chosen.items():
+        if conv not in layers:
+            layers[conv] = _deformable(name, conv, kernel_size, init, options)
+    for name, conv in chosen.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, layers[conv])
+    return {name: layers[conv] for name, conv in chosen.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _deformable(
+    name: str,
+    conv: nn.Conv2d,
+    kernel_size: int | Sequence[int] | None,
+    init: str,
+    options: dict[str, Any],
+) -> DCNv4Conv2d:
+    """The layer that takes the place of `conv`."""
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"padding_mode of {name} must be 'zeros'; got {conv.padding_mode!r}")
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        raise ValueError(f"{name} must have no forward hooks, which would be lost; got some")
+    kernel = conv.kernel_size if kernel_size is None else kernel_size
+    size = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    carried = init == "kernel"
+    if carried:
+        options = {"groups": conv.groups, **options}
+    layer = DCNv4Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        size,
+        conv.stride,
+        [_padding(name, conv, axis, size[axis]) for axis in (0, 1)],
+        conv.dilation,
+        bias=conv.bias is not None,
+        init="zero" if carried else init,
+        **options,
+    )
+    layer.to(conv.weight.device, conv.weight.dtype)
+    with torch.no_grad():
+        if carried:
+            _carry_kernel(name, conv, layer)
+        if conv.bias is not None and layer.output_proj is not None:
+            layer.output_proj.bias.copy_(conv.bias)
+    return layer.train(conv.training)
+
+
+def _padding(name: str, conv: nn.Conv2d, axis: int, kernel: int) -> int:
+    """What keeps the output's size and the windows' centres with a kernel of this size."""
+    span = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+    if isinstance(conv.padding, str):
+        both = span if conv.padding == "same" else 0
+    else:
+        both = 2 * conv.padding[axis]
+    both += conv.dilation[axis] * (kernel - 1) - span
+    if both % 2 or both < 0:
+        raise ValueError(
+            f"kernel_size of {name} must leave the same padding >= 0 on both sides; got {kernel}, "
+            f"which needs {both} pixels in all"
+        )
+    return both // 2
+
+
+def _carry_kernel(name: str, conv: nn.Conv2d, layer: DCNv4Conv2d) -> None:
+    """Give the points the convolution's weights, whatever the input."""
+    window = layer.window
+    if not _KINDS["depthwise"](conv) or window.kernel_size != conv.kernel_size:
+        raise ValueError(
+            "init = 'kernel' must meet depthwise convolutions that keep their kernel_size; got "
+            f"{name} = {conv}"
+        )
+    plain = not window.softmax and not window.remove_center and window.offset_scale == 1
+    if not plain or layer.center_feature_scale or window.groups != conv.groups:
+        raise ValueError(
+            f"init = 'kernel' must go with groups = {conv.groups} for {name}, and without softmax, "
+            f"remove_center, offset_scale and center_feature_scale; got {layer.extra_repr()}"
+        )
+    if layer.output_proj is None and conv.bias is not None:
+        raise ValueError(
+            f"init = 'kernel' must keep the bias of {name}; got without_pointwise, which has none"
+        )
+    # Points run columns outermost.
+    kernels = conv.weight[:, 0].transpose(1, 2).flatten(1)
+    used = layer.offset_mask.bias[: window.fields()].view(window.groups, -1)
+    used[:, 2 * window.points() :] = kernels
+    for projection in (layer.value_proj, layer.output_proj):
+        if projection is not None:
+            nn.init.eye_(projection.weight)
