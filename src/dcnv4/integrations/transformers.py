@@ -1,0 +1,265 @@
+"""Hugging Face models: their deformable attention through `functional.ms_deform_attn`.
+
+Models of transformers keep it in one of three places: a module without parameters,
+`MultiScaleDeformableAttention`; a function among a layer's attributes; a function that a layer's
+forward finds among the globals of its file. The first and the last are replaced by giving this
+layer, and no other, a subclass of its class whose forward differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import check_backend, ms_deform_attn
+
+_MODULE = "MultiScaleDeformableAttention"
+_ATTRIBUTE = "ms_deformable_attn_core"
+_GLOBALS = (
+    "multi_scale_deformable_attention",
+    "multi_scale_deformable_attention_v2",
+    "MultiScaleDeformableAttentionFunction",
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def enable(model: Model, *, backend: str | None = None) -> Model:
+    """Route the deformable attention of a Hugging Face model through `functional.ms_deform_attn`.
+
+    Args:
+        model: a model of transformers, or any module that holds one; changed in place. Parameters,
+            state dict and other models stay as they are; copies and pickles stay enabled.
+        backend: as in `functional.ms_deform_attn`. Enabling again changes it.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the model has no deformable attention, or none that can be routed.
+
+    Note:
+        A layer whose method is "discrete" picks the nearest pixels and stays as it is; a
+        `UserWarning` lists such layers where others are routed.
+    """
+    check_backend(backend)
+    found = {name: layer for name, layer in _modules(model) if _place(layer)}
+    left = {name: reason for name, layer in found.items() if (reason := _why_not(layer))}
+    reasons = "; ".join(f"{name or 'model'} {reason}" for name, reason in left.items())
+    if len(left) == len(found):
+        raise ValueError(
+            "model must have deformable attention of transformers that can be routed; got "
+            f"{type(model).__name__}, {f'where {reasons}' if left else 'which has none'}"
+        )
+    if left:
+        warnings.warn(f"not routed: {reasons}", stacklevel=2)
+    for name in found.keys() - left.keys():
+        _restore(found[name])
+        _route(found[name], backend)
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Undo `enable`: every layer of the model samples as transformers wrote it.
+
+    Args:
+        model: any module, enabled or not; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    for _, layer in _modules(model):
+        _restore(layer)
+    return model
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _place(layer: nn.Module) -> str | None:
+    """Where the layer keeps its sampling: "module", "attribute", "globals"; None if nowhere."""
+    own = _own_class(layer)
+    # mmcv has a layer of the same name, which takes queries instead of locations.
+    if (
+        own.__name__ == _MODULE
+        and "sampling_locations" in inspect.signature(own.forward).parameters
+    ):
+        return "module"
+    if _ATTRIBUTE in vars(layer):
+        return "attribute"
+    return "globals" if _named_globals(own) else None
+
+
+def _named_globals(own: Any) -> list[str]:
+    """Which of transformers' sampling functions the forward of this class calls."""
+    code = getattr(own.forward, "__code__", None)
+    return [n for n in _GLOBALS if code and n in code.co_names and n in own.forward.__globals__]
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why this attention cannot be routed; None if it can."""
+    method = getattr(layer, "method", getattr(layer, "decoder_method", "default"))
+    if method != "default":
+        return f"samples by the method {method!r}"
+    if "forward" in vars(layer) and _place(layer) != "attribute":
+        return "has a forward of its own, such as a hook's; enable the model before adding it"
+    return None
+
+
+def _route(layer: nn.Module, backend: str | None) -> None:
+    if _place(layer) == "attribute":
+        setattr(layer, _ATTRIBUTE, _Function(getattr(layer, _ATTRIBUTE), backend))
+    else:
+        layer.__class__ = _routed_class(_own_class(layer), backend)
+
+
+def _restore(layer: nn.Module) -> None:
+    if isinstance(layer, _Routed):
+        layer.__class__ = _own_class(layer)
+    function = vars(layer).get(_ATTRIBUTE)
+    if isinstance(function, _Function):
+        setattr(layer, _ATTRIBUTE, function.original)
+
+
+class _Function:
+    """In place of one of transformers' sampling functions, or of its autograd function."""
+
+    def __init__(self, original: Callable[..., Tensor] | None, backend: str | None) -> None:
+        self.original = original
+        self.backend = backend
+
+    def __call__(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor | Sequence[Sequence[int]],
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        num_points_list: Sequence[int] | None = None,
+        method: str = "default",
+    ) -> Tensor:
+        if method != "default":
+            raise ValueError(f"method must be 'default' in an enabled model; got {method!r}")
+        if num_points_list is not None:
+            sampling_locations = _by_level(sampling_locations, num_points_list, _OUTSIDE)
+            attention_weights = _by_level(attention_weights, num_points_list, 0.0)
+        return ms_deform_attn(
+            value, value_spatial_shapes, sampling_locations, attention_weights, backend=self.backend
+        )
+
+    def apply(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        return self(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+_OUTSIDE = -1.0
+"""A location outside every level: nothing is read there."""
+
+
+def _by_level(points: Tensor, counts: Sequence[int], fill: float) -> Tensor:
+    """[B, Q, G, L, P, ...] of what is [B, Q, G, sum of the levels' counts, ...].
+
+    P is the largest count; the points that a level lacks are `fill`.
+    """
+    most = max(counts)
+    if all(count == most for count in counts):
+        level_by_level: Tensor = points.unflatten(3, (len(counts), most))
+        return level_by_level
+    inner = (0, 0) * (points.dim() - 4)
+    levels = points.split(list(counts), 3)
+    return torch.stack([F.pad(p, (*inner, 0, most - p.shape[3]), value=fill) for p in levels], 3)
+
+
+class _Routed(nn.Module):
+    """What the class of an enabled layer inherits beside the layer's own class."""
+
+    # Names that no layer has itself.
+    _dcnv4_own_class: Any
+    _dcnv4_backend: str | None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so that a pickle has to make it anew.
+        state = super().__reduce_ex__(protocol)[2]
+        return _unpickle, (self._dcnv4_own_class, self._dcnv4_backend), state
+
+
+class _RoutedModule(_Routed):
+    """In place of the module `MultiScaleDeformableAttention`."""
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Sequence[Sequence[int]],
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        return ms_deform_attn(
+            value,
+            value_spatial_shapes_list,
+            sampling_locations,
+            attention_weights,
+            backend=self._dcnv4_backend,
+        )
+
+
+def _own_class(layer: nn.Module) -> Any:
+    return layer._dcnv4_own_class if isinstance(layer, _Routed) else type(layer)
+
+
+@cache
+def _routed_class(own: Any, backend: str | None) -> type[_Routed]:
+    """The subclass of `own` whose forward samples through `ms_deform_attn`."""
+    names = _named_globals(own)
+    contents: dict[str, Any] = {
+        "_dcnv4_own_class": own,
+        "_dcnv4_backend": backend,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+    }
+    if names:
+        contents["forward"] = _with_globals(
+            own.forward, dict.fromkeys(names, _Function(None, backend))
+        )
+    base = _Routed if names else _RoutedModule
+    return type(own.__name__, (base, own), contents)
+
+
+def _with_globals(function: Any, names: dict[str, Any]) -> FunctionType:
+    """The function with these globals in place of its own."""
+    scope = {**function.__globals__, **names}
+    # TorchDynamo would look globals up in the module of this name, where the originals are.
+    del scope["__name__"]
+    other = FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
+
+
+def _unpickle(own: Any, backend: str | None) -> _Routed:
+    routed = _routed_class(own, backend)
+    return routed.__new__(routed)
