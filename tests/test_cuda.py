@@ -42,13 +42,14 @@ def nvrtc() -> None:
 
 @pytest.fixture
 def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
-    """What the cases compile, one in ten of them for a batch that needs 64-bit indices too."""
+    """What the cases compile; a part of them, too, for a batch that needs 64-bit indices, for
+    deterministic gradients, and with tiles."""
     found: dict[Variant, None] = {}
 
     def record(name: str, macros: compile.Macros, index: int) -> None:
         found[name, macros] = None
 
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, major=9)
     monkeypatch.setattr(compile, "kernel", record)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     for i, (_, case) in enumerate(cases.CASES):
@@ -56,10 +57,15 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             _plan(case, dtype, case.batch)
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
+                _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
+    monkeypatch.setattr(backend, "TILED", frozenset({"conv_forward", "conv_backward"}))
+    for case in cases.CONV:
+        if case.depth in (16, 64):
+            _plan(case, torch.float16, case.batch)
     return list(found)
 
 
-def _plan(case: cases.Case, dtype: torch.dtype, batch: int) -> None:
+def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
     """Plan the launches of a case, as forward and backward do, for `batch` images."""
     *arguments, grad = (tensor.detach() for tensor in case.inputs(dtype))
     value, coordinates = functional._promote(arguments[0], *arguments[1:])
@@ -68,24 +74,32 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int) -> None:
     rest: tuple[Any, ...]
     if isinstance(case, cases.ConvCase):
         plan: Callable[..., Any] = backend._conv_plan.__wrapped__
-        rest = (functional.window(**case.settings, softmax=case.softmax), 0)
+        rest = (functional.window(**case.settings, softmax=case.softmax),)
     else:
         assert isinstance(case, cases.AttnCase)
         name, prepare, plan = "attn", backend._rows, backend._attn_plan.__wrapped__
-        rest = (tuple(size for pair in case.shapes for size in pair), case.softmax, 0)
+        rest = (tuple(size for pair in case.shapes for size in pair), case.softmax)
         locations, weights = coordinates
         coordinates = locations, weights.reshape(locations.shape[:-1])
     first, *layouts = (backend._layout(prepare(tensor)) for tensor in (value, *coordinates))
     first = first._replace(shape=(batch, *first.shape[1:]))
-    plan(f"{name}_forward", first, *layouts, None, *rest)
-    plan(f"{name}_backward", first, *layouts, backend._layout(prepare(grad)), *rest)
+    plan(f"{name}_forward", first, *layouts, None, *rest, False, 0)
+    gradient = backend._layout(prepare(grad))
+    plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
 
 
-def test_every_variant_compiles(nvrtc: None, variants: list[Variant]) -> None:
-    """Each for one architecture in turn."""
-    indices = {dict(macros)["INDEX"] for _, macros in variants}
-    assert indices == {"unsigned", "unsigned long long"}
-    jobs = [(*v, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, v in enumerate(variants)]
+def test_every_variant_compiles_for_every_architecture(
+    nvrtc: None, variants: list[Variant]
+) -> None:
+    macros = [dict(macros) for _, macros in variants]
+    assert {m["INDEX"] for m in macros} == {"unsigned", "unsigned long long"}
+    assert {m["DETERMINISTIC"] for m in macros} == {"0", "1"}
+    jobs = [
+        (*variant, arch)
+        for variant in variants
+        for arch in ARCHITECTURES
+        if arch != "sm_75" or "tile" not in variant[0]
+    ]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         codes = list(pool.map(compile.compile, *zip(*jobs, strict=True), chunksize=8))
     assert all(code.startswith(b"\x7fELF") for code in codes)

@@ -7,6 +7,7 @@ compiles. Tensors are read where they lie if channels are innermost and pixels r
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Window, sum_dtype
-from .. import Call
+from .. import UNORDERED, Call
 from . import compile
 
 _NUMBERS = {
@@ -27,6 +28,12 @@ _NUMBERS = {
 }
 MAX_THREADS = 256
 _WARP = 32
+_HALVES = (torch.float16, torch.bfloat16)
+_TILE = 8, 4
+"""Columns and rows of the output pixels that a warp of a tile kernel owns."""
+_TILE_THREADS = 64
+TILED: frozenset[str] = frozenset()
+"""Kernels that have one for tiles and use it, see tile.cuh. It has yet to be timed on a GPU."""
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
@@ -34,6 +41,8 @@ def why_not(call: Call) -> str | None:
     """None where this backend can run `call`; otherwise one sentence that says why not."""
     if call.device.type != "cuda":
         return f"needs tensors on a CUDA GPU; got {call.device.type}"
+    if call.deterministic and call.dtype == torch.float64:
+        return f"{UNORDERED} with float64"
     return compile.why_not(call.device.index)
 
 
@@ -94,6 +103,30 @@ def block_size(threads: int, processors: int) -> int:
     return next(size for size in sizes if busiest(size) <= enough)
 
 
+def tiled(
+    depth: int, points: int, value: torch.dtype, fields: torch.dtype, alignment: int, major: int
+) -> bool:
+    """Whether the tile kernels take a call, see tile.cuh.
+
+    Args:
+        depth: D, channels of a group.
+        points: K.
+        value: dtype of the value.
+        fields: dtype of offset_mask.
+        alignment: bytes that divide the addresses of all pixels' channels, up to 16.
+        major: of the GPU's compute capability.
+    """
+    return (
+        major >= 8
+        and value in _HALVES
+        and fields != torch.float64
+        and depth % 16 == 0
+        and depth <= 64
+        and points <= 16
+        and alignment >= (16 if depth % 32 == 0 else 8)
+    )
+
+
 def _lanes(wanted: int) -> int:
     """The power of two that holds them, of at most a warp."""
     return min(_WARP, 1 << (wanted - 1).bit_length())
@@ -134,9 +167,11 @@ class _Problem(NamedTuple):
     wide: bool
     """Whether pixels or slices need 64-bit numbers."""
     slices: int
+    deterministic: bool
     device: int
     macros: dict[str, int | str]
     """The operator's own."""
+    tiles: int = 0
 
 
 class _Layout(NamedTuple):
@@ -193,7 +228,13 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     """[B, Ho, Wo, C]"""
     value, offset_mask = _pixels(value), _pixels(offset_mask)
     plan = _conv_plan(
-        "conv_forward", _layout(value), _layout(offset_mask), None, window, value.get_device()
+        "conv_forward",
+        _layout(value),
+        _layout(offset_mask),
+        None,
+        window,
+        False,
+        value.get_device(),
     )
     shape = *offset_mask.shape[:3], value.shape[3]
     if plan is None:
@@ -209,19 +250,29 @@ def conv_backward(
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
     layouts = _layout(value), _layout(offset_mask), _layout(grad)
-    plan = _conv_plan("conv_backward", *layouts, window, value.get_device())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    plan = _conv_plan("conv_backward", *layouts, window, deterministic, value.get_device())
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_value = _zeros(value)
     grad_mask = torch.empty(offset_mask.shape, dtype=offset_mask.dtype, device=value.device)
-    plan(
-        value.data_ptr(),
-        offset_mask.data_ptr(),
-        grad.data_ptr(),
-        grad_value.data_ptr(),
-        grad_mask.data_ptr(),
-    )
-    return grad_value.to(value.dtype), grad_mask
+
+    def run(total: Tensor, units: int) -> None:
+        plan(
+            value.data_ptr(),
+            offset_mask.data_ptr(),
+            grad.data_ptr(),
+            total.data_ptr(),
+            grad_mask.data_ptr(),
+            units,
+        )
+
+    if not deterministic:
+        return _summed(value, run), grad_mask
+    first, last = 2 * window.points(), 3 * window.points()
+    fields = offset_mask[..., : last * window.groups].unflatten(3, (window.groups, last))
+    weights = None if window.softmax else fields[..., first:]
+    terms = offset_mask.shape[1] * offset_mask.shape[2] * window.points()
+    return _summed_in_any_order(value, grad, weights, terms, run), grad_mask
 
 
 def attn_forward(
@@ -235,7 +286,7 @@ def attn_forward(
     value, locations, weights = _rows(value), _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
     layouts = _layout(value), _layout(locations), _layout(weights)
-    plan = _attn_plan("attn_forward", *layouts, None, sizes, softmax, value.get_device())
+    plan = _attn_plan("attn_forward", *layouts, None, sizes, softmax, False, value.get_device())
     shape = *locations.shape[:2], value.shape[2] * value.shape[3]
     if plan is None:
         return value.new_zeros(shape)
@@ -263,30 +314,76 @@ def attn_backward(
     locations, weights = _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
     layouts = _layout(value), _layout(locations), _layout(weights), _layout(grad)
-    plan = _attn_plan("attn_backward", *layouts, sizes, softmax, value.get_device())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    plan = _attn_plan("attn_backward", *layouts, sizes, softmax, deterministic, value.get_device())
     if plan is None:
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return grads[0], grads[1], grads[2]
-    grad_value = _zeros(value)
     grad_locations = torch.empty(locations.shape, dtype=locations.dtype, device=value.device)
     grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=value.device)
-    plan(
-        value.data_ptr(),
-        locations.data_ptr(),
-        weights.data_ptr(),
-        grad.data_ptr(),
-        grad_value.data_ptr(),
-        grad_locations.data_ptr(),
-        grad_weights.data_ptr(),
-        0 if shapes is None else shapes.data_ptr(),
-    )
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+
+    def run(total: Tensor, units: int) -> None:
+        plan(
+            value.data_ptr(),
+            locations.data_ptr(),
+            weights.data_ptr(),
+            grad.data_ptr(),
+            total.data_ptr(),
+            grad_locations.data_ptr(),
+            grad_weights.data_ptr(),
+            units,
+            0 if shapes is None else shapes.data_ptr(),
+        )
+
+    if not deterministic:
+        return _summed(value, run), grad_locations, grad_weights
+    terms = locations.shape[1] * locations.shape[3] * locations.shape[4]
+    grad_value = _summed_in_any_order(value, grad, None if softmax else weights, terms, run)
+    return grad_value, grad_locations, grad_weights
 
 
-def _zeros(value: Tensor) -> Tensor:
-    """What the gradient of `value` is summed in."""
-    return torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+def _summed(value: Tensor, run: Callable[[Tensor, int], None]) -> Tensor:
+    """The gradient of `value`, which `run` adds to zeros."""
+    total = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+    run(total, 0)
+    return total.to(value.dtype)
+
+
+def _summed_in_any_order(
+    value: Tensor,
+    grad: Tensor,
+    weights: Tensor | None,
+    terms: int,
+    run: Callable[[Tensor, int], None],
+) -> Tensor:
+    """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
+    power of two. It is NaN in an image whose `grad` or `weights` are not finite.
+
+    Args:
+        value: [B, ...]
+        grad: of the output, [B, ...].
+        weights: [B, ...], or None where they are at most 1.
+        terms: how many products of a gradient and a weight at most add to one number.
+        run: adds to integers; the second argument is the address of each image's multiplier.
+    """
+
+    def exponent(tensor: Tensor) -> Tensor:
+        """The least e with all numbers of an image below 2**e."""
+        largest = tensor.abs().flatten(1).amax(1).double()
+        return torch.where(largest.isfinite(), torch.frexp(largest).exponent, math.nan)
+
+    weight = 0.0 if weights is None else exponent(weights)
+    fits = 62 - terms.bit_length() - weight - exponent(grad)
+    # Neither the multiplier nor its product with a weight may overflow in float32.
+    scale = torch.minimum(fits, 126 - torch.clamp(torch.as_tensor(weight), min=0))
+    units = torch.exp2(scale.clamp(min=-126))
+    total = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+    kept = units.float()
+    run(total, kept.data_ptr())
+    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    shape = -1, *(1,) * (value.dim() - 1)
+    return torch.mul(total, (1 / units).view(shape), out=grad_value)
 
 
 def _sizes(
@@ -307,6 +404,7 @@ def _conv_plan(
     fields: _Layout,
     grad: _Layout | None,
     window: Window,
+    deterministic: bool,
     device: int,
 ) -> _Plan | None:
     batch, height, width, channels = value.shape
@@ -339,8 +437,26 @@ def _conv_plan(
     }
     stride = value_strides[1] * _bytes(value.dtype)
     wide = max(slices >> 2, height * width, stride >> 2) >= 1 << 29
+    tiles = batch * window.groups * -(-columns // _TILE[0]) * -(-rows // _TILE[1])
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
-    numbers += (height, width, rows, columns)
+    numbers += (height, width, rows, columns, tiles)
+    properties = torch.cuda.get_device_properties(device)
+    if (
+        name in TILED
+        and not deterministic
+        and not wide
+        and fields.alignment(*fields_strides, fields.shape[3]) >= 4
+        and tiled(
+            channels // window.groups,
+            window.points(),
+            value.dtype,
+            fields.dtype,
+            alignment,
+            properties.major,
+        )
+    ):
+        name = name.replace("conv", "conv_tile")
+        macros["TILE_THREADS"] = _TILE_THREADS
     return _plan(
         name,
         _Problem(
@@ -351,12 +467,14 @@ def _conv_plan(
             value.dtype,
             wide,
             slices,
+            deterministic,
             device,
             macros,
+            tiles,
         ),
         alignment,
-        3 if grad is None else 5,
-        f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}4i",
+        3 if grad is None else 6,
+        f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}4i{'Q' if wide else 'I'}",
         numbers,
     )
 
@@ -370,6 +488,7 @@ def _attn_plan(
     grad: _Layout | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
+    deterministic: bool,
     device: int,
 ) -> _Plan | None:
     batch, length, groups, depth = value.shape
@@ -398,10 +517,19 @@ def _attn_plan(
     return _plan(
         name,
         _Problem(
-            groups, depth, levels * points, softmax, value.dtype, wide, slices, device, macros
+            groups,
+            depth,
+            levels * points,
+            softmax,
+            value.dtype,
+            wide,
+            slices,
+            deterministic,
+            device,
+            macros,
         ),
         alignment,
-        5 if grad is None else 8,
+        5 if grad is None else 9,
         f"{head}6q{'3Q' if wide else '3I'}{2 * levels}i",
         numbers,
     )
@@ -417,6 +545,10 @@ def _plan(
 ) -> _Plan:
     """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
     depth, points, itemsize = problem.depth, problem.points, _bytes(problem.dtype)
+    if (
+        problem.deterministic
+    ):  # a number a thread: neighbours then add to whole sectors of 8-byte sums
+        alignment = itemsize
     vector, lanes = launch_shape(depth, points, itemsize, alignment, "backward" in name)
     pack, tail = struct.Struct(f"{addresses}P").pack, struct.pack(f"{fields}0q", *numbers)
     macros = {
@@ -426,6 +558,7 @@ def _plan(
         "DEPTH": depth,
         "POINTS": points,
         "SOFTMAX": int(problem.softmax),
+        "DETERMINISTIC": int(problem.deterministic),
         "VECTOR": vector,
         "LANES": lanes,
         "MAX_THREADS": MAX_THREADS,
@@ -434,9 +567,13 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    threads = block_size(problem.slices * lanes, processors)
-    blocks = -(-problem.slices * lanes // threads)
+    if "tile" in name:
+        threads = _TILE_THREADS
+        blocks = -(-problem.tiles * _WARP // threads)
+    else:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        threads = block_size(problem.slices * lanes, processors)
+        blocks = -(-problem.slices * lanes // threads)
     return _Plan(kernel, blocks, threads, pack, tail, device)
 
 

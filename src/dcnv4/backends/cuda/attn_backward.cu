@@ -10,9 +10,10 @@ struct Arguments {
     const LOCATIONS* locations;
     const WEIGHTS* weights;
     const VALUE* grad;
-    Sum* grad_value;            // zeros, [B, S, G, D]
+    Total* grad_value;          // zeros, [B, S, G, D]
     LOCATIONS* grad_locations;  // contiguous, as grad_weights
     WEIGHTS* grad_weights;
+    const Sum* units;  // [B], see unit_of_total
     const long long* shapes;
     long long grad_image, grad_query;  // strides
     Attention a;
@@ -40,5 +41,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_backward(Argument
             arguments.grad + image * arguments.grad_image + query * arguments.grad_query +
                 slice.group * DEPTH,
             arguments.grad_value + image * a.length * (GROUPS * DEPTH) + slice.group * DEPTH,
-            Index(GROUPS * DEPTH * sizeof(Sum)), slice);
+            Index(GROUPS * DEPTH * sizeof(Total)),
+            unit_of_total(arguments.units, image), slice);
 }

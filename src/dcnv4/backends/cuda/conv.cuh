@@ -13,6 +13,7 @@ struct Convolution {
     Index slices;                          // B * Ho * Wo * G
     Sum offset_scale;
     int height, width, out_height, out_width;
+    Index tiles;  // of the tile kernels, see tile.cuh
 };
 
 // The cells of the undeformed window, from its centre: columns outermost. Tabulated, as a division

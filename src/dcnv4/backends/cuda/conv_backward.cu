@@ -15,8 +15,9 @@ struct Arguments {
     const VALUE* value;
     const FIELDS* fields;
     const VALUE* grad;
-    Sum* grad_value;      // zeros, [B, H, W, C]
+    Total* grad_value;    // zeros, [B, H, W, C]
     FIELDS* grad_fields;  // [B, Ho, Wo, fields]
+    const Sum* units;     // [B], see unit_of_total
     long long grad_image, grad_pixel;  // strides
     long long channels;                // of offset_mask, padding included
     Convolution c;
@@ -37,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Argument
     scatter(points, weights, a.value + at.image * a.c.value_image + slice.group * DEPTH,
             a.c.stride,
             a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel + slice.group * DEPTH,
-            a.grad_value + first + slice.group * DEPTH, Index(GROUPS * DEPTH * sizeof(Sum)), slice);
+            a.grad_value + first + slice.group * DEPTH, Index(GROUPS * DEPTH * sizeof(Total)),
+            unit_of_total(a.units, at.image), slice);
 
     if (slice.active && slice.group == GROUPS - 1)  // channels that no group owns
         for (long long c = 3 * GROUPS * POINTS + slice.lane; c < a.channels; c += LANES)

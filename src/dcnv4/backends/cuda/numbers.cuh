@@ -4,6 +4,8 @@
 // bytes. `Sum` is the type that sums are made in.
 #pragma once
 
+#include <ptx.cuh>
+
 namespace dcnv4 {
 
 struct float16 {
@@ -12,24 +14,6 @@ struct float16 {
 struct bfloat16 {
     unsigned short bits;
 };
-
-#define DCNV4_DEVICE __device__ __forceinline__
-
-// Both halves of the result are the lower, or the upper, half of `pair`.
-DCNV4_DEVICE unsigned lower_twice(unsigned pair) {
-    unsigned out;
-    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {lower, lower};}"
-        : "=r"(out)
-        : "r"(pair));
-    return out;
-}
-DCNV4_DEVICE unsigned upper_twice(unsigned pair) {
-    unsigned out;
-    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {upper, upper};}"
-        : "=r"(out)
-        : "r"(pair));
-    return out;
-}
 
 template <typename T>
 struct Number {  // float
@@ -56,32 +40,28 @@ struct Number<double> {
     }
 };
 
-// `packed`: `multiply` and `multiply_add` work on both halves of a word at once.
+// `packed`: `multiply` and `multiply_add` work on both halves of a word at once. `mma` is the tensor
+// cores' c += a b; `exponents` are the bits that are set where a half of a word is not finite.
 template <>
 struct Number<float16> {
     using Sum = float;
     static constexpr bool packed = true;
+    static constexpr unsigned exponents = 0x7c007c00u;
+    static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        ptx::mma_f16(c, a, b0, b1);
+    }
+    static DCNV4_DEVICE unsigned short add(unsigned short a, unsigned short b) {
+        return ptx::add_f16(a, b);
+    }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
-        float number;
-        asm("cvt.f32.f16 %0, %1;"
-            : "=f"(number)
-            : "h"((unsigned short)(words[i / 2] >> i % 2 * 16)));
-        return number;
+        return ptx::from_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
     }
-    static DCNV4_DEVICE unsigned short round(float number) {
-        unsigned short bits;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
-        return bits;
-    }
+    static DCNV4_DEVICE unsigned short round(float number) { return ptx::to_f16(number); }
     static DCNV4_DEVICE unsigned multiply(unsigned a, unsigned b) {
-        unsigned product;
-        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-        return product;
+        return ptx::multiply_f16x2(a, b);
     }
     static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
-        unsigned sum;
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-        return sum;
+        return ptx::multiply_add_f16x2(a, b, c);
     }
     static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
         const unsigned bits = round(number);
@@ -93,15 +73,21 @@ template <>
 struct Number<bfloat16> {
     using Sum = float;
     static constexpr bool packed = __CUDA_ARCH__ >= 800;
+    static constexpr unsigned exponents = 0x7f807f80u;
+    static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        ptx::mma_bf16(c, a, b0, b1);
+    }
+    static DCNV4_DEVICE unsigned short add(unsigned short a, unsigned short b) {
+        constexpr unsigned short one = 0x3f80;
+        return ptx::multiply_add_bf16(a, one, b);
+    }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
         const unsigned word = words[i / 2];
         return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
     }
     static DCNV4_DEVICE unsigned short round(float number) {
 #if __CUDA_ARCH__ >= 800
-        unsigned short bits;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
-        return bits;
+        return ptx::to_bf16(number);
 #else
         const unsigned bits = __float_as_uint(number);
         if (number != number) return 0x7fff;
@@ -112,9 +98,7 @@ struct Number<bfloat16> {
         return multiply_add(a, b, 0x80008000u);
     }
     static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
-        unsigned sum;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-        return sum;
+        return ptx::multiply_add_bf16x2(a, b, c);
     }
     static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
         const unsigned bits = round(number);
@@ -173,32 +157,29 @@ DCNV4_DEVICE void store(T* at, typename Number<T>::Sum number) {
     out.store(at);
 }
 
-// Adds to memory that other threads add to. Relaxed: nothing is ordered by it, no value comes back.
-template <int N>
-DCNV4_DEVICE void add(float* at, const float (&terms)[N]) {
+// Adds to memory that other threads add to.
+template <typename T, int N>
+DCNV4_DEVICE void add(T* at, const T (&terms)[N]) {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (N % 4 == 0) {
+    if constexpr (sizeof(T) == 4 && N % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < N; i += 4)
-            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at + i),
-                         "f"(terms[i]), "f"(terms[i + 1]), "f"(terms[i + 2]), "f"(terms[i + 3]));
+            ptx::add(at + i, terms[i], terms[i + 1], terms[i + 2], terms[i + 3]);
         return;
-    } else if constexpr (N == 2) {
-        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(terms[0]),
-                     "f"(terms[1]));
+    } else if constexpr (sizeof(T) == 4 && N == 2) {
+        ptx::add(at, terms[0], terms[1]);
         return;
     }
 #endif
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-        asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at + i), "f"(terms[i]));
+    for (int i = 0; i < N; ++i) ptx::add(at + i, terms[i]);
 }
 
+// Sums of integers have the same bits in any order.
 template <int N>
-DCNV4_DEVICE void add(double* at, const double (&terms)[N]) {
+DCNV4_DEVICE void add(long long* at, const float (&terms)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-        asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(at + i), "d"(terms[i]));
+    for (int i = 0; i < N; ++i) ptx::add(at + i, __float2ll_rn(terms[i]));
 }
 
 }  // namespace dcnv4

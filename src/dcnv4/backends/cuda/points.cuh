@@ -23,6 +23,17 @@ using Index = INDEX;  // of pixels and slices
 using Channels = Vector<VALUE, VECTOR>;
 using Sum = Channels::Sum;
 
+#if DETERMINISTIC
+using Total = long long;  // of the value's gradient, times a power of two that the host chose
+#else
+using Total = Sum;
+#endif
+
+// What the value's gradient is multiplied by; `units` holds a number an image.
+DCNV4_DEVICE Sum unit_of_total(const Sum* units, Index image) {
+    return DETERMINISTIC ? units[image] : Sum(1);
+}
+
 constexpr int ROUNDS = (POINTS + LANES - 1) / LANES;
 // Rounds laid out one after another, so that loads of several points are under way at once. The
 // backward waits for additions in L2, not for loads.
@@ -41,6 +52,8 @@ struct Slice {
     Index pixel;  // of all output pixels of the batch
     int group, lane;
 
+    DCNV4_DEVICE Slice(bool active, Index pixel, int group, int lane)
+        : active(active), pixel(pixel), group(group), lane(lane) {}
     explicit DCNV4_DEVICE Slice(Index slices) {
         const Index slice = blockIdx.x * Index(blockDim.x / LANES) + threadIdx.x / LANES;
         active = slice < slices;
@@ -198,8 +211,8 @@ struct Sample<T, true> {
     }
     DCNV4_DEVICE void add_to(Sum (&sum)[VECTOR], const Channels (&corner)[4]) const {
         using Pair = Number<T>;
-        const unsigned both[4] = {lower_twice(top), upper_twice(top), lower_twice(bottom),
-                                  upper_twice(bottom)};
+        const unsigned both[4] = {ptx::lower_twice(top), ptx::upper_twice(top), ptx::lower_twice(bottom),
+                                  ptx::upper_twice(bottom)};
         Channels mean;
 #pragma unroll
         for (int w = 0; w < Channels::words; ++w) {
@@ -219,7 +232,7 @@ struct Sample<T, true> {
 template <typename Points>
 DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, const VALUE* image,
                          Index stride, int lane, Sum (&sum)[VECTOR]) {
-    asm("" : "+l"(image));  // one register pair, lest its parts be added anew for every corner
+    ptx::hold(image);
     using Held = Sample<VALUE, Number<VALUE>::packed>;
 #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; ++round) {
@@ -241,13 +254,13 @@ DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, c
     }
 }
 
-// The gradients of a slice from that of its output. Adds to `grad_value`, the gradient at the first
-// pixel's DEPTH channels of this group, and gives `points.store_gradient` those of its points:
+// The gradients of a slice from that of its output. Adds `unit` times the value's to `grad_value`, the
+// gradient at the first pixel's DEPTH channels of this group, and gives `points.store_gradient` those of its points:
 // each lane the points that it works out. `image` and `grad` are DEPTH channels too.
 template <typename Points>
 DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, const VALUE* image,
-                          Index stride, const VALUE* grad, Sum* grad_value, Index grad_stride,
-                          const Slice& slice) {
+                          Index stride, const VALUE* grad, Total* grad_value, Index grad_stride,
+                          Sum unit, const Slice& slice) {
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll UNROLLED_BACKWARD
     for (int round = 0; round < ROUNDS; ++round) {
@@ -260,7 +273,7 @@ DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, 
         legal_coefficients(place.corners, weight, coefficient);
         const bool adds = slice.active && place.corners.inside;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) coefficient[i] = adds ? coefficient[i] : Sum(0);
+        for (int i = 0; i < 4; ++i) coefficient[i] = adds ? coefficient[i] * unit : Sum(0);
 #pragma unroll
         for (int j = 0; j < (LANES < POINTS ? LANES : POINTS); ++j) {
             if (first + j >= POINTS) break;

@@ -1,0 +1,134 @@
+// The instructions of PTX that the kernels use and CUDA C++ has no name for, a function each.
+//
+// Halves are their 16 bits; a pair of them is a word. Needs no header of CUDA's.
+#pragma once
+
+#define DCNV4_DEVICE __device__ __forceinline__
+
+namespace dcnv4 {
+namespace ptx {
+
+// Both halves of the result are the lower, or the upper, half of `pair`.
+DCNV4_DEVICE unsigned lower_twice(unsigned pair) {
+    unsigned out;
+    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {lower, lower};}"
+        : "=r"(out)
+        : "r"(pair));
+    return out;
+}
+DCNV4_DEVICE unsigned upper_twice(unsigned pair) {
+    unsigned out;
+    asm("{.reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {upper, upper};}"
+        : "=r"(out)
+        : "r"(pair));
+    return out;
+}
+
+DCNV4_DEVICE float from_f16(unsigned short bits) {
+    float number;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
+    return number;
+}
+DCNV4_DEVICE unsigned short to_f16(float number) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
+    return bits;
+}
+DCNV4_DEVICE unsigned multiply_f16x2(unsigned a, unsigned b) {
+    unsigned product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+DCNV4_DEVICE unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+DCNV4_DEVICE unsigned short add_f16(unsigned short a, unsigned short b) {
+    unsigned short sum;
+    asm("add.rn.f16 %0, %1, %2;" : "=h"(sum) : "h"(a), "h"(b));
+    return sum;
+}
+
+// sm_80 on.
+DCNV4_DEVICE unsigned short to_bf16(float number) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
+    return bits;
+}
+DCNV4_DEVICE unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+DCNV4_DEVICE unsigned short multiply_add_bf16(unsigned short a, unsigned short b,
+                                              unsigned short c) {
+    unsigned short sum;
+    asm("fma.rn.bf16 %0, %1, %2, %3;" : "=h"(sum) : "h"(a), "h"(b), "h"(c));
+    return sum;
+}
+
+// Additions to memory that other threads add to. Relaxed: they order nothing and return nothing.
+DCNV4_DEVICE void add(float* at, float a) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(a));
+}
+DCNV4_DEVICE void add(double* at, double a) {
+    asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(at), "d"(a));
+}
+DCNV4_DEVICE void add(long long* at, long long a) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(a));
+}
+// sm_90 on.
+DCNV4_DEVICE void add(float* at, float a, float b) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b));
+}
+DCNV4_DEVICE void add(float* at, float a, float b, float c, float d) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(a),
+                 "f"(b), "f"(c), "f"(d));
+}
+
+// The pointer in one register pair, lest its parts be added anew at every use.
+template <typename T>
+DCNV4_DEVICE void hold(T*& pointer) {
+    asm("" : "+l"(pointer));
+}
+
+// c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
+DCNV4_DEVICE void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DCNV4_DEVICE void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 block of halves that a warp holds, a word a lane, transposed.
+DCNV4_DEVICE unsigned transpose(unsigned word) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+    return out;
+}
+
+// Four such blocks from shared memory, lane 8i + r naming row r of block i.
+template <bool TRANSPOSED>
+DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(at)
+                     : "memory");
+}
+
+}  // namespace ptx
+}  // namespace dcnv4

@@ -1,0 +1,108 @@
+"""The CUDA backend on CPU tensors: its launches and kernels, compiled for an emulated GPU.
+
+What the emulator knows of CUDA is in emulator/cuda.h. It shows that a kernel computes the right
+numbers, meets its warp where it must and reads only aligned vectors; nothing of its speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from tempfile import mkdtemp
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dcnv4.backends import cuda
+from dcnv4.backends.cpu import compile as cpu_compile
+from dcnv4.backends.cuda import compile
+
+_FOLDER = Path(__file__).parent / "emulator"
+_MAIN = """
+static Arguments arguments;
+static void start() { %s(arguments); }
+extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes) {
+    std::memcpy((void*)&arguments, bytes, sizeof arguments);
+    emulated::run(start, blocks, threads);
+}
+"""
+
+
+def why_not() -> str | None:
+    """What the emulator lacks here."""
+    try:
+        cpu_compile._compiler()
+    except cpu_compile.CompileError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _folder() -> Path:
+    return Path(mkdtemp(prefix="dcnv4-emulated-"))
+
+
+@cache
+def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
+    """What starts kernel `name`."""
+    text = (cuda_folder() / f"{name}.cu").read_text(encoding="utf-8") + _MAIN % name
+    key = sha256(repr((name, macros, backwards)).encode()).hexdigest()[:24]
+    source, library = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
+    source.write_text(text, encoding="utf-8")
+    folders = (_FOLDER, cuda_folder(), cuda_folder().parent / "include")
+    command = [
+        *cpu_compile._compiler(),
+        *("-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive"),
+        *("-include", str(_FOLDER / "cuda.h")),
+        *(f"-I{folder}" for folder in folders),
+        *(f"-D{key}={macro}" for key, macro in macros),
+        *(["-DEMULATED_BACKWARDS"] if backwards else []),
+        *(str(source), "-o", str(library)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    launch = ctypes.CDLL(str(library)).launch
+
+    def start(blocks: int, threads: int, stream: int, arguments: bytes) -> None:
+        launch(ctypes.c_uint(blocks), ctypes.c_uint(threads), arguments)
+
+    return start
+
+
+def cuda_folder() -> Path:
+    return Path(cuda.__file__).parent
+
+
+@contextmanager
+def emulated(backwards: bool = False, **patches: Any) -> Iterator[ModuleType]:
+    """The CUDA backend as it is on a GPU of compute capability 9.0, for CPU tensors.
+
+    Args:
+        backwards: whether the last thread of a block runs first.
+        patches: what attributes of the backend are meanwhile.
+    """
+    properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+    plans = cuda._conv_plan, cuda._attn_plan
+    for plan in plans:
+        plan.cache_clear()
+    with (
+        mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
+        mock.patch.object(
+            compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)
+        ),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True),
+        mock.patch.object(torch._C, "_cuda_getDevice", return_value=-1, create=True),
+    ):
+        try:
+            yield cuda
+        finally:
+            for plan in plans:
+                plan.cache_clear()

@@ -1,0 +1,114 @@
+// What src/dcnv4/backends/cuda/ptx.cuh offers, for the emulator.
+#pragma once
+
+#define DCNV4_DEVICE inline
+
+namespace dcnv4 {
+namespace ptx {
+
+inline unsigned lower_twice(unsigned pair) { return (pair & 0xffff) * 0x10001u; }
+inline unsigned upper_twice(unsigned pair) { return (pair >> 16) * 0x10001u; }
+
+inline float from_f16(unsigned short bits) { return emulated_bits<_Float16>(bits); }
+inline unsigned short to_f16(double number) {
+    return emulated_bits<unsigned short>((_Float16)number);
+}
+inline float from_bf16(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+inline unsigned short to_bf16(float number) {
+    const unsigned bits = __float_as_uint(number);
+    if (number != number) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+template <typename Half>
+unsigned each_half(Half half) {
+    return unsigned(half(0)) | unsigned(half(16)) << 16;
+}
+inline unsigned multiply_f16x2(unsigned a, unsigned b) {
+    return each_half([=](int shift) {
+        return to_f16(double(from_f16(a >> shift)) * from_f16(b >> shift));
+    });
+}
+inline unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
+    return each_half([=](int shift) {
+        return to_f16(double(from_f16(a >> shift)) * from_f16(b >> shift) + from_f16(c >> shift));
+    });
+}
+inline unsigned short add_f16(unsigned short a, unsigned short b) {
+    return to_f16(double(from_f16(a)) + from_f16(b));
+}
+inline unsigned short multiply_add_bf16(unsigned short a, unsigned short b, unsigned short c) {
+    return to_bf16(float(double(from_bf16(a)) * from_bf16(b) + from_bf16(c)));
+}
+inline unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
+    return each_half(
+        [=](int shift) { return multiply_add_bf16(a >> shift, b >> shift, c >> shift); });
+}
+
+inline void add(float* at, float a) { *at += a; }
+inline void add(double* at, double a) { *at += a; }
+inline void add(long long* at, long long a) {
+    *(unsigned long long*)at += (unsigned long long)a;
+}
+inline void aligned(const void* at, size_t bytes) {
+    if ((size_t)at % bytes) emulated::fail("a vector of additions is not aligned");
+}
+inline void add(float* at, float a, float b) { aligned(at, 8), at[0] += a, at[1] += b; }
+inline void add(float* at, float a, float b, float c, float d) {
+    aligned(at, 16), at[0] += a, at[1] += b, at[2] += c, at[3] += d;
+}
+
+template <typename T>
+void hold(T*&) {}
+
+// The fragments of mma.m16n8k16, as the PTX manual lays them out.
+struct Fragments {
+    unsigned a[4], b[2];
+};
+template <typename Convert>
+void mma(const void* place, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+         Convert convert) {
+    const emulated::Exchange<Fragments> all(place, {{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const int lane = emulated::current & 31;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+            const unsigned right = all[column * 4 + k % 8 / 2].b[k / 8];
+            sum += convert(left >> k % 2 * 16) * convert(right >> k % 2 * 16);
+        }
+        c[i] += sum;
+    }
+}
+inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    mma(EMULATED_PLACE, c, a, b0, b1, from_f16);
+}
+inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    mma(EMULATED_PLACE, c, a, b0, b1, from_bf16);
+}
+
+inline unsigned transpose(unsigned word) {
+    const emulated::Exchange<unsigned> all(EMULATED_PLACE, word);
+    const int lane = emulated::current & 31, row = lane / 4, column = lane % 4 * 2;
+    return each_half([&](int shift) {
+        return (unsigned short)(all[(column + shift / 16) * 4 + row / 2] >> row % 2 * 16);
+    });
+}
+
+template <bool TRANSPOSED>
+void load_blocks(unsigned (&out)[4], const void* own) {
+    const emulated::Exchange<const unsigned short*> rows(EMULATED_PLACE,
+                                                         (const unsigned short*)own);
+    aligned(own, 16);
+    const int lane = emulated::current & 31, row = lane / 4, column = lane % 4 * 2;
+    for (int block = 0; block < 4; ++block)
+        out[block] = each_half([&](int shift) {
+            const int c = column + shift / 16;
+            return TRANSPOSED ? rows[8 * block + c][row] : rows[8 * block + row][c];
+        });
+    emulated::meet(EMULATED_PLACE, false);  // others may write there only now
+}
+
+}  // namespace ptx
+}  // namespace dcnv4
