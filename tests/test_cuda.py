@@ -245,6 +245,13 @@ def test_why_not_when_all_is_there(visible: pytest.MonkeyPatch) -> None:
     assert backend.why_not(CALL) is None
 
 
+def test_why_not_deterministic_float64(visible: pytest.MonkeyPatch) -> None:
+    call = CALL._replace(deterministic=True)
+    assert backend.why_not(call) is None
+    reason = str(backend.why_not(call._replace(dtype=torch.float64)))
+    assert reason.endswith("got True with float64")
+
+
 def test_why_not_a_cpu() -> None:
     call = CALL._replace(device=torch.device("cpu"))
     assert backend.why_not(call) == "needs tensors on a CUDA GPU; got cpu"

@@ -443,3 +443,25 @@ def test_ten_layers_train_under_autocast(device: str, dtype: torch.dtype) -> Non
     assert scale > 1e-2, scale
     offsets = [block[0].offset_mask.weight.grad for block in blocks]
     assert all(grad is not None and grad.abs().max() > 0 for grad in offsets)
+
+
+def test_conv2d_has_the_attributes_of_a_convolution() -> None:
+    ours = DCNv4Conv2d(8, 16, (3, 5), stride=2, padding=(1, 4), dilation=2, groups=4)
+    theirs = torch.nn.Conv2d(8, 16, (3, 5), stride=2, padding=(1, 4), dilation=2, groups=4)
+    for name in (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        *("transposed", "output_padding"),
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("layer", [DCNv4(32, group=2), DCNv4Conv2d(32, 32, groups=2)], ids=str)
+def test_autocast_casts_the_input_once(layer: torch.nn.Module) -> None:
+    x = torch.randn(1, 32, 6, 6) if isinstance(layer, DCNv4Conv2d) else torch.randn(1, 36, 32)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.profiler.profile(record_shapes=True) as profile,
+    ):
+        layer(x)
+    casts = [e for e in profile.events() if e.name == "aten::_to_copy"]
+    assert sum(math.prod(e.input_shapes[0]) == x.numel() for e in casts) == 1

@@ -390,6 +390,9 @@ class DCNv4Conv2d(_DeformConv):
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
+        # What code that takes any convolution reads of it.
+        self.kernel_size, self.stride, self.padding, self.dilation, self.groups = settings[:5]
+        self.transposed, self.output_padding = False, (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
