@@ -80,22 +80,6 @@ def assert_falls_back(result: dict[str, Any], reason: str) -> None:
     assert result["agrees"]
 
 
-@pytest.mark.usefixtures("usable")
-def test_processes_that_start_at_once_compile_once(tmp_path: Path) -> None:
-    processes = [start(PROBE, DCNV4_CACHE_DIR=str(tmp_path)) for _ in range(4)]
-    for process in processes:
-        result = json.loads(finish(process))
-        assert result == {"reason": None, "chosen": "cpu", "agrees": True}
-    assert len(list(tmp_path.glob("*.so"))) == 1
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-    (library,) = tmp_path.glob("*.so")
-    sound = library.read_bytes()
-    library.write_bytes(sound[: len(sound) // 2])
-    assert probe(DCNV4_CACHE_DIR=str(tmp_path))["chosen"] == "cpu"
-    assert library.read_bytes() != sound[: len(sound) // 2]
-
-
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

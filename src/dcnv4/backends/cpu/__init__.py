@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window, sum_dtype
+from ...geometry import Window
 from .. import Call, cache_dir
 from .compile import CompileError, library
 
@@ -64,13 +64,13 @@ def conv_backward(
     grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    grad_value = _new_grad_value(value)
+    grad_value = torch.empty(value.shape, dtype=value.dtype)
     padded = offset_mask.shape[3] > window.fields()
     new = torch.zeros if padded else torch.empty
     grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
     grad = _inner(grad.to(value.dtype), 1)
     _conv("dcnv4_backward", value, offset_mask, window, grad, grad_value, grad_mask)
-    return grad_value.to(value.dtype), grad_mask
+    return grad_value, grad_mask
 
 
 def attn_forward(
@@ -96,13 +96,13 @@ def attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
     grads = (
-        _new_grad_value(value),
+        torch.empty(value.shape, dtype=value.dtype),
         torch.empty(locations.shape, dtype=locations.dtype),
         torch.empty(weights.shape, dtype=weights.dtype),
     )
     grad = _inner(grad.to(value.dtype), 1).unflatten(2, value.shape[2:])
     _attn("dcnv4_backward", value, spatial_shapes, locations, weights, softmax, grad, *grads)
-    return grads[0].to(value.dtype), grads[1], grads[2]
+    return grads
 
 
 class _Layout(NamedTuple):
@@ -233,11 +233,6 @@ def _kernels() -> ctypes.CDLL | str:
         return library(cache_dir())
     except CompileError as error:
         return str(error)
-
-
-def _new_grad_value(value: Tensor) -> Tensor:
-    """Zeros in the dtype that sums are made in."""
-    return torch.zeros(value.shape, dtype=sum_dtype(value.dtype))
 
 
 def _inner(tensor: Tensor, dimensions: int) -> Tensor:

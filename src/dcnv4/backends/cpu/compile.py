@@ -130,9 +130,9 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
 
 
 def _said(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The compiler's first complaint."""
+    """The compiler's or the linker's first complaint."""
     lines = done.stderr.decode(errors="replace").splitlines()
-    errors = [line for line in lines if "error" in line] or lines
+    errors = [line for line in lines if "error" in line or "failed" in line] or lines
     return errors[0].strip() if errors else f"exit status {done.returncode}"
 
 

@@ -6,23 +6,26 @@
 // A convolution is one level whose points have a base, the kernel's grid; an attention's points
 // have none, its scale is the size of their level and its origin -1/2.
 //
-// Work. Every thread takes pieces of output pixels from a counter. For one (pixel, group) the K
-// points are blocks of lanes: coordinates, corners and coefficients are computed lane by lane for a
-// few groups at a time (`place`), then the D channels are summed in registers, point after point
-// (`gather`). Backwards, `spread` leaves four partial sums of each dot product for `finish` to add
-// lane by lane. The gradient of the value has no atomics: a thread owns some groups of an image,
-// or, where there are fewer of those than threads, a band of the value's rows of one (image,
-// group); it goes over the output pixels in order and adds what falls on its own. So every element
-// is summed in one fixed order, and the bits do not depend on the number of threads.
+// Work. Every thread takes pieces of output pixels from a counter. The K points of one (pixel,
+// group) are a unit; the points of a batch of units lie one after another in the lanes of vectors,
+// so that few lanes are idle: coordinates, corners and coefficients are computed lane by lane
+// (`place`), then the D channels are summed in registers, point after point (`gather`). Backwards,
+// `spread` leaves four partial sums of each dot product for `finish` to add lane by lane. The
+// gradient of the value has no atomics: a thread owns some groups of an image, or, where there are
+// fewer of those than threads, a band of the value's rows of one (image, group); it goes over the
+// output pixels in order and adds what falls on its own to sums that no other thread's cache lines
+// hold. So every element is summed in one fixed order, and the bits do not depend on the number of
+// threads.
 //
 // Memory. Value, coordinates and output are read or written once from memory and the rows of
-// neighbouring points come from the first cache; the scratch of a thread is a few hundred bytes a
-// point. Bands go over the coordinates a second time, skipping runs of pixels that do not reach
+// neighbouring points come from the caches; the scratch of a thread is a few hundred bytes a point
+// of a batch, and backwards the sums of what it owns, where those are no part of the gradient's own
+// memory. Bands go over the coordinates a second time, skipping runs of pixels that do not reach
 // them.
 //
-// Limits. The forward is bound by the loads of corners, 4 K rows of D a (pixel, group), and where
-// D is 16 as much by `place`; the backward by as many read-modify-writes. Points at the image's
-// border take a branch of their own, which a pattern that cannot be predicted makes slower.
+// Limits. The forward is bound by `place` and by the loads of corners and coefficients, 4 K rows of
+// D and 4 K numbers a (pixel, group); the backward by as many read-modify-writes. Points at the
+// image's border take a branch of their own, which a pattern that cannot be predicted makes slower.
 //
 // Numbers. NaN and infinities are legal data: no flag that assumes them away. Sums are made in A:
 // double for double, float for everything else; half precision is converted in registers.
@@ -44,6 +47,9 @@
 #if defined(__AVX2__) && defined(__F16C__)
 #define DCNV4_X86 1
 #include <immintrin.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define DCNV4_AVX512 1
+#endif
 #endif
 
 #include "../include/sampling.h"
@@ -201,6 +207,32 @@ Vector<float, N> load(const half* from) {
     return load<N>(x);
 }
 
+// The first `count` of N channels; the others are 0, and are not read.
+template <int N, typename V>
+Vector<typename Accumulator<V>::type, N> load_part(const V* from, int64_t count) {
+    count = std::max<int64_t>(0, std::min<int64_t>(N, count));
+#ifdef DCNV4_AVX512
+    const auto there = uint32_t((uint64_t(1) << count) - 1);
+    if constexpr (std::is_same<V, double>::value && N == 8) {
+        return (Vector<double, N>)_mm512_maskz_loadu_pd(__mmask8(there), from);
+    } else if constexpr (std::is_same<V, float>::value && N == 16) {
+        return (Vector<float, N>)_mm512_maskz_loadu_ps(__mmask16(there), from);
+    } else if constexpr (std::is_same<V, float>::value && N == 8) {
+        return (Vector<float, N>)_mm256_maskz_loadu_ps(__mmask8(there), from);
+    } else if constexpr (sizeof(V) == 2 && N == 16) {
+        const auto words = _mm256_maskz_loadu_epi16(__mmask16(there), from);
+        return load<N>(reinterpret_cast<const V*>(&words));
+    } else if constexpr (sizeof(V) == 2 && N == 8) {
+        const auto words = _mm_maskz_loadu_epi16(__mmask8(there), from);
+        return load<N>(reinterpret_cast<const V*>(&words));
+    }
+#endif
+    if (count == N) return load<N>(from);
+    V part[N] = {};
+    for (int i = 0; i < count; ++i) part[i] = from[i];
+    return load<N>(part);
+}
+
 template <int N, typename V, typename X>
 void store(V* to, X x) {
     if constexpr (std::is_floating_point<V>::value) {
@@ -273,8 +305,10 @@ void partial_sums(const Vector<T, N> (&x)[4], T* out, bool first) {
     }
 }
 
-// Points are handled in blocks of this many lanes; arrays over points are padded to whole blocks.
+// Loops over points take this many lanes at a time; arrays over points are padded to whole blocks.
 constexpr int64_t kBlock = 16;
+// A batch is so many points, or one unit's where it has more: they stay in the first cache.
+constexpr int64_t kBatch = 64;
 
 int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
 
@@ -293,39 +327,39 @@ class Array {
     T* first_;
 };
 
-// What is the same for every pixel and group, point by point.
 template <typename A>
-struct GridBlock {
-    A base_x[kBlock], base_y[kBlock], scale_x[kBlock], scale_y[kBlock];
-    int height[kBlock], width[kBlock];
-    int64_t start[kBlock];
-};
+using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
+// What is the same for every batch, point by point: as the units' points repeat, so does this.
 template <typename A>
 struct Grid {
-    Grid(const Problem& p, const Level* levels, const double* base)
-        : count(p.levels * p.points), run(padded(count) / kBlock),
-          batch(std::max<int64_t>(1, std::min(p.groups, 8 / run))),
+    Grid(const Problem& p, const Level* levels, const double* points)
+        : count(p.levels * p.points), units(std::max<int64_t>(1, kBatch / count)),
+          size(padded(units * count) + kBlock),
           offsets_end(end_of(p, p.offsets, 2 * count)), weights_end(end_of(p, p.weights, count)),
-          blocks(run) {
-        for (int64_t k = 0; k < count; ++k) {
+          base(2 * size), scale(2 * size), height(size), width(size), start(size),
+          below(size) {
+        for (int64_t n = 0; n < size; ++n) {
+            const int64_t k = n % count;
             const Level& level = levels[k / p.points];
-            GridBlock<A>& block = blocks[k / kBlock];
-            const int64_t lane = k % kBlock;
-            block.base_x[lane] = base ? A(base[2 * k]) : A(0);
-            block.base_y[lane] = base ? A(base[2 * k + 1]) : A(0);
-            block.scale_x[lane] = base ? A(p.scale) : A(level.width);
-            block.scale_y[lane] = base ? A(p.scale) : A(level.height);
-            block.height[lane] = int(level.height);
-            block.width[lane] = int(level.width);
-            block.start[lane] = level.start;
+            base[2 * n] = points ? A(points[2 * k]) : A(0);
+            base[2 * n + 1] = points ? A(points[2 * k + 1]) : A(0);
+            scale[2 * n] = points ? A(p.scale) : A(level.width);
+            scale[2 * n + 1] = points ? A(p.scale) : A(level.height);
+            height[n] = int(level.height);
+            width[n] = int(level.width);
+            start[n] = level.start;
+            below[n] = level.width * p.value.column;
         }
     }
 
-    int64_t count, run;  // points, and blocks of them
-    int64_t batch;       // groups of a pixel that are placed at a time
+    int64_t count, units;  // points of a unit, units of a batch
+    int64_t size;          // points of a batch, and a block more: a unit's last block may end there
     int64_t offsets_end, weights_end;  // one past the last number of the tensors
-    Array<GridBlock<A>> blocks;
+    Array<A> base, scale;              // x and y in turn
+    Array<int> height, width;
+    Array<int64_t> start;
+    Array<int64_t> below;  // from a row of the value to the next, in elements
 
   private:
     static int64_t end_of(const Problem& p, const View& view, int64_t numbers) {
@@ -333,31 +367,48 @@ struct Grid {
     }
 };
 
-// Points of one (pixel, group).
-template <typename A>
-struct Block {
-    int64_t position[kBlock];    // of the top left corner in the value, in pixels
-    int legal[kBlock];
-    A coefficient[4][kBlock];    // 0 at illegal corners; then their gradients
-    A x[kBlock], y[kBlock];      // pixels from the origin
-    A weight[kBlock];            // what each point counts
-    A fraction_x[kBlock], fraction_y[kBlock];
-    A partial[kBlock][4][4];     // partial sums of the gradients of the coefficients
+// An output pixel's group: K points, which follow those of the unit before.
+struct Unit {
+    int64_t row, column, group;
+    int64_t value, offsets, weights, output;  // its first element in these; of the image in value
 };
 
-// A thread's scratch: a run of blocks for each group of a batch.
+// A thread's scratch: the points of a batch.
 template <typename A>
 struct Points {
-    explicit Points(const Grid<A>& grid)
-        : blocks(grid.run * grid.batch), raw_offsets(grid.run * kBlock * 2),
-          raw_weights(grid.run * kBlock), offsets(grid.run * kBlock * 2),
-          weights(grid.run * kBlock), unwanted(64) {}
+    explicit Points(const Grid<A>& grid, int64_t sums)
+        : units(grid.units), pairs(2 * grid.size), weight(grid.size), fraction_x(grid.size),
+          fraction_y(grid.size), position(grid.size), legal(grid.size),
+          coefficient(4 * grid.size), partial(16 * grid.size), grad_weight(grid.size),
+          raw(2 * padded(2 * grid.count)), numbers(padded(2 * grid.count)), sums(sums),
+          unwanted(64) {
+        for (auto& sum : dot) sum = Array<A>(grid.size);
+    }
 
-    Array<Block<A>> blocks;
-    Array<double> raw_offsets, raw_weights;  // of any dtype, as they are in memory
-    Array<A> offsets, weights;  // of one group, or their gradients
-    Array<A> unwanted;          // gradient of what is not there
+    Array<Unit> units;
+    Array<A> pairs;              // pixels, x and y in turn; then their gradients
+    Array<A> weight;             // what each point counts
+    Array<A> fraction_x, fraction_y;
+    Array<int64_t> position;     // of the top left corner in the value, in pixels
+    Array<int> legal;
+    Array<A> coefficient;        // [4]; 0 at illegal corners
+    Array<A> partial;            // [4][4]: partial sums of the gradients of the coefficients
+    Array<A> dot[4] = {Array<A>(0), Array<A>(0), Array<A>(0), Array<A>(0)};  // the sums
+    Array<A> grad_weight;
+    Array<double> raw;           // of any dtype, as they are in memory
+    Array<A> numbers;            // of one unit
+    Array<A> sums;               // a block of the gradient of the value
+    Array<A> unwanted;           // gradient of what is not there
 };
+
+template <typename T>
+void copy(const T* from, int64_t count, T* to) {
+    for (; count >= 16; count -= 16, from += 16, to += 16) std::memcpy(to, from, 16 * sizeof(T));
+    if (count & 8) std::memcpy(to, from, 8 * sizeof(T)), from += 8, to += 8;
+    if (count & 4) std::memcpy(to, from, 4 * sizeof(T)), from += 4, to += 4;
+    if (count & 2) std::memcpy(to, from, 2 * sizeof(T)), from += 2, to += 2;
+    if (count & 1) *to = *from;
+}
 
 template <typename A, typename V, typename Convert>
 void convert(const V* from, int64_t count, A* to, Convert&& one) {
@@ -365,13 +416,12 @@ void convert(const V* from, int64_t count, A* to, Convert&& one) {
         for (int64_t i = k; i < k + kBlock; ++i) to[i] = one(from[i]);
 }
 
-// `count` numbers as A: where they lie in memory, if their dtype and the tensor's end allow `whole`
-// of them, full blocks, to be read there, or in `to`. What follows the `count` may be anything.
+// `count` numbers as A: where they lie in memory, if their dtype and the tensor's end allow whole
+// blocks of them to be read there, or in `to`. What follows the `count` may be anything.
 template <typename A>
 __attribute__((always_inline)) inline const A* read(const View& view, int64_t end, int64_t at,
-                                                    int64_t count, int64_t whole, double* raw,
-                                                    A* to) {
-    const int64_t size = view.dtype <= 1 ? sizeof(A) : 2;
+                                                    int64_t count, double* raw, A* to) {
+    const int64_t size = view.dtype <= 1 ? sizeof(A) : 2, whole = padded(count);
     const void* from = view.data + at * size;
     if (__builtin_expect(at + whole > end, 0)) from = std::memcpy(raw, from, count * size);
     if (view.dtype <= 1) return static_cast<const A*>(from);
@@ -384,19 +434,18 @@ __attribute__((always_inline)) inline const A* read(const View& view, int64_t en
     return to;
 }
 
+// `from` holds whole blocks.
 template <typename A>
-void write(const View& view, int64_t at, int64_t count, double* raw, A* from) {
+__attribute__((always_inline)) inline void write(const View& view, int64_t at, const A* from,
+                                                 int64_t count, double* raw) {
+    if (view.dtype <= 1) return copy(from, count, reinterpret_cast<A*>(view.data) + at);
     const auto words = reinterpret_cast<uint16_t*>(raw);
-    if (view.dtype <= 1) {
-        std::memcpy(view.data + at * sizeof(A), from, count * sizeof(A));
-        return;
-    }
     if (view.dtype == 2) {
         convert(from, count, words, [](A x) { return from_float(float(x), bfloat()); });
     } else {
         convert(from, count, words, [](A x) { return from_float(float(x), half()); });
     }
-    std::memcpy(view.data + at * 2, raw, count * 2);
+    copy(words, count, reinterpret_cast<uint16_t*>(view.data) + at);
 }
 
 double exponential(double x) { return std::exp(x); }
@@ -448,267 +497,369 @@ void softmax(const A* logit, int64_t count, A* weight) {
     const A sum = sum_of<A>(count, [=](int64_t k) { return weight[k]; });
     for (int64_t k = 0; k < padded(count); ++k) weight[k] /= sum;
 }
+// The value itself, so that what was multiplied is rounded, not fused with a sum that follows.
+template <typename X>
+X rounded(X x) {
+#ifdef DCNV4_X86
+    asm("" : "+v"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
 
-struct Pixel {
-    int64_t image, row, column;
-};
-
-// Of the first `groups` runs, the legal corners whose pixel of the value lies in [first, last); the
-// rest counts nothing.
+// Of the first `points`, the legal corners whose pixel of the value lies in [first, last); the rest
+// counts nothing.
 template <typename A>
-void restrict_to(Points<A>& s, const Grid<A>& grid, int64_t groups, int64_t first, int64_t last) {
-    for (int64_t b = 0; b < groups * grid.run; ++b) {
-        Block<A>& block = s.blocks[b];
-        for (int64_t k = 0; k < kBlock; ++k) {
-            const int64_t top = block.position[k];
-            const int64_t below = top + grid.blocks[b % grid.run].width[k];
-            const int64_t corner[4] = {top, top + 1, below, below + 1};
-            for (int i = 0; i < 4; ++i) {
-                if (corner[i] >= first && corner[i] < last) continue;
-                block.legal[k] &= ~(1 << i);
-                block.coefficient[i][k] = 0;
-            }
+void restrict_to(Points<A>& s, const Grid<A>& grid, int64_t points, int64_t first, int64_t last) {
+    for (int64_t n = 0; n < points; ++n) {
+        const int64_t top = s.position[n], below = top + grid.width[n];
+        const int64_t corner[4] = {top, top + 1, below, below + 1};
+        for (int i = 0; i < 4; ++i) {
+            if (corner[i] >= first && corner[i] < last) continue;
+            s.legal[n] &= ~(1 << i);
+            s.coefficient[4 * n + i] = 0;
         }
     }
 }
 
-// The points of groups [g, g + groups) of one pixel.
+// The points of the first `units`.
 template <typename A>
-__attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, const Pixel& pixel,
-                                     int64_t g, int64_t groups, Points<A>& s) {
-    const int64_t count = grid.count, run = grid.run;
-    int64_t weights_at = p.weights.at(pixel.image, pixel.row, pixel.column, g);
-    int64_t offsets_at = p.offsets.at(pixel.image, pixel.row, pixel.column, g);
-    for (int64_t j = 0; j < groups; ++j) {
-        const A* weights = read<A>(p.weights, grid.weights_end, weights_at, count, run * kBlock,
-                                   s.raw_weights, s.weights);
-        const A* offsets = read<A>(p.offsets, grid.offsets_end, offsets_at, 2 * count,
-                                   2 * run * kBlock, s.raw_offsets, s.offsets);
-        weights_at += p.weights.group, offsets_at += p.offsets.group;
+__attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int64_t units,
+                                     Points<A>& s) {
+    constexpr int L = kBytes / int(sizeof(A));
+    using Lanes = Vector<A, L>;
+    const int64_t count = grid.count;
+    const A *const base = grid.base, *const scale = grid.scale;
+    A *const pairs = s.pairs, *const weight = s.weight;
+    Vector<Integer<A>, L> odd;
+    for (int i = 0; i < L; ++i) odd[i] = -(i % 2);
+    // Every unit writes whole blocks; what is beyond its points is the next unit's to overwrite.
+    for (int64_t u = 0; u < units; ++u) {
+        const Unit& at = s.units[u];
+        const A* offsets =
+            read<A>(p.offsets, grid.offsets_end, at.offsets, 2 * count, s.raw, s.numbers);
+        const A x = A(p.origin_x + p.step_x * double(at.column));
+        const A y = A(p.origin_y + p.step_y * double(at.row));
+        const Lanes origin = odd ? Lanes{} + y : Lanes{} + x;
+        // Coordinates are those of geometry.py to the bit.
+        for (int64_t i = 0; i < 2 * count; i += L)
+            store<L>(pairs + 2 * u * count + i,
+                     rounded(load<L>(scale + i) * (load<L>(base + i) + load<L>(offsets + i))) +
+                         origin);
+        const A* weights =
+            read<A>(p.weights, grid.weights_end, at.weights, count, s.raw, s.numbers);
         if (p.softmax) {
-            softmax<A>(weights, count, s.weights);
-            weights = s.weights;
-        }
-        for (int64_t b = 0; b < run; ++b) {
-            const GridBlock<A>& same = grid.blocks[b];
-            Block<A>& block = s.blocks[j * run + b];
-#pragma omp simd
-            for (int64_t k = 0; k < kBlock; ++k) {
-                block.weight[k] = weights[b * kBlock + k];
-                block.x[k] = same.scale_x[k] * (same.base_x[k] + offsets[2 * (b * kBlock + k)]);
-                block.y[k] = same.scale_y[k] * (same.base_y[k] + offsets[2 * (b * kBlock + k) + 1]);
-            }
+            softmax<A>(weights, count, weight + u * count);
+        } else {
+            for (int64_t i = 0; i < count; i += L)
+                store<L>(weight + u * count + i, load<L>(weights + i));
         }
     }
-    // Rounded here, not fused with the sum below: coordinates are those of geometry.py to the bit.
-    asm volatile("" ::: "memory");
-    const A origin_x = A(p.origin_x + p.step_x * double(pixel.column));
-    const A origin_y = A(p.origin_y + p.step_y * double(pixel.row));
-    const GridBlock<A>* const all = grid.blocks;
-    Block<A>* to = s.blocks;
-    for (int64_t j = 0; j < groups; ++j) {
-        for (int64_t b = 0; b < run; ++b) {
-            const GridBlock<A>& same = all[b];
-            Block<A>& block = *to++;
+    const int *const height = grid.height, *const width = grid.width;
+    const int64_t* const start = grid.start;
+    A *const fraction_x = s.fraction_x, *const fraction_y = s.fraction_y;
+    A* const coefficient = s.coefficient;
+    int64_t* const position = s.position;
+    int* const legal = s.legal;
+    for (int64_t block = 0; block < units * count; block += kBlock) {
 #pragma omp simd
-            for (int64_t k = 0; k < kBlock; ++k) {
-                const Corners<A> c = corners(origin_x + block.x[k], origin_y + block.y[k],
-                                             same.height[k], same.width[k]);
-                A out[4];
-                coefficients(block.weight[k], c.fraction_x, c.fraction_y, out);
-                block.legal[k] = c.legal;
-                block.position[k] =
-                    same.start[k] + int64_t(c.row) * int64_t(same.width[k]) + c.column;
-                block.fraction_x[k] = c.fraction_x;
-                block.fraction_y[k] = c.fraction_y;
-                block.coefficient[0][k] = c.legal & 1 ? out[0] : A(0);
-                block.coefficient[1][k] = c.legal & 2 ? out[1] : A(0);
-                block.coefficient[2][k] = c.legal & 4 ? out[2] : A(0);
-                block.coefficient[3][k] = c.legal & 8 ? out[3] : A(0);
-            }
+        for (int64_t n = block; n < block + kBlock; ++n) {
+            const Corners<A> c = corners(pairs[2 * n], pairs[2 * n + 1], height[n], width[n]);
+            A out[4];
+            coefficients(weight[n], c.fraction_x, c.fraction_y, out);
+            legal[n] = c.legal;
+            position[n] = start[n] + int64_t(c.row) * int64_t(width[n]) + c.column;
+            fraction_x[n] = c.fraction_x;
+            fraction_y[n] = c.fraction_y;
+            coefficient[4 * n] = c.legal & 1 ? out[0] : A(0);
+            coefficient[4 * n + 1] = c.legal & 2 ? out[1] : A(0);
+            coefficient[4 * n + 2] = c.legal & 4 ? out[2] : A(0);
+            coefficient[4 * n + 3] = c.legal & 8 ? out[3] : A(0);
         }
     }
-    if (p.clipped) restrict_to(s, grid, groups, 0, p.pixels);
+    if (p.clipped) restrict_to(s, grid, units * count, 0, p.pixels);
+}
+
+// Place groups [g, last_group) of output pixels [first, last) of one image, in order, a batch at a
+// time, and call f(units) after each.
+template <typename A, typename F>
+void for_batches(const Problem& p, const Grid<A>& grid, int64_t image, int64_t first, int64_t last,
+                 int64_t first_group, int64_t last_group, Points<A>& s, F&& f) {
+    if (first >= last) return;
+    int64_t row = first / p.columns, column = first % p.columns, group = first_group;
+    for (int64_t left = (last - first) * (last_group - first_group); left > 0;) {
+        const int64_t units = std::min(left, grid.units);
+        for (int64_t u = 0; u < units;) {
+            Unit next{row, column, group, p.value.at(image, 0, 0, group),
+                      p.offsets.at(image, row, column, group),
+                      p.weights.at(image, row, column, group),
+                      p.output.at(image, row, column, group)};
+            for (; u < units && next.group < last_group; ++next.group) {
+                s.units[u++] = next;
+                next.value += p.value.group;
+                next.offsets += p.offsets.group;
+                next.weights += p.weights.group;
+                next.output += p.output.group;
+            }
+            group = next.group;
+            if (group < last_group) continue;
+            group = first_group;
+            if (++column == p.columns) column = 0, ++row;
+        }
+        place(p, grid, units, s);
+        f(units);
+        left -= units;
+    }
 }
 
 // What an illegal corner reads: nothing may come from a pixel that no point touches.
 alignas(64) constexpr char kZeros[64 * sizeof(double)] = {};
 
-// Channels are worked on in spans of N, each of N / L vectors.
-template <typename V, int N>
+// N channels from `first` on, as vectors; of a part only some of them are there.
+template <typename T, int N, bool part>
 struct Span {
+    using V = T;
     using A = typename Accumulator<V>::type;
     static constexpr int L = N * int(sizeof(A)) < kBytes ? N : kBytes / int(sizeof(A));
     static constexpr int count = N / L;
     using Lanes = Vector<A, L>;
+
+    Lanes load(const V* from, int v) const {
+        if constexpr (part) return load_part<L>(from + v * L, there - v * L);
+        return ::load<L>(from + v * L);
+    }
+    void store(V* to, int v, Lanes x) const {
+        if constexpr (part) {
+            V all[L];
+            ::store<L>(all, x);
+            for (int i = 0; i < std::min<int64_t>(L, there - v * L); ++i) to[v * L + i] = all[i];
+        } else {
+            ::store<L>(to + v * L, x);
+        }
+    }
+
+    int64_t first, there;
 };
 
-// Call f(block, lane, grid's block) for every point of a run.
-template <typename B, typename A, typename F>
-void for_points(const Grid<A>& grid, B* run, F&& f) {
-    const GridBlock<A>* same = grid.blocks;
-    for (int64_t left = grid.count; left > 0; left -= kBlock, ++run, ++same) {
-        const int64_t lanes = std::min(left, kBlock);
-        for (int64_t k = 0; k < lanes; ++k) f(*run, k, *same);
-    }
-}
-
-// Sum a run of points.
-template <typename V, int N, typename A>
-__attribute__((noinline)) void gather(const V* channels, int64_t pixel_stride, const Grid<A>& grid,
-                                      const Block<A>* run, V* out) {
-    using S = Span<V, N>;
-    // Sums that do not wait for each other.
-    constexpr int chains = S::count < 4 ? 4 / S::count : 1;
-    typename S::Lanes sum[chains][S::count] = {};
-    for_points(grid, run, [&](const Block<A>& block, int64_t k, const GridBlock<A>& same) {
-        const V* const top = channels + block.position[k] * pixel_stride;
-        const V* const bottom = top + same.width[k] * pixel_stride;
-        const V* row[4] = {top, top + pixel_stride, bottom, bottom + pixel_stride};
-        const int legal = block.legal[k];
-        if (__builtin_expect(legal != 15, 0)) {
-            if (!legal) return;
-            for (int i = 0; i < 4; ++i)
-                if (!(legal >> i & 1)) row[i] = reinterpret_cast<const V*>(kZeros);
-        }
-        for (int i = 0; i < 4; ++i) {
-            const A c = block.coefficient[i][k];
-            for (int v = 0; v < S::count; ++v)
-                sum[i % chains][v] += c * load<S::L>(row[i] + v * S::L);
-        }
-    });
-    for (int v = 0; v < S::count; ++v) {
-        for (int i = 1; i < chains; ++i) sum[0][v] += sum[i][v];
-        store<S::L>(out + v * S::L, sum[0][v]);
-    }
-}
-
-// Add to the dot products of the output's gradient with each corner's row, and to the gradient of
-// the corners' rows themselves: either or both.
-template <typename V, int N, typename A>
-__attribute__((noinline)) void spread(const V* channels, int64_t pixel_stride, A* grad_channels,
-                                      int64_t grad_stride, const Grid<A>& grid, Block<A>* run,
-                                      A* unwanted, const V* grad_out, bool first, bool want_dots,
-                                      bool want_value) {
-    using S = Span<V, N>;
-    typename S::Lanes grad[S::count];
-    for (int v = 0; v < S::count; ++v) grad[v] = load<S::L>(grad_out + v * S::L);
-    for_points(grid, run, [&](Block<A>& block, int64_t k, const GridBlock<A>& same) {
-        const auto add = [&](const V* const(&row)[4], A* const(&to)[4]) {
-            if (want_dots) {
-                typename S::Lanes product[4];
-                for (int i = 0; i < 4; ++i) {
-                    product[i] = grad[0] * load<S::L>(row[i]);
-                    for (int v = 1; v < S::count; ++v)
-                        product[i] += grad[v] * load<S::L>(row[i] + v * S::L);
-                }
-                partial_sums<S::L>(product, block.partial[k][0], first);
-            }
-            if (!want_value) return;
-            for (int i = 0; i < 4; ++i) {
-                const A c = block.coefficient[i][k];
-                for (int v = 0; v < S::count; ++v)
-                    store<S::L>(to[i] + v * S::L, load<S::L>(to[i] + v * S::L) + c * grad[v]);
-            }
-        };
-        const V* const top = channels + block.position[k] * pixel_stride;
-        const V* const bottom = top + same.width[k] * pixel_stride;
-        A* const grad_top = grad_channels + block.position[k] * grad_stride;
-        A* const grad_bottom = grad_top + same.width[k] * grad_stride;
-        const int legal = block.legal[k];
-        if (__builtin_expect(legal == 15, 1)) {
-            add({top, top + pixel_stride, bottom, bottom + pixel_stride},
-                {grad_top, grad_top + grad_stride, grad_bottom, grad_bottom + grad_stride});
-        } else if (legal) {
-            const V* const zeros = reinterpret_cast<const V*>(kZeros);
-            add({legal & 1 ? top : zeros, legal & 2 ? top + pixel_stride : zeros,
-                 legal & 4 ? bottom : zeros, legal & 8 ? bottom + pixel_stride : zeros},
-                {legal & 1 ? grad_top : unwanted, legal & 2 ? grad_top + grad_stride : unwanted,
-                 legal & 4 ? grad_bottom : unwanted,
-                 legal & 8 ? grad_bottom + grad_stride : unwanted});
-        }
-    });
-}
-
-// Call f(c, N) for spans of N channels from c on that make up all of them.
+// Call f(span) for spans that make up all channels.
 template <typename V, typename F>
 void for_spans(int64_t depth, F&& f) {
     int64_t c = 0;
     if constexpr (!std::is_same<V, double>::value) {
-        for (; depth - c >= 32; c += 32) f(c, std::integral_constant<int, 32>());
+        for (; depth - c >= 32; c += 32) f(Span<V, 32, false>{c, 32});
     }
-    for (; depth - c >= 16; c += 16) f(c, std::integral_constant<int, 16>());
-    if (depth - c >= 8) f(c, std::integral_constant<int, 8>()), c += 8;
-    if (depth - c >= 4) f(c, std::integral_constant<int, 4>()), c += 4;
-    for (; c < depth; ++c) f(c, std::integral_constant<int, 1>());
+    for (; depth - c >= 16; c += 16) f(Span<V, 16, false>{c, 16});
+    if (depth - c > 8) {
+        f(Span<V, 16, true>{c, depth - c});
+    } else if (depth - c > 0) {
+        f(Span<V, 8, true>{c, depth - c});
+    }
 }
 
-// Gradients of offsets and weights of groups [g, g + groups) of a pixel, from the partial sums.
+// Channels of whole spans.
+int64_t spanned(int64_t depth) { return (depth + 7) / 8 * 8; }
+
+// Call f with the rows of a point's corners; `none` is that of an illegal one.
+template <typename T, typename F>
+__attribute__((always_inline)) inline void with_rows(T* top, int64_t stride, int64_t below,
+                                                     int legal, T* none, F&& f) {
+    T* const bottom = top + below;
+    if (__builtin_expect(legal == 15, 1)) {
+        f(top, top + stride, bottom, bottom + stride);
+    } else {
+        f(legal & 1 ? top : none, legal & 2 ? top + stride : none, legal & 4 ? bottom : none,
+          legal & 8 ? bottom + stride : none);
+    }
+}
+
+// Four numbers, each in all lanes of a vector: by one load and shuffles where loads are scarcer.
+template <int N, bool shuffle, typename T>
+__attribute__((always_inline)) inline void splat(const T* four, Vector<T, N> (&out)[4]) {
+#ifdef DCNV4_AVX512
+    if constexpr (N == 16 && shuffle) {
+        const __m512 runs = _mm512_broadcast_f32x4(_mm_loadu_ps(four));
+        out[0] = (Vector<T, N>)_mm512_permute_ps(runs, 0x00);
+        out[1] = (Vector<T, N>)_mm512_permute_ps(runs, 0x55);
+        out[2] = (Vector<T, N>)_mm512_permute_ps(runs, 0xaa);
+        out[3] = (Vector<T, N>)_mm512_permute_ps(runs, 0xff);
+        return;
+    }
+#endif
+    for (int i = 0; i < 4; ++i) out[i] = four[i] - Vector<T, N>{};
+}
+
+// Sum the points of each of the first units.
+template <typename S, typename A>
+__attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, const Points<A>& s,
+                                      int64_t units, const S span) {
+    using V = typename S::V;
+    const auto zeros = reinterpret_cast<const V*>(kZeros);
+    const int64_t* const position = s.position;
+    const int* const legal = s.legal;
+    const int64_t* const below = grid.below;
+    const A* const coefficient = s.coefficient;
+    const int64_t stride = p.value.column, count = grid.count;
+    // Sums that do not wait for each other.
+    constexpr int chains = S::count < 4 ? 4 / S::count : 1;
+    for (int64_t u = 0; u < units; ++u) {
+        const Unit& at = s.units[u];
+        const V* const channels = (const V*)p.value.data + at.value + span.first;
+        typename S::Lanes sum[chains][S::count] = {};
+        for (int64_t n = u * count; n < (u + 1) * count; ++n) {
+            with_rows(channels + position[n] * stride, stride, below[n], legal[n], zeros,
+                      [&](auto... rows) {
+                const V* const row[4] = {rows...};
+                typename S::Lanes c[4];
+                // Half precision takes shuffles to convert.
+                splat<S::L, std::is_same<V, A>::value>(coefficient + 4 * n, c);
+                for (int i = 0; i < 4; ++i)
+                    for (int v = 0; v < S::count; ++v)
+                        sum[i % chains][v] += c[i] * span.load(row[i], v);
+            });
+        }
+        V* const out = (V*)p.output.data + at.output + span.first;
+        for (int v = 0; v < S::count; ++v) {
+            for (int i = 1; i < chains; ++i) sum[0][v] += sum[i][v];
+            span.store(out, v, sum[0][v]);
+        }
+    }
+}
+
+// A block of the gradient of the value: pixels [low, high) and some groups of one image, summed in
+// memory that no other thread writes to.
 template <typename A>
-__attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, const Pixel& pixel,
-                                      int64_t g, int64_t groups, Points<A>& s) {
-    const int64_t count = grid.count;
-    A *const grad_offsets = s.offsets, *const grad_weights = s.weights;
-    constexpr int L = kBytes / int(sizeof(A)) < 4 ? 4 : kBytes / int(sizeof(A));
-    using Lanes = std::make_integer_sequence<int, L>;
-    for (int64_t b = 0; b < groups * grid.run; ++b) {
-        Block<A>& block = s.blocks[b];
-        for (int64_t k = 0; k < std::min(kBlock, count - b % grid.run * kBlock); k += 4) {
-            for (int i = 0; i < 4; i += L / 4) {
-                const auto at = [&](int64_t point) { return load<L>(block.partial[k + point][i]); };
-                const Vector<A, L> sums = fold<1>(fold<2>(at(0), at(2), Lanes()),
-                                                  fold<2>(at(1), at(3), Lanes()), Lanes());
-                for (int corner = 0; corner < L / 4; ++corner)
-                    std::memcpy(&block.coefficient[i + corner][k],
-                                reinterpret_cast<const A*>(&sums) + 4 * corner, 4 * sizeof(A));
+struct Sums {
+    A* at;
+    int64_t low, high, first_group, last_group, depth;  // depth: channels of a group, padded
+
+    int64_t stride() const { return (last_group - first_group) * depth; }
+};
+
+// Add to the dot products of the output's gradient with each corner's row, and to the gradient of
+// the corners' rows themselves: either or both.
+template <typename S, typename A>
+__attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Points<A>& s,
+                                      int64_t units, const Sums<A>* sums, bool want_dots,
+                                      const S span) {
+    using V = typename S::V;
+    const auto zeros = reinterpret_cast<const V*>(kZeros);
+    const int64_t* const position = s.position;
+    const int *const legal = s.legal, *const width = grid.width;
+    const int64_t* const below = grid.below;
+    const A* const coefficient = s.coefficient;
+    A *const partial = s.partial, *const unwanted = s.unwanted;
+    const int64_t stride = p.value.column, count = grid.count;
+    const int64_t sums_stride = sums ? sums->stride() : 0, low = sums ? sums->low : 0;
+    for (int64_t u = 0; u < units; ++u) {
+        const Unit& at = s.units[u];
+        const V* const channels = (const V*)p.value.data + at.value + span.first;
+        const V* const grad_out = (const V*)p.output.data + at.output + span.first;
+        A* const to =
+            sums ? sums->at + (at.group - sums->first_group) * sums->depth + span.first : nullptr;
+        typename S::Lanes grad[S::count];
+        for (int v = 0; v < S::count; ++v) grad[v] = span.load(grad_out, v);
+        for (int64_t n = u * count; n < (u + 1) * count; ++n) {
+            if (want_dots) {
+                with_rows(channels + position[n] * stride, stride, below[n], legal[n], zeros,
+                          [&](auto... rows) {
+                    const V* const row[4] = {rows...};
+                    typename S::Lanes product[4];
+                    for (int i = 0; i < 4; ++i) {
+                        product[i] = grad[0] * span.load(row[i], 0);
+                        for (int v = 1; v < S::count; ++v)
+                            product[i] += grad[v] * span.load(row[i], v);
+                    }
+                    partial_sums<S::L>(product, partial + 16 * n, span.first == 0);
+                });
+            }
+            if (sums) {
+                with_rows(to + (position[n] - low) * sums_stride, sums_stride,
+                          width[n] * sums_stride, legal[n], unwanted, [&](auto... rows) {
+                    A* const row[4] = {rows...};
+                    for (int i = 0; i < 4; ++i) {
+                        const A c = coefficient[4 * n + i];
+                        for (int v = 0; v < S::count; ++v) {
+                            A* const at = row[i] + v * S::L;
+                            store<S::L>(at, load<S::L>(at) + c * grad[v]);
+                        }
+                    }
+                });
             }
         }
     }
-    for (int64_t j = 0; j < groups; ++j) {
-        const Block<A>* const run = s.blocks + j * grid.run;
-        for (int64_t b = 0; b < grid.run; ++b) {
-            const GridBlock<A>& same = grid.blocks[b];
-            const Block<A>& block = run[b];
-            A *const offsets = grad_offsets + 2 * b * kBlock;
-            A *const weights = grad_weights + b * kBlock;
+}
+
+// Gradients of offsets and weights of the first units, from the partial sums.
+template <typename A>
+__attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, int64_t image,
+                                      int64_t units, Points<A>& s) {
+    const int64_t count = grid.count, points = units * count;
+    constexpr int L = kBytes / int(sizeof(A)) < 4 ? 4 : kBytes / int(sizeof(A));
+    using Lanes = std::make_integer_sequence<int, L>;
+    const A* const partial = s.partial;
+    for (int64_t n = 0; n < points; n += 4) {
+        for (int i = 0; i < 4; i += L / 4) {
+            const auto at = [&](int64_t point) {
+                return load<L>(partial + 16 * (n + point) + 4 * i);
+            };
+            const Vector<A, L> sums = fold<1>(fold<2>(at(0), at(2), Lanes()),
+                                              fold<2>(at(1), at(3), Lanes()), Lanes());
+            for (int corner = 0; corner < L / 4; ++corner)
+                std::memcpy(s.dot[i + corner] + n, reinterpret_cast<const A*>(&sums) + 4 * corner,
+                            4 * sizeof(A));
+        }
+    }
+    const A *const dot0 = s.dot[0], *const dot1 = s.dot[1];
+    const A *const dot2 = s.dot[2], *const dot3 = s.dot[3];
+    const A *const fraction_x = s.fraction_x, *const fraction_y = s.fraction_y;
+    const A *const weight = s.weight, *const scale = grid.scale;
+    const int* const legals = s.legal;
+    A *const pairs = s.pairs, *const grad_weight = s.grad_weight;
+    for (int64_t block = 0; block < points; block += kBlock) {
 #pragma omp simd
-            for (int64_t k = 0; k < kBlock; ++k) {
-                // At an illegal corner the sum is none: 0 times an infinite gradient is no 0.
-                const int legal = block.legal[k];
-                const A(&sum)[4][kBlock] = block.coefficient;
-                const A dot[4] = {legal & 1 ? sum[0][k] : A(0), legal & 2 ? sum[1][k] : A(0),
-                                  legal & 4 ? sum[2][k] : A(0), legal & 8 ? sum[3][k] : A(0)};
-                const PointGradient<A> grad = coefficients_backward(
-                    dot, block.weight[k], block.fraction_x[k], block.fraction_y[k]);
-                offsets[2 * k] = legal ? grad.x * same.scale_x[k] : A(0);
-                offsets[2 * k + 1] = legal ? grad.y * same.scale_y[k] : A(0);
-                weights[k] = grad.weight;
-            }
+        for (int64_t n = block; n < block + kBlock; ++n) {
+            // At an illegal corner the sum is none: 0 times an infinite gradient is no 0.
+            const int legal = legals[n];
+            const A all[4] = {dot0[n], dot1[n], dot2[n], dot3[n]};
+            const A dot[4] = {legal & 1 ? all[0] : A(0), legal & 2 ? all[1] : A(0),
+                              legal & 4 ? all[2] : A(0), legal & 8 ? all[3] : A(0)};
+            const PointGradient<A> grad =
+                coefficients_backward(dot, weight[n], fraction_x[n], fraction_y[n]);
+            const A x = grad.x * scale[2 * n], y = grad.y * scale[2 * n + 1];
+            pairs[2 * n] = legal ? x : A(0);
+            pairs[2 * n + 1] = legal ? y : A(0);
+            grad_weight[n] = grad.weight;
         }
+    }
+    for (int64_t u = 0; u < units; ++u) {
+        const Unit& at = s.units[u];
+        const A* grads = grad_weight + u * count;
         if (p.softmax) {
-            const A mean = sum_of<A>(count, [=](int64_t k) {
-                return grad_weights[k] * run[k / kBlock].weight[k % kBlock];
-            });
-            for (int64_t k = 0; k < grid.run * kBlock; ++k)
-                grad_weights[k] =
-                    softmax_backward(grad_weights[k], run[k / kBlock].weight[k % kBlock], mean);
+            const A* const own = weight + u * count;
+            const A mean = sum_of<A>(count, [=](int64_t k) { return grads[k] * own[k]; });
+            A* const to = s.numbers;
+            for (int64_t k = 0; k < padded(count); ++k)
+                to[k] = softmax_backward(grads[k], own[k], mean);
+            grads = to;
         }
-        write(p.grad_offsets, p.grad_offsets.at(pixel.image, pixel.row, pixel.column, g + j),
-              2 * count, s.raw_offsets, grad_offsets);
-        write(p.grad_weights, p.grad_weights.at(pixel.image, pixel.row, pixel.column, g + j),
-              count, s.raw_weights, grad_weights);
+        write(p.grad_offsets, p.grad_offsets.at(image, at.row, at.column, at.group),
+              pairs + 2 * u * count, 2 * count, s.raw);
+        write(p.grad_weights, p.grad_weights.at(image, at.row, at.column, at.group), grads, count,
+              s.raw);
     }
 }
 
 // Run f(task, scratch) for every task. One thread never touches OpenMP; a forked child must not use
 // the pool of its parent, which it did not inherit.
 template <typename A, typename F>
-void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& grid, F&& f) {
+void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& grid,
+              int64_t sums, F&& f) {
     std::atomic<int64_t> next{0};
     std::vector<Points<A>> scratch;
     threads = std::max<int64_t>(1, threads);
     scratch.reserve(threads);
-    for (int64_t i = 0; i < threads; ++i) scratch.emplace_back(grid);
+    for (int64_t i = 0; i < threads; ++i) scratch.emplace_back(grid, sums);
     std::atomic<int64_t> arrived{0};
     const auto work = [&] {
         Points<A>& mine = scratch[arrived++];
@@ -733,22 +884,6 @@ void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& g
     for (std::thread& other : others) other.join();
 }
 
-// Call f(g, n) for batches of n groups from g on that make up [first, last).
-template <typename A, typename F>
-void for_groups(const Grid<A>& grid, int64_t first, int64_t last, F&& f) {
-    for (int64_t g = first; g < last; g += grid.batch) f(g, std::min(grid.batch, last - g));
-}
-
-// Visit output pixels [first, last) of one image, in order.
-template <typename F>
-void for_pixels(const Problem& p, int64_t image, int64_t first, int64_t last, F&& f) {
-    Pixel pixel{image, first / p.columns, first % p.columns};
-    for (int64_t i = first; i < last; ++i) {
-        f(pixel);
-        if (++pixel.column == p.columns) pixel.column = 0, ++pixel.row;
-    }
-}
-
 // Below this many multiplications a second thread costs more than it saves.
 constexpr double kSmall = 1 << 17;
 
@@ -768,42 +903,36 @@ void forward(const Problem& p, const Level* levels, const double* base) {
     const int64_t wanted = (8 * threads + p.images - 1) / p.images;
     const int64_t size = std::max<int64_t>(1, (per_image + wanted - 1) / wanted);
     const int64_t pieces = (per_image + size - 1) / size;
-    parallel<A>(p, threads, p.images * pieces, grid, [&](int64_t task, Points<A>& s) {
+    parallel<A>(p, threads, p.images * pieces, grid, 0, [&](int64_t task, Points<A>& s) {
         const int64_t image = task / pieces, first = task % pieces * size;
-        for_pixels(p, image, first, std::min(first + size, per_image), [&](const Pixel& at) {
-            for_groups(grid, 0, p.groups, [&](int64_t g, int64_t groups) {
-                place(p, grid, at, g, groups, s);
-                const V* value = (const V*)p.value.data + p.value.at(image, 0, 0, g);
-                V* out = (V*)p.output.data + p.output.at(image, at.row, at.column, g);
-                for (int64_t j = 0; j < groups; ++j) {
-                    for_spans<V>(p.depth, [&](int64_t c, auto n) {
-                        gather<V, decltype(n)::value>(value + c, p.value.column, grid,
-                                                      s.blocks + j * grid.run, out + c);
-                    });
-                    value += p.value.group, out += p.output.group;
-                }
-            });
+        const int64_t last = std::min(first + size, per_image);
+        for_batches(p, grid, image, first, last, 0, p.groups, s, [&](int64_t units) {
+            for_spans<V>(p.depth, [&](auto span) { gather(p, grid, s, units, span); });
         });
     });
 }
 
-template <typename V, typename A>
-void backward_placed(const Problem& p, const Grid<A>& grid, const Pixel& at, int64_t g,
-                     int64_t groups, Points<A>& s, bool want_dots, bool want_value) {
-    A* const unwanted = s.unwanted;
-    for (int64_t j = 0; j < groups; ++j) {
-        const V* const value = (const V*)p.value.data + p.value.at(at.image, 0, 0, g + j);
-        const V* const grad_out =
-            (const V*)p.output.data + p.output.at(at.image, at.row, at.column, g + j);
-        A* const grad_value =
-            (A*)p.grad_value.data + p.grad_value.at(at.image, 0, 0, g + j);
-        for_spans<V>(p.depth, [&](int64_t c, auto n) {
-            spread<V, decltype(n)::value>(value + c, p.value.column, grad_value + c,
-                                          p.grad_value.column, grid, s.blocks + j * grid.run,
-                                          unwanted, grad_out + c, c == 0, want_dots, want_value);
-        });
+// Call f(sums) for the zeroed sums of a block of the gradient of the value, and see that they
+// become it: they are summed in the tensor where they lie there as they would in the scratch.
+template <typename V, typename A, typename F>
+void with_sums(const Problem& p, int64_t image, Sums<A> sums, F&& f) {
+    const auto to = (V*)p.grad_value.data + p.grad_value.at(image, 0, sums.low, sums.first_group);
+    const bool there = std::is_same<V, A>::value && sums.stride() == p.grad_value.column;
+    if (there) sums.at = reinterpret_cast<A*>(to);
+    std::fill_n(sums.at, (sums.high - sums.low) * sums.stride(), A(0));
+    f(sums);
+    if (there) return;
+    for (int64_t pixel = 0; pixel < sums.high - sums.low; ++pixel) {
+        for (int64_t g = 0; g < sums.last_group - sums.first_group; ++g) {
+            const A* const from = sums.at + pixel * sums.stride() + g * sums.depth;
+            V* const row = to + pixel * p.grad_value.column + g * p.grad_value.group;
+            for_spans<V>(p.depth, [&](auto span) {
+                using S = decltype(span);
+                for (int v = 0; v < S::count; ++v)
+                    span.store(row + span.first, v, load<S::L>(from + span.first + v * S::L));
+            });
+        }
     }
-    if (want_dots) finish(p, grid, at, g, groups, s);
 }
 
 // The pixels of the value that a run of output pixels touches.
@@ -816,21 +945,31 @@ void backward(const Problem& p, const Level* levels, const double* base) {
     using A = typename Accumulator<V>::type;
     const Grid<A> grid(p, levels, base);
     const int64_t per_image = p.rows * p.columns, threads = threads_for(p, grid);
-    const int64_t owners = p.images * p.groups;
-    if (owners * per_image == 0) return;
+    const int64_t owners = p.images * p.groups, depth = spanned(p.depth);
+    const auto spread_all = [&](Points<A>& s, int64_t image, int64_t units, const Sums<A>* sums,
+                                bool want_dots) {
+        for_spans<V>(p.depth, [&](auto span) {
+            spread(p, grid, s, units, sums, want_dots, span);
+        });
+        if (want_dots) finish(p, grid, image, units, s);
+    };
+    if (p.images == 0) return;
     if (owners >= 3 * threads || owners % threads == 0) {
         // Neighbouring groups share cache lines and pages: a task takes as many as leave every
         // thread busy.
-        const int64_t wanted = threads == 1 ? 1 : (2 * threads + p.images - 1) / p.images;
-        const int64_t blocks = std::min(p.groups, wanted);
-        parallel<A>(p, threads, p.images * blocks, grid, [&](int64_t task, Points<A>& s) {
-            const int64_t first = p.groups * (task % blocks) / blocks;
-            const int64_t last = p.groups * (task % blocks + 1) / blocks;
-            for_pixels(p, task / blocks, 0, per_image, [&](const Pixel& at) {
-                for_groups(grid, first, last, [&](int64_t g, int64_t groups) {
-                    place(p, grid, at, g, groups, s);
-                    backward_placed<V>(p, grid, at, g, groups, s, true, true);
-                });
+        const int64_t most = std::min(p.groups, (2 * threads + p.images - 1) / p.images);
+        int64_t blocks = 1;
+        while (blocks < most && (p.images * blocks % threads || p.groups % blocks)) ++blocks;
+        const bool there = std::is_same<V, A>::value && p.groups * depth == p.grad_value.column;
+        const int64_t size = (p.groups + blocks - 1) / blocks * depth * p.pixels;
+        parallel<A>(p, threads, p.images * blocks, grid, there && blocks == 1 ? 0 : size,
+                    [&](int64_t task, Points<A>& s) {
+            const int64_t image = task / blocks, block = task % blocks;
+            const Sums<A> mine{s.sums, 0, p.pixels, p.groups * block / blocks,
+                               p.groups * (block + 1) / blocks, depth};
+            with_sums<V>(p, image, mine, [&](const Sums<A>& sums) {
+                for_batches(p, grid, image, 0, per_image, sums.first_group, sums.last_group, s,
+                            [&](int64_t units) { spread_all(s, image, units, &sums, true); });
             });
         });
         return;
@@ -840,49 +979,44 @@ void backward(const Problem& p, const Level* levels, const double* base) {
     // reaches; then the value's gradient in bands, each going over the runs that reach it.
     const int64_t run = std::max<int64_t>(8, std::min<int64_t>(p.columns, 64));
     const int64_t runs = (per_image + run - 1) / run;
-    std::vector<Reach> reach(owners * runs * p.levels);
-    parallel<A>(p, threads, p.images * runs, grid, [&](int64_t task, Points<A>& s) {
+    std::vector<Reach> reach(owners * runs * p.levels, Reach{INT64_MAX, INT64_MIN});
+    parallel<A>(p, threads, p.images * runs, grid, 0, [&](int64_t task, Points<A>& s) {
         const int64_t image = task / runs, first = task % runs * run;
-        const auto of = [&](int64_t g) {
-            return &reach[((image * p.groups + g) * runs + task % runs) * p.levels];
-        };
-        for (int64_t g = 0; g < p.groups; ++g)
-            for (int64_t l = 0; l < p.levels; ++l) of(g)[l] = {INT64_MAX, INT64_MIN};
-        for_pixels(p, image, first, std::min(first + run, per_image), [&](const Pixel& at) {
-            for_groups(grid, 0, p.groups, [&](int64_t g, int64_t groups) {
-                place(p, grid, at, g, groups, s);
-                for (int64_t j = 0; j < groups; ++j) {
-                    for (int64_t k = 0; k < grid.count; ++k) {
-                        const Block<A>& block = s.blocks[j * grid.run + k / kBlock];
-                        if (!block.legal[k % kBlock]) continue;
-                        Reach& level = of(g + j)[k / p.points];
-                        const int64_t position = block.position[k % kBlock];
-                        const int64_t width = grid.blocks[k / kBlock].width[k % kBlock];
-                        level.first = std::min(level.first, position);
-                        level.last = std::max(level.last, position + width + 1);
-                    }
-                }
-                backward_placed<V>(p, grid, at, g, groups, s, true, false);
-            });
+        const int64_t last = std::min(first + run, per_image);
+        for_batches(p, grid, image, first, last, 0, p.groups, s, [&](int64_t units) {
+            for (int64_t n = 0; n < units * grid.count; ++n) {
+                if (!s.legal[n]) continue;
+                const int64_t owner = image * p.groups + s.units[n / grid.count].group;
+                const int64_t level = n % grid.count / p.points;
+                Reach& touched = reach[(owner * runs + task % runs) * p.levels + level];
+                touched.first = std::min(touched.first, s.position[n]);
+                touched.last = std::max(touched.last, s.position[n] + grid.width[n] + 1);
+            }
+            spread_all(s, image, units, nullptr, true);
         });
     });
+    if (p.pixels == 0) return;
     const int64_t bands = std::min(p.pixels, (4 * threads + owners - 1) / owners);
-    parallel<A>(p, threads, owners * bands, grid, [&](int64_t task, Points<A>& s) {
+    parallel<A>(p, threads, owners * bands, grid, (p.pixels / bands + 1) * depth,
+                [&](int64_t task, Points<A>& s) {
         const int64_t owner = task / bands, band = task % bands;
         const int64_t image = owner / p.groups, g = owner % p.groups;
-        const int64_t low = p.pixels * band / bands, high = p.pixels * (band + 1) / bands;
-        for (int64_t i = 0; i < runs; ++i) {
-            const Reach* const touched = &reach[(owner * runs + i) * p.levels];
-            if (std::none_of(touched, touched + p.levels,
-                             [&](const Reach& r) { return r.first < high && r.last >= low; }))
-                continue;
-            for_pixels(p, image, i * run, std::min((i + 1) * run, per_image),
-                       [&](const Pixel& at) {
-                           place(p, grid, at, g, 1, s);
-                           restrict_to(s, grid, 1, low, high);
-                           backward_placed<V>(p, grid, at, g, 1, s, false, true);
-                       });
-        }
+        const Sums<A> mine{s.sums, p.pixels * band / bands, p.pixels * (band + 1) / bands,
+                           g, g + 1, depth};
+        with_sums<V>(p, image, mine, [&](const Sums<A>& sums) {
+            for (int64_t i = 0; i < runs; ++i) {
+                const Reach* const touched = &reach[(owner * runs + i) * p.levels];
+                if (std::none_of(touched, touched + p.levels, [&](const Reach& r) {
+                        return r.first < sums.high && r.last >= sums.low;
+                    }))
+                    continue;
+                const int64_t last = std::min((i + 1) * run, per_image);
+                for_batches(p, grid, image, i * run, last, g, g + 1, s, [&](int64_t units) {
+                    restrict_to(s, grid, units * grid.count, sums.low, sums.high);
+                    spread_all(s, image, units, &sums, false);
+                });
+            }
+        });
     });
 }
 
