@@ -912,12 +912,19 @@ void forward(const Problem& p, const Level* levels, const double* base) {
     });
 }
 
+// Whether the sums of so many groups lie in the gradient of the value as they would in the scratch.
+template <typename V, typename A>
+bool is_in_place(const Problem& p, int64_t groups) {
+    return std::is_same<V, A>::value && spanned(p.depth) == p.depth &&
+           groups * p.depth == p.grad_value.column;
+}
+
 // Call f(sums) for the zeroed sums of a block of the gradient of the value, and see that they
 // become it: they are summed in the tensor where they lie there as they would in the scratch.
 template <typename V, typename A, typename F>
 void with_sums(const Problem& p, int64_t image, Sums<A> sums, F&& f) {
     const auto to = (V*)p.grad_value.data + p.grad_value.at(image, 0, sums.low, sums.first_group);
-    const bool there = std::is_same<V, A>::value && sums.stride() == p.grad_value.column;
+    const bool there = is_in_place<V, A>(p, sums.last_group - sums.first_group);
     if (there) sums.at = reinterpret_cast<A*>(to);
     std::fill_n(sums.at, (sums.high - sums.low) * sums.stride(), A(0));
     f(sums);
@@ -960,9 +967,9 @@ void backward(const Problem& p, const Level* levels, const double* base) {
         const int64_t most = std::min(p.groups, (2 * threads + p.images - 1) / p.images);
         int64_t blocks = 1;
         while (blocks < most && (p.images * blocks % threads || p.groups % blocks)) ++blocks;
-        const bool there = std::is_same<V, A>::value && p.groups * depth == p.grad_value.column;
-        const int64_t size = (p.groups + blocks - 1) / blocks * depth * p.pixels;
-        parallel<A>(p, threads, p.images * blocks, grid, there && blocks == 1 ? 0 : size,
+        const int64_t most_groups = (p.groups + blocks - 1) / blocks;
+        const int64_t size = is_in_place<V, A>(p, most_groups) ? 0 : most_groups * depth * p.pixels;
+        parallel<A>(p, threads, p.images * blocks, grid, size,
                     [&](int64_t task, Points<A>& s) {
             const int64_t image = task / blocks, block = task % blocks;
             const Sums<A> mine{s.sums, 0, p.pixels, p.groups * block / blocks,
