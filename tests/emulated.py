@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cpu import compile as cpu_compile
 from dcnv4.backends.cuda import compile
@@ -28,7 +29,8 @@ _FOLDER = Path(__file__).parent / "emulator"
 _MAIN = """
 static Arguments arguments;
 static void start() { %s(arguments); }
-extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes) {
+extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes, int backwards) {
+    emulated::backwards = backwards;
     std::memcpy((void*)&arguments, bytes, sizeof arguments);
     emulated::run(start, blocks, threads);
 }
@@ -50,11 +52,11 @@ def _folder() -> Path:
 
 
 @cache
-def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
-    """What starts kernel `name`."""
+def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
+    """The kernel `name`, compiled."""
     text = (cuda_folder() / f"{name}.cu").read_text(encoding="utf-8") + _MAIN % name
-    key = sha256(repr((name, macros, backwards)).encode()).hexdigest()[:24]
-    source, library = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
+    key = sha256(repr((name, macros)).encode()).hexdigest()[:24]
+    source, built = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
     source.write_text(text, encoding="utf-8")
     folders = (_FOLDER, cuda_folder(), cuda_folder().parent / "include")
     command = [
@@ -63,15 +65,19 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
         *("-include", str(_FOLDER / "cuda.h")),
         *(f"-I{folder}" for folder in folders),
         *(f"-D{key}={macro}" for key, macro in macros),
-        *(["-DEMULATED_BACKWARDS"] if backwards else []),
-        *(str(source), "-o", str(library)),
+        *(str(source), "-o", str(built)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    launch = ctypes.CDLL(str(library)).launch
+    return ctypes.CDLL(str(built))
+
+
+def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
+    """What starts kernel `name`."""
+    launch = library(name, macros).launch
 
     def start(blocks: int, threads: int, stream: int, arguments: bytes) -> None:
-        launch(ctypes.c_uint(blocks), ctypes.c_uint(threads), arguments)
+        launch(ctypes.c_uint(blocks), ctypes.c_uint(threads), arguments, int(backwards))
 
     return start
 
@@ -89,9 +95,9 @@ def emulated(backwards: bool = False, **patches: Any) -> Iterator[ModuleType]:
         patches: what attributes of the backend are meanwhile.
     """
     properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
-    plans = cuda._conv_plan, cuda._attn_plan
-    for plan in plans:
-        plan.cache_clear()
+    caches = cuda._conv_plan, cuda._attn_plan, backends._choose
+    for cached in caches:
+        cached.cache_clear()
     with (
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
         mock.patch.object(
@@ -104,5 +110,5 @@ def emulated(backwards: bool = False, **patches: Any) -> Iterator[ModuleType]:
         try:
             yield cuda
         finally:
-            for plan in plans:
-                plan.cache_clear()
+            for cached in caches:
+                cached.cache_clear()

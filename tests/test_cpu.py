@@ -282,7 +282,7 @@ def test_python_objects_do_not_accumulate() -> None:
 
 
 def test_random_calls_under_the_sanitizers() -> None:
-    command = [sys.executable, str(TESTS / "fuzz_cpu.py"), "--calls", "60", "--seed", "1"]
+    command = [sys.executable, str(TESTS / "fuzz_cpu.py"), "--calls", "400", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())

@@ -7,7 +7,7 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -261,9 +261,23 @@ def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     )
 
 
+@cache
+def _has_autocast(device: str) -> bool:
+    """Whether this PyTorch knows autocast on this kind of device."""
+    try:
+        torch.is_autocast_enabled(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+# Constant, so that a tracer need not look inside.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_autocast(device: str) -> bool:
     if _HAS_AUTOCAST_BY_DEVICE:
-        return torch.is_autocast_enabled(device)
+        return _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 

@@ -4,7 +4,7 @@
 // its warp or block. There, threads must arrive at the same place: a warp whose threads disagree,
 // or wait for ones that have ended, is an error, as is a block that waits for ended threads. What
 // one thread writes and another reads without meeting in between is read too early or too late,
-// depending on the order in which fibers run: `EMULATED_BACKWARDS` reverses it.
+// depending on the order in which fibers run: `backwards` reverses it.
 #pragma once
 
 #include <setjmp.h>
@@ -94,6 +94,7 @@ struct Index {
 
 inline std::vector<Fiber> fibers;
 inline int current;
+inline bool backwards;
 inline jmp_buf scheduler;
 inline Index thread_index, block_index, block_size;
 inline void (*body)();
@@ -167,11 +168,7 @@ inline void run_block(unsigned threads) {
         bool progress = false, all_ended = true;
         static int next;  // not in a register: longjmp comes back here
         for (next = 0; next < count; ++next) {
-#ifdef EMULATED_BACKWARDS
-            current = count - 1 - next;
-#else
-            current = next;
-#endif
+            current = backwards ? count - 1 - next : next;
             Fiber& fiber = self();
             if (fiber.ended) continue;
             all_ended = false;

@@ -773,7 +773,7 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
                     partial_sums<S::L>(product, partial + 16 * n, span.first == 0);
                 });
             }
-            if (sums) {
+            if (sums && legal[n]) {
                 with_rows(to + (position[n] - low) * sums_stride, sums_stride,
                           width[n] * sums_stride, legal[n], unwanted, [&](auto... rows) {
                     A* const row[4] = {rows...};
