@@ -26,6 +26,7 @@ import fuzz_cuda
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import compile
+from test_cuda_emulated import TILED, tile_cases
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
@@ -58,7 +59,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
-    monkeypatch.setattr(backend, "TILED", frozenset({"conv_forward", "conv_backward"}))
+    monkeypatch.setattr(backend, "TILED", TILED)
     for case in cases.CONV:
         if case.depth in (16, 64):
             _plan(case, torch.float16, case.batch)
@@ -355,6 +356,18 @@ def _assert_same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor
 @pytest.mark.gpu
 def test_random_calls() -> None:
     fuzz_cuda.fuzz(calls=200, settings=12, seed=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", tile_cases(), ids=lambda case: case.id)
+def test_tiles(case: cases.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "TILED", TILED)
+    backend._conv_plan.cache_clear()
+    try:
+        case.check(case.run(dtype, "cuda", "cuda"), dtype)
+    finally:
+        backend._conv_plan.cache_clear()
 
 
 @pytest.mark.gpu
