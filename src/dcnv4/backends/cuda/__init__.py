@@ -545,10 +545,8 @@ def _plan(
 ) -> _Plan:
     """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
     depth, points, itemsize = problem.depth, problem.points, _bytes(problem.dtype)
-    if (
-        problem.deterministic
-    ):  # a number a thread: neighbours then add to whole sectors of 8-byte sums
-        alignment = itemsize
+    if problem.deterministic:
+        alignment = itemsize  # a number a thread: neighbours then add to whole sectors
     vector, lanes = launch_shape(depth, points, itemsize, alignment, "backward" in name)
     pack, tail = struct.Struct(f"{addresses}P").pack, struct.pack(f"{fields}0q", *numbers)
     macros = {

@@ -36,35 +36,45 @@ struct Grid {
 };
 __constant__ constexpr Grid grid;
 
-struct ConvPoints {
-    const FIELDS* fields;  // 2K offsets, K weights
-    FIELDS* gradient;      // as fields
-    Sum x, y, scale;       // of the window's centre
+// The window of an output pixel, on an input image.
+struct OwnWindow {
+    Sum x, y, scale;  // of its centre
     int height, width;
 
-    DCNV4_DEVICE ConvPoints(const Convolution& c, const FIELDS* at, FIELDS* gradient, int row,
-                            int column)
-        : fields(at),
-          gradient(gradient),
-          x(Sum(column * STRIDE_W - PADDING_W + CENTER_W)),
+    DCNV4_DEVICE OwnWindow(const Convolution& c, int row, int column)
+        : x(Sum(column * STRIDE_W - PADDING_W + CENTER_W)),
           y(Sum(row * STRIDE_H - PADDING_H + CENTER_H)),
           scale(c.offset_scale),
           height(c.height),
           width(c.width) {}
 
-    DCNV4_DEVICE Place locate(int k) const {
+    DCNV4_DEVICE Corners<Sum> point(int k, Sum offset_x, Sum offset_y) const {
         constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
         const int cell = k + (k >= removed);
+        const Sum at_x = x + scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + offset_x);
+        const Sum at_y = y + scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + offset_y);
+        return corners(at_x, at_y, height, width);
+    }
+};
+
+struct ConvPoints {
+    const FIELDS* fields;  // 2K offsets, K weights
+    FIELDS* gradient;      // as fields
+    OwnWindow window;
+
+    DCNV4_DEVICE ConvPoints(const Convolution& c, const FIELDS* at, FIELDS* gradient, int row,
+                            int column)
+        : fields(at), gradient(gradient), window(c, row, column) {}
+
+    DCNV4_DEVICE Place locate(int k) const {
         const FIELDS* offset = fields + 2 * k;
-        const Sum at_x = x + scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + load(offset));
-        const Sum at_y = y + scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + load(offset + 1));
-        return {corners(at_x, at_y, height, width), 0, width};
+        return {window.point(k, load(offset), load(offset + 1)), 0, window.width};
     }
     DCNV4_DEVICE Sum logit(int k) const { return load(fields + 2 * POINTS + k); }
 
     DCNV4_DEVICE void store_gradient(int k, Sum grad_x, Sum grad_y) const {
-        store(gradient + 2 * k, grad_x * scale);
-        store(gradient + 2 * k + 1, grad_y * scale);
+        store(gradient + 2 * k, grad_x * window.scale);
+        store(gradient + 2 * k + 1, grad_y * window.scale);
     }
     DCNV4_DEVICE void store_weight_gradient(int k, Sum grad) const {
         store(gradient + 2 * POINTS + k, grad);

@@ -6,39 +6,10 @@
 // L1 mostly, since the windows of neighbouring pixels overlap.
 // Limit: L1, which serves rows shorter than its 128-byte lines at about half its rate: its data pipe
 // is 87 % busy for 16 channels in float16 on an H200, the issue slots 63 %. Not device memory.
-#include "conv.cuh"
+#include "conv_forward.cuh"
 
 using namespace dcnv4;
 
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    VALUE* output;
-    Convolution c;
-};
-
-static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
-
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
-    const Slice slice(a.c.slices);
-    const OutputPixel at(a.c, slice.pixel);
-    const FIELDS* fields = a.fields + at.image * a.c.fields_image +
-                           at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
-    const ConvPoints points(a.c, fields, nullptr, at.row, at.column);
-    const Weights<ConvPoints> weights(points, slice.lane);
-    const VALUE* image = a.value + at.image * a.c.value_image + slice.group * DEPTH;
-    VALUE* output = a.output + (slice.pixel * (long long)GROUPS + slice.group) * DEPTH;
-
-#pragma unroll 1
-    for (int start = 0; start < DEPTH; start += LANES * VECTOR) {
-        const int channel = start + slice.lane * VECTOR;
-        const bool idle = channel >= DEPTH;
-        Sum sum[VECTOR] = {};
-        gather(points, weights, image + (idle ? 0 : channel),
-               a.c.stride, slice.lane, sum);
-        Channels out;
-#pragma unroll
-        for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
-        if (slice.active && !idle) out.store(output + channel);
-    }
+    compute(a, Slice(a.c.slices));
 }

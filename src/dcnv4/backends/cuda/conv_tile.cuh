@@ -1,7 +1,7 @@
-// The points of deform_conv in a tile of output pixels.
+// The points of deform_conv in a tile of output pixels. Follows conv_forward.cuh or
+// conv_backward.cuh, which say how a tile is computed that is none.
 #pragma once
 
-#include "conv.cuh"
 #include "tile.cuh"
 
 namespace dcnv4 {
@@ -17,13 +17,8 @@ struct Shared {
 // Where point k of a pixel lies, as ConvPoints says, from the tile's staged offsets.
 DCNV4_DEVICE Corners<Sum> locate(const Convolution& c, const Tile& tile, const FIELDS* fields,
                                  int pixel, int k) {
-    constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
-    const int cell = k + (k >= removed);
-    const Sum x = Sum((tile.column + pixel % TILE_W) * STRIDE_W - PADDING_W + CENTER_W);
-    const Sum y = Sum((tile.row + pixel / TILE_W) * STRIDE_H - PADDING_H + CENTER_H);
-    return corners(x + c.offset_scale * (grid_x(cell) + read(fields + 2 * k)),
-                   y + c.offset_scale * (grid_y(cell) + read(fields + 2 * k + 1)), c.height,
-                   c.width);
+    const OwnWindow window(c, tile.row + pixel / TILE_W, tile.column + pixel % TILE_W);
+    return window.point(k, read(fields + 2 * k), read(fields + 2 * k + 1));
 }
 
 DCNV4_DEVICE Slots locate_all(const Convolution& c, const Tile& tile, Fields& staged) {
@@ -51,17 +46,14 @@ DCNV4_DEVICE Slots locate_all(const Convolution& c, const Tile& tile, Fields& st
     return s;
 }
 
-// Calls `run(slice, at)` for all slices of the tile, LANES lanes each: the way of the direct
-// kernels.
-template <typename Run>
-DCNV4_DEVICE void each_slice(const Convolution& c, const Tile& tile, Run run) {
-    const Index first = Index(tile.image) * c.out_height * c.out_width;
+// The tile's slices, LANES lanes each, as the direct kernels compute them.
+DCNV4_DEVICE void compute_directly(const Arguments& a, const Tile& tile) {
+    const Index first = Index(tile.image) * a.c.out_height * a.c.out_width;
 #pragma unroll 1
     for (int pixel = tile.lane / LANES; pixel < PIXELS; pixel += 32 / LANES) {
         const bool active = tile.has(pixel);
-        const Slice slice(active, first + tile.pixel(active ? pixel : 0, c.out_width), tile.group,
-                          tile.lane % LANES);
-        run(slice, OutputPixel(c, slice.pixel));
+        compute(a, Slice(active, first + tile.pixel(active ? pixel : 0, a.c.out_width), tile.group,
+                         tile.lane % LANES));
     }
 }
 

@@ -1,39 +1,8 @@
 // Gradients of deform_conv by tiles: see tile.cuh.
+#include "conv_backward.cuh"
 #include "conv_tile.cuh"
 
 using namespace dcnv4;
-
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    const VALUE* grad;
-    Total* grad_value;    // zeros, [B, H, W, C]
-    FIELDS* grad_fields;  // [B, Ho, Wo, fields]
-    const Sum* units;     // [B], see unit_of_total
-    long long grad_image, grad_pixel;  // strides
-    long long channels;                // of offset_mask, padding included
-    Convolution c;
-};
-
-static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
-
-// The tile's slices as conv_backward computes them.
-DCNV4_DEVICE void direct(const Arguments& a, const Tile& tile) {
-    each_slice(a.c, tile, [&](const Slice& slice, const OutputPixel& at) {
-        const FIELDS* fields = a.fields + at.image * a.c.fields_image +
-                               at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
-        FIELDS* grad_fields = a.grad_fields + slice.pixel * a.channels + slice.group * (3 * POINTS);
-        const ConvPoints points(a.c, fields, grad_fields, at.row, at.column);
-        const Weights<ConvPoints> weights(points, slice.lane);
-        const long long first = at.image * (a.c.height * (long long)a.c.width) * (GROUPS * DEPTH);
-        scatter(points, weights, a.value + at.image * a.c.value_image + slice.group * DEPTH,
-                a.c.stride,
-                a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel +
-                    slice.group * DEPTH,
-                a.grad_value + first + slice.group * DEPTH, Index(GROUPS * DEPTH * sizeof(Total)),
-                unit_of_total(a.units, at.image), slice);
-    });
-}
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Arguments a) {
     __shared__ Shared all[TILE_THREADS / 32];
@@ -63,33 +32,25 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
     Slots s = locate_all(c, tile, shared.fields);
     const Box box = enclose(s);
 
-    // Channels that no group owns.
-    if (tile.group == GROUPS - 1 && tile.has(lane))
-        for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
-            store(grad_fields + tile.pixel(lane, c.out_width) * a.channels + i, Sum(0));
-
     bool odd = false;
 #pragma unroll
     for (int q = 0; q < 4; ++q) odd |= not_finite(out[q].word);
     if (__any_sync(~0u, odd) || __reduce_add_sync(~0u, __popc(s.far)) > MOST_FAR) {
-        direct(a, tile);
+        compute_directly(a, tile);
         return;
     }
+    if (tile.group == GROUPS - 1 && tile.has(lane))  // channels that no group owns
+        for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
+            store(grad_fields + tile.pixel(lane, c.out_width) * a.channels + i, Sum(0));
 
     // Gradients of far points, added to memory and, of offsets and weight, left in `far`.
     Sum(*far)[POINTS][3] = (Sum(*)[POINTS][3])shared.matrix.bytes;
     static_assert(sizeof(Sum) * PIXELS * POINTS * 3 <= sizeof(shared.matrix), "must fit");
     Sum slope[SOFTMAX ? POINTS : 1];
-    each_far(s, lane, [&](int octet, int k) {
+    each_far(s, lane, [&](int octet, int k, Sum weight) {
         Sum dot[4] = {0, 0, 0, 0};
         const int pixel = 8 * octet + g;
         Corners<Sum> at;
-        Sum weight = 0;
-#pragma unroll
-        for (int p = 0; p < POINTS; ++p) {
-            const Sum other = __shfl_sync(~0u, s.weight[p], octet < 0 ? 0 : pixel);
-            if (p == k) weight = other;
-        }
         if (octet >= 0) {
             at = locate(c, tile, shared.fields.of(tile, pixel), pixel, k);
             Words here = out[0];
@@ -102,8 +63,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
             for (int i = 0; i < 4; ++i) {
                 if (!(at.legal >> i & 1)) continue;
                 const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                const Words corner = Words::load(
-                    (const VALUE*)((const char*)image + (unsigned long long)where * c.stride), t);
+                const Words corner = Words::load(dcnv4::at(image, where, c.stride), t);
                 Sum* to = grad_image + (long long)where * (GROUPS * DEPTH);
 #pragma unroll
                 for (int j = 0; j < WORDS; j += 2) {
@@ -204,12 +164,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int pixel = box.pixel(first + 8 * half + g, c.height, c.width);
-                corner[half] =
-                    pixel < 0
-                        ? Words::zero()
-                        : Words::load((const VALUE*)((const char*)image +
-                                                     (unsigned long long)pixel * c.stride),
-                                      t);
+                corner[half] = pixel < 0 ? Words::zero() : Words::load(at(image, pixel, c.stride), t);
             }
 #pragma unroll
             for (int q = 0; q < 4; ++q) {

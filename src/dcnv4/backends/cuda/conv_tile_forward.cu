@@ -1,39 +1,8 @@
 // deform_conv by tiles: see tile.cuh.
+#include "conv_forward.cuh"
 #include "conv_tile.cuh"
 
 using namespace dcnv4;
-
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    VALUE* output;
-    Convolution c;
-};
-
-static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
-
-// The tile's slices as conv_forward computes them.
-DCNV4_DEVICE void direct(const Arguments& a, const Tile& tile) {
-    each_slice(a.c, tile, [&](const Slice& slice, const OutputPixel& at) {
-        const FIELDS* fields = a.fields + at.image * a.c.fields_image +
-                               at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
-        const ConvPoints points(a.c, fields, nullptr, at.row, at.column);
-        const Weights<ConvPoints> weights(points, slice.lane);
-        const VALUE* image = a.value + at.image * a.c.value_image + slice.group * DEPTH;
-        VALUE* output = a.output + (slice.pixel * (long long)GROUPS + slice.group) * DEPTH;
-#pragma unroll 1
-        for (int start = 0; start < DEPTH; start += LANES * VECTOR) {
-            const int channel = start + slice.lane * VECTOR;
-            const bool idle = channel >= DEPTH;
-            Sum sum[VECTOR] = {};
-            gather(points, weights, image + (idle ? 0 : channel), a.c.stride, slice.lane, sum);
-            Channels out;
-#pragma unroll
-            for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
-            if (slice.active && !idle) out.store(output + channel);
-        }
-    });
-}
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_forward(Arguments a) {
     __shared__ Shared all[TILE_THREADS / 32];
@@ -50,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_forward(Arg
     Slots s = locate_all(c, tile, shared.fields);
     const Box box = enclose(s);
     if (__reduce_add_sync(~0u, __popc(s.far)) > MOST_FAR) {
-        direct(a, tile);
+        compute_directly(a, tile);
         return;
     }
     const Sum unit = unit_of(largest_weight(s));
@@ -71,11 +40,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_forward(Arg
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int pixel = box.pixel(first + 8 * half + g, c.height, c.width);
-            corner[half] = pixel < 0
-                               ? Words::zero()
-                               : Words::load((const VALUE*)((const char*)image +
-                                                            (unsigned long long)pixel * c.stride),
-                                             t);
+            corner[half] = pixel < 0 ? Words::zero() : Words::load(at(image, pixel, c.stride), t);
         }
         unsigned pixels[2][4];
 #pragma unroll
@@ -105,18 +70,12 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_forward(Arg
     }
     // What is not finite in the window has spoilt pixels that do not sample it.
     if (__any_sync(~0u, odd)) {
-        direct(a, tile);
+        compute_directly(a, tile);
         return;
     }
-    each_far(s, lane, [&](int octet, int k) {
-        const int pixel = 8 * octet + g;
-        Sum weight = 0;
-#pragma unroll
-        for (int p = 0; p < POINTS; ++p) {
-            const Sum other = __shfl_sync(~0u, s.weight[p], octet < 0 ? 0 : pixel);
-            if (p == k) weight = other;
-        }
+    each_far(s, lane, [&](int octet, int k, Sum weight) {
         if (octet < 0) return;
+        const int pixel = 8 * octet + g;
         const Corners<Sum> at = locate(c, tile, shared.fields.of(tile, pixel), pixel, k);
         Sum share[4], term[2 * WORDS] = {};
         legal_coefficients(at, weight, share);
@@ -124,8 +83,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_forward(Arg
         for (int i = 0; i < 4; ++i) {
             if (!(at.legal >> i & 1)) continue;
             const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-            const Words corner = Words::load(
-                (const VALUE*)((const char*)image + (unsigned long long)where * c.stride), t);
+            const Words corner = Words::load(dcnv4::at(image, where, c.stride), t);
 #pragma unroll
             for (int v = 0; v < 2 * WORDS; ++v)
                 term[v] += share[i] * Number<VALUE>::get(corner.word, v);

@@ -286,7 +286,7 @@ DCNV4_DEVICE void fill(Matrix& matrix, const Slots& s, const Box& box, Sum unit,
     __syncwarp();
 }
 
-// Calls `visit(octet, k)` for the far points of pixels 8 * octet + g, one by one, in quad g.
+// Calls `visit(octet, k, weight)` for the far points of pixels 8 * octet + g, one by one, in quad g.
 template <typename Visit>
 DCNV4_DEVICE void each_far(const Slots& s, int lane, Visit visit) {
     unsigned mask[4];
@@ -300,7 +300,13 @@ DCNV4_DEVICE void each_far(const Slots& s, int lane, Visit visit) {
                 octet = q, k = __ffs(mask[q]) - 1;
                 mask[q] &= mask[q] - 1;
             }
-        visit(octet, k);  // of all lanes; octet -1 where a quad has none left
+        Sum weight = 0;
+#pragma unroll
+        for (int p = 0; p < POINTS; ++p) {
+            const Sum other = __shfl_sync(~0u, s.weight[p], max(8 * octet + lane / 4, 0));
+            if (p == k) weight = other;
+        }
+        visit(octet, k, weight);  // by all lanes; octet -1 where a quad has none left
     }
 }
 
