@@ -64,6 +64,9 @@ inline int __double2hiint(double number) {
 inline int __float2int_rd(float number) { return int(std::floor(number)); }
 inline int __double2int_rd(double number) { return int(std::floor(number)); }
 inline long long __float2ll_rn(float number) { return std::llrint(number); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+    return unsigned(((unsigned long long)high << 32 | low) >> (by & 31));
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <typename T>

@@ -34,6 +34,29 @@ inline unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
         return to_f16(double(from_f16(a >> shift)) * from_f16(b >> shift) + from_f16(c >> shift));
     });
 }
+constexpr unsigned half_bits(int number) {
+    unsigned bits = number < 0 ? 0x8000 : 0, magnitude = number < 0 ? -number : number;
+    for (int exponent = 0; exponent < 11; ++exponent)
+        if (magnitude >> exponent == 1)
+            bits |= (exponent + 15) << 10 | (magnitude << (10 - exponent) & 0x3ff);
+    return bits;
+}
+constexpr unsigned two_f16(int lower, int upper) {
+    return half_bits(lower) | half_bits(upper) << 16;
+}
+inline unsigned pack_f16(float lower, float upper) {
+    return to_f16(lower) | unsigned(to_f16(upper)) << 16;
+}
+inline unsigned pack_bf16(float lower, float upper) {
+    return to_bf16(lower) | unsigned(to_bf16(upper)) << 16;
+}
+inline unsigned hat_f16x2(unsigned center, unsigned x) {
+    return each_half([=](int shift) {
+        const float from = from_f16(to_f16(double(from_f16(center >> shift)) - from_f16(x >> shift)));
+        const float hat = 1 - std::abs(from);
+        return to_f16(hat > 0 ? hat : 0);
+    });
+}
 inline unsigned short add_f16(unsigned short a, unsigned short b) {
     return to_f16(double(from_f16(a)) + from_f16(b));
 }
@@ -108,6 +131,25 @@ void load_blocks(unsigned (&out)[4], const void* own) {
             return TRANSPOSED ? rows[8 * block + c][row] : rows[8 * block + row][c];
         });
     emulated::meet(EMULATED_PLACE, false);  // others may write there only now
+}
+
+// Nothing arrives before the lane waits for it.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+inline std::vector<Copy> copies[1024];
+template <int BYTES>
+void copy_async(void* to, const void* from, bool there) {
+    aligned(to, BYTES), aligned(from, BYTES);
+    std::memset(to, 0xff, BYTES);
+    copies[emulated::current].push_back({to, there ? from : nullptr, BYTES});
+}
+inline void wait_for_copies() {
+    for (const Copy& copy : copies[emulated::current])
+        copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    copies[emulated::current].clear();
 }
 
 }  // namespace ptx

@@ -31,7 +31,6 @@ _WARP = 32
 _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of the output pixels that a warp of a tile kernel owns."""
-_TILE_THREADS = 64
 TILED: frozenset[str] = frozenset()
 """Kernels that have one for tiles and use it, see tile.cuh. It has yet to be timed on a GPU."""
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
@@ -104,26 +103,27 @@ def block_size(threads: int, processors: int) -> int:
 
 
 def tiled(
-    depth: int, points: int, value: torch.dtype, fields: torch.dtype, alignment: int, major: int
+    window: Window, depth: int, value: _Layout, fields: _Layout, alignment: int, major: int
 ) -> bool:
     """Whether the tile kernels take a call, see tile.cuh.
 
     Args:
         depth: D, channels of a group.
-        points: K.
-        value: dtype of the value.
-        fields: dtype of offset_mask.
         alignment: bytes that divide the addresses of all pixels' channels, up to 16.
         major: of the GPU's compute capability.
     """
     return (
         major >= 8
-        and value in _HALVES
-        and fields != torch.float64
+        and value.dtype in _HALVES
+        and fields.dtype == value.dtype
+        and max(window.kernel_size) <= 3
+        and window.stride == window.dilation == (1, 1)
+        and window.offset_scale == 1
         and depth % 16 == 0
         and depth <= 64
-        and points <= 16
-        and alignment >= (16 if depth % 32 == 0 else 8)
+        and alignment == 16
+        and fields.alignment(*fields.pixels) >= 8
+        and fields.shape[3] % 2 == 0
     )
 
 
@@ -409,7 +409,7 @@ def _conv_plan(
 ) -> _Plan | None:
     batch, height, width, channels = value.shape
     rows, columns = fields.shape[1:3]
-    slices = batch * rows * columns * window.groups
+    depth, slices = channels // window.groups, batch * rows * columns * window.groups
     if slices == 0 or height * width == 0:
         return None
     value_strides, fields_strides = value.pixels, fields.pixels
@@ -437,31 +437,24 @@ def _conv_plan(
     }
     stride = value_strides[1] * _bytes(value.dtype)
     wide = max(slices >> 2, height * width, stride >> 2) >= 1 << 29
-    tiles = batch * window.groups * -(-columns // _TILE[0]) * -(-rows // _TILE[1])
-    numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
-    numbers += (height, width, rows, columns, tiles)
+    tiles = 0
     properties = torch.cuda.get_device_properties(device)
     if (
         name in TILED
         and not deterministic
         and not wide
-        and fields.alignment(*fields_strides, fields.shape[3]) >= 4
-        and tiled(
-            channels // window.groups,
-            window.points(),
-            value.dtype,
-            fields.dtype,
-            alignment,
-            properties.major,
-        )
+        and tiled(window, depth, value, fields, alignment, properties.major)
     ):
         name = name.replace("conv", "conv_tile")
-        macros["TILE_THREADS"] = _TILE_THREADS
+        tiles = batch * window.groups * -(-columns // _TILE[0]) * -(-rows // _TILE[1])
+        macros["TILE_THREADS"] = 64 if depth <= 32 else 32
+    numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
+    numbers += (height, width, rows, columns, tiles)
     return _plan(
         name,
         _Problem(
             window.groups,
-            channels // window.groups,
+            depth,
             window.points(),
             window.softmax,
             value.dtype,
@@ -565,8 +558,8 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    if "tile" in name:
-        threads = _TILE_THREADS
+    if problem.tiles:
+        threads = int(macros["TILE_THREADS"])
         blocks = -(-problem.tiles * _WARP // threads)
     else:
         processors = torch.cuda.get_device_properties(device).multi_processor_count

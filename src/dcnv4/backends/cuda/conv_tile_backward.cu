@@ -4,6 +4,28 @@
 
 using namespace dcnv4;
 
+// V T' at the pixels' patches: for every row, pair of columns and pixel two numbers, whichever
+// lanes of a quad read and write.
+struct Products {
+    static constexpr int ROW = 4 * PIXELS * 8;
+    unsigned char bytes[PATCH_H * ROW];
+
+    static DCNV4_DEVICE int at(int c, int r, int pair) {
+        return pair * (PIXELS * 8) + (4 * c + (r ^ pair)) * 8;
+    }
+};
+
+// What a warp keeps in shared memory.
+struct __align__(128) Shared {
+    Window<DEPTH> window;
+    union {
+        Patches patches;
+        Products products;
+        Sum far[PIXELS][POINTS][3];  // gradients of x, y and weight of far points
+    };
+    Fields fields;  // offsets and weights, later their gradients
+};
+
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Arguments a) {
     __shared__ Shared all[TILE_THREADS / 32];
     const Index index = blockIdx.x * (TILE_THREADS / 32) + threadIdx.x / 32;
@@ -18,63 +40,65 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
     FIELDS* grad_fields =
         a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
 
-    Words out[4];  // the output's gradient: of pixels 8q + g
-#pragma unroll
-    for (int q = 0; q < 4; ++q)
-        out[q] = tile.has(8 * q + g)
-                     ? Words::load(a.grad + tile.image * a.grad_image +
-                                       tile.pixel(8 * q + g, c.out_width) * a.grad_pixel +
-                                       tile.group * DEPTH,
-                                   t)
-                     : Words::zero();
     shared.fields.load(tile, c.out_width, a.fields + tile.image * c.fields_image, c.fields_pixel);
-    __syncwarp();
-    Slots s = locate_all(c, tile, shared.fields);
-    const Box box = enclose(s);
-
+    // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
+    unsigned out[TILE_H][CHUNKS][2];
     bool odd = false;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) odd |= not_finite(out[q].word);
-    if (__any_sync(~0u, odd) || __reduce_add_sync(~0u, __popc(s.far)) > MOST_FAR) {
+    for (int r = 0; r < TILE_H; ++r) {
+        const VALUE* grad = a.grad + tile.image * a.grad_image + tile.group * DEPTH + 4 * t +
+                            (long long)tile.pixel(g, r, c.out_width) * a.grad_pixel;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            out[r][i][0] = out[r][i][1] = 0;
+            if (tile.has(g, r)) {
+                const auto four = Vector<VALUE, 4>::load(grad + 16 * i);
+                out[r][i][0] = four.word[0], out[r][i][1] = four.word[1];
+            }
+            odd |= not_finite(out[r][i]);
+        }
+    }
+    ptx::wait_for_copies();
+    __syncwarp();
+    const Own own(shared.fields, tile);
+    if (__any_sync(~0u, odd | own.odd) || __reduce_add_sync(~0u, __popc(own.far)) > MOST_FAR) {
         compute_directly(a, tile);
         return;
     }
-    if (tile.group == GROUPS - 1 && tile.has(lane))  // channels that no group owns
+    const int left = tile.column - PADDING_W - REACH, top = tile.row - PADDING_H - REACH;
+    shared.window.load(left, top, c.height, c.width, lane, image, c.stride);
+    if (tile.group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
         for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
-            store(grad_fields + tile.pixel(lane, c.out_width) * a.channels + i, Sum(0));
+            store(grad_fields + tile.pixel(g, t, c.out_width) * a.channels + i, Sum(0));
 
-    // Gradients of far points, added to memory and, of offsets and weight, left in `far`.
-    Sum(*far)[POINTS][3] = (Sum(*)[POINTS][3])shared.matrix.bytes;
-    static_assert(sizeof(Sum) * PIXELS * POINTS * 3 <= sizeof(shared.matrix), "must fit");
-    Sum slope[SOFTMAX ? POINTS : 1];
-    each_far(s, lane, [&](int octet, int k, Sum weight) {
+    each_far(own, tile, shared.fields, [&](int r, int k, Sum weight) {
         Sum dot[4] = {0, 0, 0, 0};
-        const int pixel = 8 * octet + g;
         Corners<Sum> at;
-        if (octet >= 0) {
-            at = locate(c, tile, shared.fields.of(tile, pixel), pixel, k);
-            Words here = out[0];
-#pragma unroll
-            for (int q = 1; q < 4; ++q)
-                if (octet == q) here = out[q];
+        if (r >= 0) {
+            at = locate(c, tile, shared.fields.of(tile, g, r), g, r, k);
             Sum share[4];
             legal_coefficients(at, weight, share);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if (!(at.legal >> i & 1)) continue;
                 const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                const Words corner = Words::load(dcnv4::at(image, where, c.stride), t);
-                Sum* to = grad_image + (long long)where * (GROUPS * DEPTH);
+                const VALUE* corner = dcnv4::at(image + 4 * t, where, c.stride);
+                Sum* to = grad_image + (long long)where * (GROUPS * DEPTH) + 4 * t;
 #pragma unroll
-                for (int j = 0; j < WORDS; j += 2) {
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
+                    unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
+#pragma unroll
+                    for (int row = 1; row < TILE_H; ++row)
+                        if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
                     Sum term[4];
 #pragma unroll
                     for (int v = 0; v < 4; ++v) {
-                        const Sum grad = Number<VALUE>::get(here.word, 2 * j + v);
-                        dot[i] += grad * Number<VALUE>::get(corner.word, 2 * j + v);
+                        const Sum grad = Number<VALUE>::get(here, v);
+                        dot[i] += grad * four[v];
                         term[v] = share[i] * grad;
                     }
-                    add(to + Words::channel(t, j), term);
+                    add(to + 16 * chunk, term);
                 }
             }
         }
@@ -83,18 +107,19 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
             dot[i] += __shfl_xor_sync(~0u, dot[i], 1);
             dot[i] += __shfl_xor_sync(~0u, dot[i], 2);
         }
-        if (octet >= 0 && t == 0) {
+        if (r >= 0 && t == 0) {
             const PointGradient<Sum> gradient =
                 coefficients_backward(dot, weight, at.fraction_x, at.fraction_y);
-            far[pixel][k][0] = gradient.x, far[pixel][k][1] = gradient.y;
-            far[pixel][k][2] = gradient.weight;
+            Sum(&to)[3] = shared.far[4 * g + r][k];
+            to[0] = gradient.x, to[1] = gradient.y, to[2] = gradient.weight;
         }
     });
     __syncwarp();
-    FIELDS* gradients = shared.fields.of(tile, lane);
+    FIELDS* gradients = shared.fields.of(tile, g, t);
+    Sum slope[SOFTMAX ? POINTS : 1], mean = 0;
     const auto keep = [&](int k, const PointGradient<Sum>& gradient) {
-        store(gradients + 2 * k, gradient.x * c.offset_scale);
-        store(gradients + 2 * k + 1, gradient.y * c.offset_scale);
+        store(gradients + 2 * k, gradient.x);
+        store(gradients + 2 * k + 1, gradient.y);
         if constexpr (SOFTMAX)
             slope[k] = gradient.weight;
         else
@@ -102,107 +127,119 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Ar
     };
 #pragma unroll
     for (int k = 0; k < POINTS; ++k) {
-        PointGradient<Sum> gradient = {0, 0, 0};
-        if (s.far >> k & 1)
-            gradient = {far[lane][k][0], far[lane][k][1], far[lane][k][2]};
-        keep(k, gradient);
+        if (!(own.far >> k & 1)) continue;
+        const Sum(&from)[3] = shared.far[lane][k];
+        keep(k, {from[0], from[1], from[2]});
     }
     __syncwarp();
 
     // The value's gradient, S T.
-    Sum most = largest_weight(s);
-#pragma unroll
-    for (int step = 16; step; step /= 2) most = max(most, __shfl_xor_sync(~0u, most, step));
-    const Sum unit = unit_of(most);
-    fill(shared.matrix, s, box, unit, lane);
-    {
-        unsigned turned[4][WORDS];
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-#pragma unroll
-            for (int j = 0; j < WORDS; ++j) turned[q][j] = ptx::transpose(out[q].word[j]);
-        const int block_row = lane % 16;
+    build(shared.patches, own, lane);
+    __syncwarp();
 #pragma unroll 1
-        for (int first = 0; first < box.positions(); first += 16) {
-            unsigned left[4], right[4];
-            ptx::load_blocks<false>(left, shared.matrix.bytes + Matrix::half_at(first + block_row, lane / 16 * 8));
-            ptx::load_blocks<false>(right, shared.matrix.bytes + Matrix::half_at(first + block_row, 16 + lane / 16 * 8));
-            float sum[WORDS][4];
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        unsigned turned[TILE_H][2];
 #pragma unroll
-            for (int j = 0; j < WORDS; ++j) {
+        for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sum[j][i] = 0;
-                Number<VALUE>::mma(sum[j], left, turned[0][j], turned[1][j]);
-                Number<VALUE>::mma(sum[j], right, turned[2][j], turned[3][j]);
+            for (int j = 0; j < 2; ++j) {
+                unsigned word = out[r][0][j];
+#pragma unroll
+                for (int i = 1; i < CHUNKS; ++i) word = chunk == i ? out[r][i][j] : word;
+                turned[r][j] = ptx::transpose(word);
             }
+#pragma unroll
+        for (int row = 0; row < WINDOW_H; ++row) {
+            float sum[2][4] = {};
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                if (!Patches::reaches(row, m)) continue;
+                unsigned shares[4];
+                shared.patches.read<true>(row, m, lane, shares);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
+            }
+            const int y = top + row;
+            if (y < 0 || y >= c.height) continue;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int pixel = box.pixel(first + 8 * half + g, c.height, c.width);
-                if (pixel < 0) continue;
-                Sum* to = grad_image + (long long)pixel * (GROUPS * DEPTH);
+                const int x = left + 8 * half + g;
+                const Sum term[4] = {sum[0][2 * half] * own.unit, sum[0][2 * half + 1] * own.unit,
+                                     sum[1][2 * half] * own.unit, sum[1][2 * half + 1] * own.unit};
+                const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
+                if (any && x >= 0 && x < c.width)
+                    add(grad_image + (long long)(y * c.width + x) * (GROUPS * DEPTH) + 16 * chunk +
+                            4 * t,
+                        term);
+            }
+        }
+    }
+    ptx::wait_for_copies();
+    __syncwarp();
+
+    // Those of offsets and weights, from V T'.
 #pragma unroll
-                for (int j = 0; j < WORDS; j += 2) {
-                    const Sum term[4] = {sum[j][2 * half] * unit, sum[j][2 * half + 1] * unit,
-                                         sum[j + 1][2 * half] * unit,
-                                         sum[j + 1][2 * half + 1] * unit};
-                    if (term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0)
-                        add(to + Words::channel(t, j), term);
+    for (int row = 0; row < WINDOW_H; ++row) {
+        float dot[2][2][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i) {
+                const uint2 four = *(const uint2*)(shared.window.bytes +
+                                                   row * Window<DEPTH>::ROW + t % 2 * 8 +
+                                                   Window<DEPTH>::at(8 * half + g, 2 * i + t / 2));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    if (!Patches::reaches(row, m)) continue;
+                    const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
+                                                out[2 * m][i][1], out[2 * m + 1][i][1]};
+                    Number<VALUE>::mma(dot[m][half], pixels, four.x, four.y);
                 }
             }
+        // Of the two halves of a row of the window, a pair of columns of the patch lies in one.
+        const bool first = t >= g / 2;
+        const int pair = (t - g / 2) & 3;
+#pragma unroll
+        for (int r = 0; r < TILE_H; ++r) {
+            if (row < r || row >= r + PATCH_H) continue;
+            const float(&products)[2][4] = dot[r / 2];
+            *(float2*)(shared.products.bytes + (row - r) * Products::ROW + Products::at(g, r, pair)) =
+                make_float2(first ? products[0][r % 2 * 2] : products[1][r % 2 * 2],
+                            first ? products[0][r % 2 * 2 + 1] : products[1][r % 2 * 2 + 1]);
         }
     }
     __syncwarp();
-
-    // Those of offsets and weights, from V T', ROWS window positions at a time.
-    const int reach = box.width + 1, step = (ROWS - reach) & ~15;
-    const unsigned near = s.inside & ~s.far;
-#pragma unroll 1
-    for (int start = 0; start + reach < box.positions(); start += step) {
-#pragma unroll 1
-        for (int first = start; first < min(start + ROWS, box.positions()); first += 16) {
-            Words corner[2];
+    constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int pixel = box.pixel(first + 8 * half + g, c.height, c.width);
-                corner[half] = pixel < 0 ? Words::zero() : Words::load(at(image, pixel, c.stride), t);
-            }
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                float dot[4] = {0, 0, 0, 0};
-#pragma unroll
-                for (int j = 0; j < WORDS; j += 2) {
-                    const unsigned rows[4] = {corner[0].word[j], corner[1].word[j],
-                                              corner[0].word[j + 1], corner[1].word[j + 1]};
-                    Number<VALUE>::mma(dot, rows, out[q].word[j], out[q].word[j + 1]);
-                }
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    *(float2*)(shared.matrix.bytes +
-                               Matrix::float_at(first - start + 8 * half + g, 8 * q + 2 * t)) =
-                        make_float2(dot[2 * half], dot[2 * half + 1]);
-            }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < POINTS; ++k) {
-            const int row = s.position[k] - start;
-            if (!(near >> k & 1) || row < 0 || row >= step) continue;
-            const Sum dot[4] = {
-                *(const float*)(shared.matrix.bytes + Matrix::float_at(row, lane)),
-                *(const float*)(shared.matrix.bytes + Matrix::float_at(row + 1, lane)),
-                *(const float*)(shared.matrix.bytes + Matrix::float_at(row + reach - 1, lane)),
-                *(const float*)(shared.matrix.bytes + Matrix::float_at(row + reach, lane))};
-            keep(k, coefficients_backward(dot, s.weight[k], s.x[k], s.y[k]));
-        }
-        __syncwarp();
+    for (int k = 0; k < POINTS; ++k) {
+        if (own.far >> k & 1) continue;
+        const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
+        const Sum x = Number<float16>::get(&own.offsets[k], 0);
+        const Sum y = Number<float16>::get(&own.offsets[k], 1);
+        const int floor_x = __float2int_rd(x), floor_y = __float2int_rd(y);
+        const Sum fraction_x = x - floor_x, fraction_y = y - floor_y;
+        const int column = g % 2 + i + REACH + floor_x;
+        const unsigned char* from = shared.products.bytes + (j + REACH + floor_y) * Products::ROW;
+        const int at_left = Products::at(g, t, column / 2) + column % 2 * 4;
+        const int at_right = Products::at(g, t, (column + 1) / 2) + (column + 1) % 2 * 4;
+        const Sum dot[4] = {*(const float*)(from + at_left), *(const float*)(from + at_right),
+                            *(const float*)(from + Products::ROW + at_left),
+                            *(const float*)(from + Products::ROW + at_right)};
+        PointGradient<Sum> gradient =
+            coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
+        // At the centre of a pixel just outside a point is outside, though one corner is not.
+        if ((fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
+            (fraction_y == 0 && top + t + j + REACH + floor_y == -1))
+            gradient = {0, 0, 0};
+        keep(k, gradient);
     }
     if constexpr (SOFTMAX) {
-        Sum mean = 0;
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k) mean += slope[k] * s.weight[k];
+        for (int k = 0; k < POINTS; ++k) mean += slope[k] * own.weight(k);
 #pragma unroll
         for (int k = 0; k < POINTS; ++k)
-            store(gradients + 2 * POINTS + k, softmax_backward(slope[k], s.weight[k], mean));
+            store(gradients + 2 * POINTS + k, softmax_backward(slope[k], own.weight(k), mean));
     }
     __syncwarp();
     shared.fields.store(tile, c.out_width, grad_fields, a.channels);

@@ -41,7 +41,7 @@ struct Number<double> {
 };
 
 // `packed`: `multiply` and `multiply_add` work on both halves of a word at once. `mma` is the tensor
-// cores' c += a b; `exponents` are the bits that are set where a half of a word is not finite.
+// cores' c += a b, `as_f16` and `of_f16` convert a pair; `exponents` are the bits that are set where a half of a word is not finite.
 template <>
 struct Number<float16> {
     using Sum = float;
@@ -50,9 +50,8 @@ struct Number<float16> {
     static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         ptx::mma_f16(c, a, b0, b1);
     }
-    static DCNV4_DEVICE unsigned short add(unsigned short a, unsigned short b) {
-        return ptx::add_f16(a, b);
-    }
+    static DCNV4_DEVICE unsigned as_f16(unsigned pair) { return pair; }
+    static DCNV4_DEVICE unsigned of_f16(unsigned pair) { return pair; }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
         return ptx::from_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
     }
@@ -77,9 +76,11 @@ struct Number<bfloat16> {
     static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         ptx::mma_bf16(c, a, b0, b1);
     }
-    static DCNV4_DEVICE unsigned short add(unsigned short a, unsigned short b) {
-        constexpr unsigned short one = 0x3f80;
-        return ptx::multiply_add_bf16(a, one, b);
+    static DCNV4_DEVICE unsigned as_f16(unsigned pair) {
+        return ptx::pack_f16(get(&pair, 0), get(&pair, 1));
+    }
+    static DCNV4_DEVICE unsigned of_f16(unsigned pair) {
+        return ptx::pack_bf16(Number<float16>::get(&pair, 0), Number<float16>::get(&pair, 1));
     }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
         const unsigned word = words[i / 2];

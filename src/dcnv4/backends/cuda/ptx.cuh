@@ -50,7 +50,38 @@ DCNV4_DEVICE unsigned short add_f16(unsigned short a, unsigned short b) {
     return sum;
 }
 
+// A pair of small integers as halves.
+constexpr DCNV4_DEVICE unsigned half_bits(int number) {
+    const unsigned magnitude = number < 0 ? -number : number;
+    if (magnitude == 0) return 0;
+    int exponent = 0;
+    while (magnitude >> exponent > 1) ++exponent;
+    return (number < 0 ? 0x8000u : 0u) | (exponent + 15) << 10 |
+           (magnitude << 10 >> exponent & 0x3ff);
+}
+constexpr DCNV4_DEVICE unsigned two_f16(int lower, int upper) {
+    return half_bits(lower) | half_bits(upper) << 16;
+}
+DCNV4_DEVICE unsigned pack_f16(float lower, float upper) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+    return pair;
+}
+// max(0, 1 - |center - x|), of two halves.
+DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
+    unsigned hat;
+    asm("{.reg .b32 from; sub.f16x2 from, %1, %2; abs.f16x2 from, from; sub.sat.f16x2 %0, %3, from;}"
+        : "=r"(hat)
+        : "r"(center), "r"(x), "r"(0x3c003c00u));
+    return hat;
+}
+
 // sm_80 on.
+DCNV4_DEVICE unsigned pack_bf16(float lower, float upper) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+    return pair;
+}
 DCNV4_DEVICE unsigned short to_bf16(float number) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
@@ -129,6 +160,17 @@ DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
                      : "r"(at)
                      : "memory");
 }
+
+// BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on.
+template <int BYTES>
+DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
+                     (unsigned)__cvta_generic_to_shared(to)),
+                 "l"(from), "n"(BYTES), "r"(there ? BYTES : 0)
+                 : "memory");
+}
+// Wait for the lane's own copies; others see them after they met.
+DCNV4_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace ptx
 }  // namespace dcnv4

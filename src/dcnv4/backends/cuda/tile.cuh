@@ -1,36 +1,43 @@
 // A tile of output pixels as small dense products on tensor cores.
 //
-// A warp owns the TILE_W x TILE_H pixels of one group, a pixel a lane. Offsets are small and local,
-// so all corners that they sample lie in a window a few pixels larger than the tile. S, of [window
-// positions, 32 pixels], holds at every corner its share of the point's weight; a pixel's column
-// belongs to its lane, so building S needs no atomics. Then
+// A warp owns TILE_W x TILE_H output pixels of one group, pixel (column, row) in lane 4 * column +
+// row. Offsets are small: where both numbers of one are less than REACH pixels, its point is NEAR,
+// and all corners that near points sample lie in a window of WINDOW_W x WINDOW_H pixels. Let S, of
+// [window positions, pixels], hold at every corner its share of the point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
 //     what a point's gradients need   V T'        at the point's corners
 //
-// A window holds the tile's corners exactly where they fit in WINDOW positions, otherwise as many
-// as fit about their mean. A point with a corner beyond it is FAR: four lanes gather it from memory.
-// Where more than MOST_FAR are, the tile's slices are computed as the direct kernels do.
+// A pixel's column of S is a patch of PATCH_H x PATCH_W positions about it. A lane builds it in
+// registers, without a branch or an address: every point adds to all positions that it can reach
 //
-// The fragments of mma.m16n8k16: lane 4g+t holds rows g and g+8, columns 2t, 2t+1 and 8 more. The
-// order of channels is free in all three products, so lane t of a quad takes those that are
-// neighbours in memory, and what it adds to memory is again neighbours.
+//     weight * hat(y - row) * hat(x - column)        hat(d) = max(0, 1 - |d|)
+//
+// two columns at once. Patches begin at even columns of the window, so that they are whole words
+// there. Points that are not near, FAR ones, are added by four lanes each, straight from memory.
+// Where more than MOST_FAR are, the tile is computed as the direct kernels do.
+//
+// The fragments of mma.m16n8k16: lane 4g+t holds rows g and g+8, columns 2t, 2t+1 and 8 more. So a
+// quad of lanes owns the pixels of a column, and holds products of the same pixels.
 #pragma once
 
 #include "points.cuh"
 
 namespace dcnv4 {
 
-constexpr int TILE_W = 8, TILE_H = 4, PIXELS = 32;
-constexpr int WINDOW = 160;           // positions at most
-constexpr int WIDEST = 32;            // columns of them at most
-constexpr int ROWS = WINDOW / 2;      // of float32 products with 32 pixels that lie in S's place
+constexpr int TILE_W = 8, TILE_H = 4, PIXELS = TILE_W * TILE_H;
+constexpr int REACH = 2;
+constexpr int PATCH_H = KERNEL_H + 2 * REACH;
+constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1, PATCH_W = 2 * PAIRS;
+constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
+constexpr int SAMPLED_W = TILE_W - 1 + KERNEL_W + 2 * REACH;  // columns of them that are sampled
 constexpr int MOST_FAR = 64;
-constexpr int WORDS = DEPTH / 8;      // pairs of channels that a lane of a quad holds
-constexpr int RUN = WORDS % 4 ? 2 : 4;  // of them side by side in memory
+constexpr int CHUNKS = DEPTH / 16;  // of channels, as many as a product sums at once
 
-static_assert(DEPTH % 16 == 0 && sizeof(VALUE) == 2 && POINTS <= 16, "no tile kernel for these");
+static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W * DILATION_H * DILATION_W == 1,
+              "a patch must fit");
+static_assert(DEPTH % 16 == 0 && sizeof(VALUE) == 2 && sizeof(FIELDS) == 2, "halves alone");
 
 // Whether either half of any word is infinite or NaN.
 template <int N>
@@ -42,36 +49,11 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
     return found & 0x80008000u;
 }
 
-// The channels of a pixel that lane t of a quad holds: word j those from `channel(t, j)` on.
-struct Words {
-    unsigned word[WORDS];
-
-    static DCNV4_DEVICE int channel(int t, int j) {
-        return j / RUN * (8 * RUN) + t * (2 * RUN) + j % RUN * 2;
-    }
-    // `first`: the first of the pixel's DEPTH channels.
-    static DCNV4_DEVICE Words load(const VALUE* first, int t) {
-        Words out;
-#pragma unroll
-        for (int j = 0; j < WORDS; j += RUN) {
-            const auto run = Vector<VALUE, 2 * RUN>::load(first + channel(t, j));
-#pragma unroll
-            for (int i = 0; i < RUN; ++i) out.word[j + i] = run.word[i];
-        }
-        return out;
-    }
-    static DCNV4_DEVICE Words zero() {
-        Words out;
-#pragma unroll
-        for (int j = 0; j < WORDS; ++j) out.word[j] = 0;
-        return out;
-    }
-};
-
-// Where a tile lies.
+// Where a tile lies, and a lane in it.
 struct Tile {
     int image, row, column;  // of its first output pixel
-    int group, lane, rows, columns;  // of those in the image
+    int group, lane;
+    int rows, columns;  // of those in the image
 
     DCNV4_DEVICE Tile(unsigned index, int height, int width) {
         const unsigned across = (width + TILE_W - 1) / TILE_W, down = (height + TILE_H - 1) / TILE_H;
@@ -85,165 +67,156 @@ struct Tile {
         rows = min(TILE_H, height - row);
         columns = min(TILE_W, width - column);
     }
-    DCNV4_DEVICE bool has(int pixel) const {
-        return pixel % TILE_W < columns && pixel / TILE_W < rows;
-    }
+    DCNV4_DEVICE bool has(int c, int r) const { return c < columns && r < rows; }
     // Of all pixels of the image.
-    DCNV4_DEVICE int pixel(int pixel, int width) const {
-        return (row + pixel / TILE_W) * width + column + pixel % TILE_W;
+    DCNV4_DEVICE int pixel(int c, int r, int width) const {
+        return (row + r) * width + column + c;
     }
 };
 
-// COUNT numbers of every pixel of a tile, in shared memory: read and written coalesced. In memory
-// pixels begin on whole words, a group's numbers not always.
+// COUNT halves of every pixel of a tile, in shared memory: read and written coalesced. In memory
+// pixels begin on whole 8 bytes, a group's numbers on any half. 0 for pixels outside the image.
 template <int COUNT>
 struct Staged {
-    static constexpr int IN_WORD = 4 / sizeof(FIELDS);
-    static constexpr int SPAN = COUNT / IN_WORD + IN_WORD - 1, PITCH = SPAN | 1;
-    unsigned words[PIXELS * PITCH];
+    static constexpr int PIECES = (2 * COUNT + 6 + 7) / 8, PITCH = 8 * (PIECES | 1);
+    static constexpr int WORDS = (COUNT + 1) / 2;
+    unsigned char bytes[PIXELS * PITCH];
 
-    static DCNV4_DEVICE int shift(const Tile& tile) { return tile.group * COUNT % IN_WORD; }
+    // Halves that come before, in the first piece.
+    static DCNV4_DEVICE int shift(const Tile& tile) { return tile.group * COUNT % 4; }
 
-    template <typename Visit>
-    static DCNV4_DEVICE void each(const Tile& tile, int width, Visit visit) {
-        const int last = (shift(tile) + COUNT - 1) / IN_WORD;
-#pragma unroll
-        for (int first = 0; first < PIXELS; first += 2) {
-            const int pixel = first + tile.lane / 16;
-#pragma unroll
-            for (int word = 0; word < SPAN; word += 16) {
-                const int own = word + tile.lane % 16;
-                if (own <= last && tile.has(pixel)) visit(pixel, own);
-            }
-        }
-    }
     // `image`: the image's first number; `stride`: from pixel to pixel.
     DCNV4_DEVICE void load(const Tile& tile, int width, const FIELDS* image, long long stride) {
-        const FIELDS* first = image + tile.pixel(0, width) * stride +
-                              tile.group * COUNT / IN_WORD * IN_WORD;
-        each(tile, width, [&](int pixel, int word) {
-            const long long at = (pixel / TILE_W * width + pixel % TILE_W) * stride;
-            words[pixel * PITCH + word] = __ldg((const unsigned*)(first + at) + word);
-        });
+        const FIELDS* first = image + tile.pixel(0, 0, width) * stride + tile.group * COUNT / 4 * 4;
+        const int last = (shift(tile) + COUNT - 1) / 4;  // piece that is needed
+#pragma unroll
+        for (int start = 0; start < PIXELS * PIECES; start += 32) {
+            const int index = start + tile.lane, pixel = index / PIECES, piece = index % PIECES;
+            const int c = pixel % TILE_W, r = pixel / TILE_W;
+            const bool there = tile.has(c, r) && piece <= last;
+            const FIELDS* from = there ? first + (r * width + c) * stride + 4 * piece : first;
+            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, from, there);
+        }
+    }
+    // Of the lane's own pixel.
+    DCNV4_DEVICE void read(const Tile& tile, unsigned (&words)[WORDS]) const {
+        const int own = tile.lane % 4 * TILE_W + tile.lane / 4, before = shift(tile);
+        const unsigned* from = (const unsigned*)(bytes + own * PITCH) + before / 2;
+        unsigned raw[WORDS + 1];
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) raw[i] = from[i];
+        raw[WORDS] = COUNT % 2 ? 0 : from[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            words[i] = COUNT % 4 == 0 ? raw[i]
+                                      : __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16);
+    }
+    DCNV4_DEVICE FIELDS* of(const Tile& tile, int c, int r) {
+        return (FIELDS*)(bytes + (r * TILE_W + c) * PITCH) + shift(tile);
     }
     DCNV4_DEVICE void store(const Tile& tile, int width, FIELDS* image, long long stride) const {
-        FIELDS* first = image + tile.pixel(0, width) * stride +
-                        tile.group * COUNT / IN_WORD * IN_WORD;
-        const int before = shift(tile);
-        each(tile, width, [&](int pixel, int word) {
-            FIELDS* to = first + (pixel / TILE_W * width + pixel % TILE_W) * stride + word * IN_WORD;
-            const FIELDS* from = (const FIELDS*)(words + pixel * PITCH + word);
-            if (IN_WORD == 1 || (word * IN_WORD >= before && word * IN_WORD + 1 < before + COUNT))
-                *(unsigned*)to = *(const unsigned*)from;
-            else
-                to[word * IN_WORD < before] = from[word * IN_WORD < before];
-        });
-    }
-    DCNV4_DEVICE FIELDS* of(const Tile& tile, int pixel) {
-        return (FIELDS*)(words + pixel * PITCH) + shift(tile);
-    }
-};
-
-template <typename T>
-DCNV4_DEVICE Sum read(const T* at) {
-    unsigned word;
-    if constexpr (sizeof(T) == 2)
-        word = *(const unsigned short*)at;
-    else
-        word = *(const unsigned*)at;
-    return Number<T>::get(&word, 0);
-}
-
-// S, or in its place the products of window positions and pixels. Both are swizzled, so that lanes
-// that each walk a column of their own, and the blocks of tensor cores, meet few bank conflicts.
-struct __align__(128) Matrix {
-    unsigned char bytes[WINDOW * PIXELS * 2];
-
-    static DCNV4_DEVICE int half_at(int position, int pixel) {
-        const int at = position * (PIXELS * 2) + pixel * 2;
-        return at ^ (at >> 3 & 0x30);
-    }
-    static DCNV4_DEVICE int float_at(int row, int pixel) {
-        const int at = row * (PIXELS * 4) + pixel * 4;
-        return at ^ (at >> 2 & 0x60);
-    }
-    DCNV4_DEVICE void clear(int positions, int lane) {
-        for (int at = lane * 16; at < positions * (PIXELS * 2); at += 32 * 16)
-            *(uint4*)(bytes + at) = make_uint4(0, 0, 0, 0);
-    }
-};
-
-// The rectangle of input pixels that a tile samples; from -1, to one past the image.
-struct Box {
-    int column, row, width, height;
-    float inverse;  // of the width
-
-    DCNV4_DEVICE int positions() const { return width * height; }
-    DCNV4_DEVICE int at(int c, int r) const { return (r - row) * width + c - column; }
-    DCNV4_DEVICE bool has(int c, int r) const {
-        return c >= column && r >= row && c + 1 < column + width && r + 1 < row + height;
-    }
-    // The pixel at a position, -1 outside the image.
-    DCNV4_DEVICE int pixel(int position, int image_height, int image_width) const {
-        const int down = int((position + 0.5f) * inverse);
-        const int c = column + position - down * width, r = row + down;
-        const bool inside = c >= 0 && c < image_width && r >= 0 && r < image_height &&
-                            position < positions();
-        return inside ? r * image_width + c : -1;
-    }
-};
-
-// The points of a lane's slice.
-struct Slots {
-    int column[POINTS], row[POINTS];  // of the top left corner
-    int position[POINTS];             // of it in the box
-    Sum x[POINTS], y[POINTS];         // from it, in pixels
-    Sum weight[POINTS];
-    unsigned inside, far;             // a bit a point
-};
-
-// A box for the warp's points, which are told from those that are far.
-DCNV4_DEVICE Box enclose(Slots& s) {
-    constexpr int most = 1 << 30;
-    int left = most, top = most, right = -most, bottom = -most;
+        FIELDS* first = image + tile.pixel(0, 0, width) * stride + tile.group * COUNT / 2 * 2;
+        const int before = tile.group * COUNT % 2, skipped = shift(tile) / 2;
+        const int last = (before + COUNT - 1) / 2;  // word
 #pragma unroll
-    for (int k = 0; k < POINTS; ++k)
-        if (s.inside >> k & 1) {
-            left = min(left, s.column[k]), right = max(right, s.column[k]);
-            top = min(top, s.row[k]), bottom = max(bottom, s.row[k]);
-        }
-    left = __reduce_min_sync(~0u, left), right = __reduce_max_sync(~0u, right);
-    top = __reduce_min_sync(~0u, top), bottom = __reduce_max_sync(~0u, bottom);
-    Box box;
-    if (left > right) left = right = top = bottom = 0;
-    box.column = left, box.row = top;
-    box.width = right - left + 2, box.height = bottom - top + 2;
-    s.far = 0;
-    if (box.width > WIDEST || box.height > WINDOW / 2 || box.positions() > WINDOW) {
-        int columns = 0, rows = 0;  // sums over the points, from the box's corner
+        for (int start = 0; start < PIXELS; start += 2) {
+            const int pixel = start + tile.lane / 16, c = pixel % TILE_W, r = pixel / TILE_W;
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k)
-            if (s.inside >> k & 1) {
-                columns += min(s.column[k] - left, 0xffff);
-                rows += min(s.row[k] - top, 0xffff);
+            for (int more = 0; more < WORDS + 1; more += 16) {
+                const int word = more + tile.lane % 16;
+                if (word > last || !tile.has(c, r)) continue;
+                FIELDS* to = first + (r * width + c) * stride + 2 * word;
+                const FIELDS* from = (const FIELDS*)(bytes + pixel * PITCH) + 2 * (skipped + word);
+                if (2 * word >= before && 2 * word + 1 < before + COUNT)
+                    *(unsigned*)to = *(const unsigned*)from;
+                else
+                    to[2 * word < before] = from[2 * word < before];
             }
-        const int count = __reduce_add_sync(~0u, __popc(s.inside));
-        const int middle = __reduce_add_sync(~0u, columns) / count;
-        const int center = __reduce_add_sync(~0u, rows) / count;
-        const int width = min(box.width, 16), height = min(box.height, WINDOW / width);
-        const int wider = min(min(box.width, WIDEST), WINDOW / height);
-        box.column = left + min(max(middle - (wider - 2) / 2, 0), box.width - wider);
-        box.row = top + min(max(center - (height - 2) / 2, 0), box.height - height);
-        box.width = wider, box.height = height;
-#pragma unroll
-        for (int k = 0; k < POINTS; ++k)
-            if (s.inside >> k & 1 && !box.has(s.column[k], s.row[k])) s.far |= 1u << k;
+        }
     }
-    box.inverse = 1.0f / box.width;
-#pragma unroll
-    for (int k = 0; k < POINTS; ++k) s.position[k] = box.at(s.column[k], s.row[k]);
-    return box;
+};
+
+DCNV4_DEVICE Sum read(const FIELDS* at) {
+    const unsigned word = *(const unsigned short*)at;
+    return Number<FIELDS>::get(&word, 0);
 }
+
+// The window of the value in shared memory, zeros outside the image: [WINDOW_H, WINDOW_W, COUNT]
+// halves, in pieces of 8, swizzled so that 8 positions' blocks lie in different banks.
+template <int COUNT>
+struct Window {
+    static constexpr int PIECES = COUNT / 8, ROW = WINDOW_W * COUNT * 2;
+    unsigned char bytes[WINDOW_H * ROW];
+
+    static DCNV4_DEVICE int at(int column, int piece) {
+        int other = 0;
+        if (PIECES == 2) other = column >> 2 & 1;
+        if (PIECES == 4) other = (column >> 1 & 1) * 2 + (column >> 2 & 1);
+        if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
+        return column * (COUNT * 2) + (piece ^ other) * 16;
+    }
+    // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
+    DCNV4_DEVICE void load(int left, int top, int height, int width, int lane, const VALUE* image,
+                           Index stride) {
+        constexpr int EACH = WINDOW_W * PIECES / 32;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int index = i * 32 + lane, column = index / PIECES, piece = index % PIECES;
+            const int x = left + column;
+            const bool there = x >= 0 && x < width && column < SAMPLED_W;
+            const VALUE* first = image + 8 * piece;
+#pragma unroll
+            for (int row = 0; row < WINDOW_H; ++row) {
+                const int y = top + row;
+                const bool legal = there && y >= 0 && y < height;
+                ptx::copy_async<16>(bytes + row * ROW + at(column, piece),
+                                    dcnv4::at(first, legal ? y * width + x : 0, stride), legal);
+            }
+        }
+    }
+};
+
+// S: for every row of the patches, and every pixel, WINDOW_W halves, which lie in two blocks of 8.
+struct Patches {
+    static constexpr int PLANE = PIXELS * WINDOW_W * 2;
+    unsigned char bytes[PATCH_H * PLANE];
+    uint4 zeros;
+
+    // A block of a pixel, from the plane's start: conflicts neither where eight columns' blocks are
+    // read nor where lanes write a word of their own.
+    static DCNV4_DEVICE int at(int c, int r, int half) {
+        return (2 * r + half) * (TILE_W * 16) + (c ^ 2 * r) * 16;
+    }
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
+        const int c = lane / 4, r = lane % 4;
+#pragma unroll
+        for (int pair = 0; pair < WINDOW_W / 2; ++pair) {
+            const int where = (c / 2 + pair) % (WINDOW_W / 2);
+            unsigned char* to = bytes + at(c, r, where / 4) + where % 4 * 4;
+#pragma unroll
+            for (int row = 0; row < PATCH_H; ++row)
+                *(unsigned*)(to + row * PLANE) = pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
+        }
+        if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
+    }
+    // S of one row of the window and the pixels of two rows of the tile, the first 2 * m: [pixels,
+    // positions], or the positions in front.
+    template <bool POSITIONS_FIRST>
+    DCNV4_DEVICE void read(int row, int m, int lane, unsigned (&out)[4]) const {
+        const int block = lane / 8, c = lane % 8;
+        const int r = 2 * m + (POSITIONS_FIRST ? block / 2 : block % 2);
+        const int half = POSITIONS_FIRST ? block % 2 : block / 2;
+        const int plane = row - r;
+        const void* from = bytes + plane * PLANE + at(c, r, half);
+        // Of two rows of pixels, the window's row may lie in the patches of one.
+        if (row == 2 * m || row == 2 * m + PATCH_H)
+            from = plane >= 0 && plane < PATCH_H ? from : &zeros;
+        ptx::load_blocks<POSITIONS_FIRST>(out, from);
+    }
+    static constexpr DCNV4_DEVICE bool reaches(int row, int m) {
+        return row >= 2 * m && row <= 2 * m + PATCH_H;
+    }
+};
 
 // A power of two by which weights of up to `most` are divided, so that S neither overflows nor
 // loses small ones.
@@ -252,61 +225,53 @@ DCNV4_DEVICE Sum unit_of(Sum most) {
     return __uint_as_float(min(max(exponent, 1u), 253u) << 23);
 }
 
-DCNV4_DEVICE Sum largest_weight(const Slots& s) {
-    Sum most = 0;
-#pragma unroll
-    for (int k = 0; k < POINTS; ++k) most = max(most, abs(s.weight[k]));
-    return most;
-}
+// Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
+// have the exponent's highest bit.
+DCNV4_DEVICE bool is_near(unsigned offset) { return !(offset & 0x40004000u); }
+static_assert(REACH == 2, "as is_near says");
 
-// S of a tile, for weights divided by `unit`.
-DCNV4_DEVICE void fill(Matrix& matrix, const Slots& s, const Box& box, Sum unit, int lane) {
-    matrix.clear((box.positions() + 15) & ~15, lane);
-    __syncwarp();
-    const Sum scale = 1 / unit;
-    const unsigned near = s.inside & ~s.far;
+// The patch of a pixel in column c: `offsets` and `weights` are float16.
+DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
+                       const unsigned (&weights)[(POINTS + 1) / 2]) {
+    constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : -1;
+    // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
+    // begins a column earlier.
+    unsigned columns[2 * REACH + 3];
 #pragma unroll
-    for (int k = 0; k < POINTS; ++k) {
-        if (!(near >> k & 1)) continue;
-        Sum share[4];
-        coefficients(s.weight[k] * scale, s.x[k], s.y[k], share);
-        const int corner[4] = {s.position[k], s.position[k] + 1, s.position[k] + box.width,
-                               s.position[k] + box.width + 1};
-        unsigned short* at[4];
-        unsigned short sum[4];
+    for (int i = 0; i < 2 * REACH + 3; ++i)
+        columns[i] = c % 2 ? ptx::two_f16(i - 2 - REACH, i - 1 - REACH)
+                           : ptx::two_f16(i - 1 - REACH, i - REACH);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            at[i] = (unsigned short*)(matrix.bytes + Matrix::half_at(corner[i], lane));
-            sum[i] = *at[i];
-        }
+    for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            *at[i] = Number<VALUE>::add(sum[i], Number<VALUE>::round(share[i]));
-    }
-    __syncwarp();
-}
-
-// Calls `visit(octet, k, weight)` for the far points of pixels 8 * octet + g, one by one, in quad g.
-template <typename Visit>
-DCNV4_DEVICE void each_far(const Slots& s, int lane, Visit visit) {
-    unsigned mask[4];
+        for (int q = 0; q < PAIRS; ++q) patch[row][q] = 0;
+    int k = 0;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) mask[q] = __shfl_sync(~0u, s.far, 8 * q + lane / 4);
-    while (__any_sync(~0u, mask[0] | mask[1] | mask[2] | mask[3])) {
-        int octet = -1, k = 0;
+    for (int i = 0; i < KERNEL_W; ++i) {
 #pragma unroll
-        for (int q = 0; q < 4; ++q)
-            if (octet < 0 && mask[q]) {
-                octet = q, k = __ffs(mask[q]) - 1;
-                mask[q] &= mask[q] - 1;
+        for (int j = 0; j < KERNEL_H; ++j) {
+            if (i * KERNEL_H + j == removed) continue;
+            const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
+            unsigned weight = k % 2 ? ptx::upper_twice(weights[k / 2])
+                                    : ptx::lower_twice(weights[k / 2]);
+            weight = is_near(offsets[k]) ? weight : 0;
+            unsigned rows[REACH + 1];
+#pragma unroll
+            for (int r = 0; r <= REACH; ++r)
+                rows[r] = ptx::multiply_f16x2(
+                    weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
+#pragma unroll
+            for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
+                const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
+#pragma unroll
+                for (int r = 0; r <= 2 * REACH; ++r) {
+                    const unsigned row = r % 2 ? ptx::upper_twice(rows[r / 2])
+                                               : ptx::lower_twice(rows[r / 2]);
+                    patch[j + r][q] = ptx::multiply_add_f16x2(row, column, patch[j + r][q]);
+                }
             }
-        Sum weight = 0;
-#pragma unroll
-        for (int p = 0; p < POINTS; ++p) {
-            const Sum other = __shfl_sync(~0u, s.weight[p], max(8 * octet + lane / 4, 0));
-            if (p == k) weight = other;
+            ++k;
         }
-        visit(octet, k, weight);  // by all lanes; octet -1 where a quad has none left
     }
 }
 
