@@ -16,7 +16,7 @@ import fuzz_cuda
 from dcnv4 import functional
 from emulated import emulated, why_not
 
-TILED = frozenset({"conv_forward", "conv_backward"})
+TILED = {"conv_forward": 0, "conv_backward": 0}
 NAMED = [name for name, _ in cases.CASES]
 HALVES = torch.float16, torch.bfloat16
 
@@ -97,7 +97,10 @@ def test_a_tile_is_of_one_image() -> None:
     for image in range(3):
         part = slice(image, image + 1)
         for name, result in _tiled_call(value[part], offset_mask[part]).items():
-            assert torch.equal(result, together[name][part]), name
+            if name == "value":  # strips of other lengths sum in another order
+                torch.testing.assert_close(result, together[name][part], rtol=2**-10, atol=2**-12)
+            else:
+                assert torch.equal(result, together[name][part]), name
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

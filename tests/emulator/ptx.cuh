@@ -57,8 +57,11 @@ inline unsigned hat_f16x2(unsigned center, unsigned x) {
         return to_f16(hat > 0 ? hat : 0);
     });
 }
-inline unsigned short add_f16(unsigned short a, unsigned short b) {
-    return to_f16(double(from_f16(a)) + from_f16(b));
+inline unsigned largest_f16x2(unsigned a, unsigned b) {
+    return each_half([=](int shift) {
+        const int x = a >> shift & 0x7fff, y = b >> shift & 0x7fff, most = max(x, y);
+        return (unsigned short)(most > 0x7c00 ? 0x7fff : most);
+    });
 }
 inline unsigned short multiply_add_bf16(unsigned short a, unsigned short b, unsigned short c) {
     return to_bf16(float(double(from_bf16(a)) * from_bf16(b) + from_bf16(c)));

@@ -30,9 +30,10 @@ MAX_THREADS = 256
 _WARP = 32
 _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
-"""Columns and rows of the output pixels that a warp of a tile kernel owns."""
-TILED: frozenset[str] = frozenset()
-"""Kernels that have one for tiles and use it, see tile.cuh. It has yet to be timed on a GPU."""
+"""Columns and rows of output pixels in a tile, see tile.cuh."""
+TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13}
+"""Kernels that have one for tiles, and from how many slices on it comes first."""
+_STRIPS = 12  # warps of tile kernels that a processor runs at once, about
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
@@ -102,7 +103,7 @@ def block_size(threads: int, processors: int) -> int:
     return next(size for size in sizes if busiest(size) <= enough)
 
 
-def tiled(
+def fits_tiles(
     window: Window, depth: int, value: _Layout, fields: _Layout, alignment: int, major: int
 ) -> bool:
     """Whether the tile kernels take a call, see tile.cuh.
@@ -112,6 +113,7 @@ def tiled(
         alignment: bytes that divide the addresses of all pixels' channels, up to 16.
         major: of the GPU's compute capability.
     """
+    area = _TILE[1] * fields.shape[2]  # of rows that lanes count in 32 bits
     return (
         major >= 8
         and value.dtype in _HALVES
@@ -124,7 +126,25 @@ def tiled(
         and alignment == 16
         and fields.alignment(*fields.pixels) >= 8
         and fields.shape[3] % 2 == 0
+        and area * max(fields.shape[3], fields.pixels[1]) < 1 << 31
     )
+
+
+def strip_height(columns: int, tiles: int, at_once: int) -> int:
+    """How many tiles a warp goes down.
+
+    Args:
+        columns: columns of tiles, of all images and groups.
+        tiles: of a column.
+        at_once: warps that the GPU runs side by side.
+    """
+
+    def cost(height: int) -> float:
+        """Time, in that of a tile: a strip begins with more rows of the value than it goes on."""
+        rounds = -(-columns * -(-tiles // height) // at_once)
+        return rounds * (height + 1.5)
+
+    return min(range(1, min(tiles, 64) + 1), key=cost)
 
 
 def _lanes(wanted: int) -> int:
@@ -143,6 +163,14 @@ class _Plan(NamedTuple):
     tail: bytes
     """The other fields."""
     device: int
+    strips: int = 0
+    """Of tiles, see tile.cuh: numbers that this launch tells the next."""
+    rest: _Plan | None = None
+    """Launched next, with the same tensors."""
+
+    def limits(self, device: torch.device) -> Tensor | None:
+        """Where the launch says what it leaves to the next."""
+        return torch.empty(self.strips, dtype=torch.int32, device=device) if self.strips else None
 
     def __call__(self, *addresses: int) -> None:
         arguments = self.pack(*addresses) + self.tail
@@ -152,6 +180,8 @@ class _Plan(NamedTuple):
         else:
             with torch.cuda.device(self.device):
                 self.kernel(self.blocks, self.threads, stream, arguments)
+        if self.rest is not None:
+            self.rest(*addresses)
 
 
 class _Problem(NamedTuple):
@@ -171,7 +201,6 @@ class _Problem(NamedTuple):
     device: int
     macros: dict[str, int | str]
     """The operator's own."""
-    tiles: int = 0
 
 
 class _Layout(NamedTuple):
@@ -240,7 +269,13 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     if plan is None:
         return value.new_zeros(shape)
     output = torch.empty(shape, dtype=value.dtype, device=value.device)
-    plan(value.data_ptr(), offset_mask.data_ptr(), output.data_ptr())
+    limits = plan.limits(value.device)
+    plan(
+        value.data_ptr(),
+        offset_mask.data_ptr(),
+        output.data_ptr(),
+        0 if limits is None else limits.data_ptr(),
+    )
     return output
 
 
@@ -255,6 +290,7 @@ def conv_backward(
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
     grad_mask = torch.empty(offset_mask.shape, dtype=offset_mask.dtype, device=value.device)
+    limits = plan.limits(value.device)
 
     def run(total: Tensor, units: int) -> None:
         plan(
@@ -264,6 +300,7 @@ def conv_backward(
             total.data_ptr(),
             grad_mask.data_ptr(),
             units,
+            0 if limits is None else limits.data_ptr(),
         )
 
     if not deterministic:
@@ -407,10 +444,10 @@ def _conv_plan(
     deterministic: bool,
     device: int,
 ) -> _Plan | None:
-    batch, height, width, channels = value.shape
+    batch, image_height, width, channels = value.shape
     rows, columns = fields.shape[1:3]
     depth, slices = channels // window.groups, batch * rows * columns * window.groups
-    if slices == 0 or height * width == 0:
+    if slices == 0 or image_height * width == 0:
         return None
     value_strides, fields_strides = value.pixels, fields.pixels
     alignment = value.alignment(*value_strides)
@@ -436,23 +473,30 @@ def _conv_plan(
         "REMOVE_CENTER": int(window.remove_center),
     }
     stride = value_strides[1] * _bytes(value.dtype)
-    wide = max(slices >> 2, height * width, stride >> 2) >= 1 << 29
-    tiles = 0
-    properties = torch.cuda.get_device_properties(device)
-    if (
+    wide = max(slices >> 2, image_height * width, stride >> 2) >= 1 << 29
+    major, processors = _device(device)
+    tiled = (
         name in TILED
+        and slices >= TILED[name]
         and not deterministic
         and not wide
-        and tiled(window, depth, value, fields, alignment, properties.major)
-    ):
-        name = name.replace("conv", "conv_tile")
-        tiles = batch * window.groups * -(-columns // _TILE[0]) * -(-rows // _TILE[1])
-        macros["TILE_THREADS"] = 64 if depth <= 32 else 32
+        and fits_tiles(window, depth, value, fields, alignment, major)
+    )
+    part = depth  # channels of a strip
+    if tiled and grad is None:
+        part = 32 if depth % 32 == 0 else 16
+    across, tiles = -(-columns // _TILE[0]), -(-rows // _TILE[1])
+    parts = batch * across * window.groups * (depth // part)
+    height = strip_height(parts, tiles, _STRIPS * processors) if tiled else 1
+    down = -(-tiles // height)
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
-    numbers += (height, width, rows, columns, tiles)
-    return _plan(
-        name,
-        _Problem(
+    numbers += (image_height, width, rows, columns, height, across, down)
+    macros["WIDE"] = part
+    addresses = 4 if grad is None else 7
+    layout = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
+
+    def launch(name: str, strips: int = 0) -> _Plan:
+        problem = _Problem(
             window.groups,
             depth,
             window.points(),
@@ -462,14 +506,13 @@ def _conv_plan(
             slices,
             deterministic,
             device,
-            macros,
-            tiles,
-        ),
-        alignment,
-        3 if grad is None else 6,
-        f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}4i{'Q' if wide else 'I'}",
-        numbers,
-    )
+            {**macros, "AFTER_TILES": int(tiled)},
+        )
+        return _plan(name, problem, alignment, addresses, layout, numbers, strips)
+
+    if not tiled:
+        return launch(name)
+    return launch(name.replace("conv", "conv_tile"), parts * down)._replace(rest=launch(name))
 
 
 @lru_cache(_PLANS)
@@ -535,8 +578,12 @@ def _plan(
     addresses: int,
     fields: str,
     numbers: Sequence[float],
+    strips: int = 0,
 ) -> _Plan:
-    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
+    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses.
+
+    With `strips`, of a warp for each.
+    """
     depth, points, itemsize = problem.depth, problem.points, _bytes(problem.dtype)
     if problem.deterministic:
         alignment = itemsize  # a number a thread: neighbours then add to whole sectors
@@ -558,14 +605,17 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    if problem.tiles:
-        threads = int(macros["TILE_THREADS"])
-        blocks = -(-problem.tiles * _WARP // threads)
-    else:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        threads = block_size(problem.slices * lanes, processors)
+    blocks, threads = strips, _WARP
+    if not strips:
+        threads = block_size(problem.slices * lanes, _device(device)[1])
         blocks = -(-problem.slices * lanes // threads)
-    return _Plan(kernel, blocks, threads, pack, tail, device)
+    return _Plan(kernel, blocks, threads, pack, tail, device, strips)
+
+
+def _device(index: int) -> tuple[int, int]:
+    """Major compute capability and processors of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.multi_processor_count
 
 
 def _sum(dtype: torch.dtype) -> str:

@@ -5,7 +5,21 @@
 
 namespace dcnv4 {
 
-// What both kernels are told. Strides are in elements but for `stride`; channels lie side by side.
+// Strips of tiles of output pixels, which the tile kernels compute where they can: see tile.cuh. A
+// strip has a part of the channels, WIDE of one group.
+constexpr int TILE_W = 8, TILE_H = 4;
+constexpr int PARTS = DEPTH / WIDE;  // of a group
+
+struct Strips {
+    int tiles, across, down;  // tiles of a strip; strips of an image, across and down
+
+    DCNV4_DEVICE unsigned index(unsigned image, int row, int column, int part) const {
+        const unsigned rows = image * down + unsigned(row / TILE_H) / tiles;
+        return (rows * across + column / TILE_W) * (GROUPS * PARTS) + part;
+    }
+};
+
+// What all kernels are told. Strides are in elements but for `stride`; channels lie side by side.
 struct Convolution {
     long long value_image;
     long long fields_image, fields_pixel;  // of offset_mask
@@ -13,7 +27,7 @@ struct Convolution {
     Index slices;                          // B * Ho * Wo * G
     Sum offset_scale;
     int height, width, out_height, out_width;
-    Index tiles;  // of the tile kernels, see tile.cuh
+    Strips strips;
 };
 
 // The cells of the undeformed window, from its centre: columns outermost. Tabulated, as a division
@@ -92,6 +106,14 @@ struct OutputPixel {
         in_image = pixel - image * area;
         row = int(in_image / c.out_width);
         column = int(in_image - Index(row) * c.out_width);
+    }
+    // Whether the tile kernel left the pixel to this one; `limits` holds a strip's first such row.
+    DCNV4_DEVICE bool is_left(const Convolution& c, const int* limits, int group) const {
+        bool left = false;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+            left |= row >= limits[c.strips.index(image, row, column, group * PARTS + i)];
+        return left;
     }
 };
 

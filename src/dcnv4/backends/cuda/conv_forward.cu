@@ -1,15 +1,46 @@
 // deform_conv, gathered straight from memory.
 //
-// Work: LANES threads a slice (output pixel, group), the groups of a pixel side by side, so that
-// a warp reads neighbouring channels wherever neighbouring groups agree on a pixel.
-// Memory: every offset and weight once, every output once; 4*K vectors of channels a slice, out of
+// Work: LANES threads a slice; slices of a block lie side by side, group after group, then pixel
+// after pixel, so that the windows of a block overlap. After the tile kernel, what that one left.
+// Memory: every offset and weight once, every output once, and 4*K vectors of channels a slice out of
 // L1 mostly, since the windows of neighbouring pixels overlap.
 // Limit: L1, which serves rows shorter than its 128-byte lines at about half its rate: its data pipe
 // is 87 % busy for 16 channels in float16 on an H200, the issue slots 63 %. Not device memory.
-#include "conv_forward.cuh"
+#include "conv.cuh"
 
 using namespace dcnv4;
 
+struct Arguments {
+    const VALUE* value;
+    const FIELDS* fields;
+    VALUE* output;
+    const int* limits;
+    Convolution c;
+};
+
+static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
+
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
-    compute(a, Slice(a.c.slices));
+    Slice slice(a.c.slices);
+    const OutputPixel at(a.c, slice.pixel);
+    if (AFTER_TILES && !slice.keep(at.is_left(a.c, a.limits, slice.group))) return;
+    const FIELDS* fields = a.fields + at.image * a.c.fields_image +
+                           at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
+    const ConvPoints points(a.c, fields, nullptr, at.row, at.column);
+    const Weights<ConvPoints> weights(points, slice.lane);
+    const VALUE* image = a.value + at.image * a.c.value_image + slice.group * DEPTH;
+    VALUE* output = a.output + (slice.pixel * (long long)GROUPS + slice.group) * DEPTH;
+
+#pragma unroll 1
+    for (int start = 0; start < DEPTH; start += LANES * VECTOR) {
+        const int channel = start + slice.lane * VECTOR;
+        const bool idle = channel >= DEPTH;
+        Sum sum[VECTOR] = {};
+        gather(points, weights, image + (idle ? 0 : channel),
+               a.c.stride, slice.lane, sum);
+        Channels out;
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
+        if (slice.active && !idle) out.store(output + channel);
+    }
 }

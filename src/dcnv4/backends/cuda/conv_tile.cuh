@@ -1,5 +1,4 @@
-// The points of deform_conv in a tile of output pixels. Follows conv_forward.cuh or
-// conv_backward.cuh, which say how a tile is computed that is none.
+// The points of deform_conv in a tile of output pixels.
 #pragma once
 
 #include "tile.cuh"
@@ -12,121 +11,94 @@ constexpr int COUPLES = (POINTS + 1) / 2;  // words that hold a half for each po
 // A lane's pixel.
 struct Own {
     unsigned offsets[POINTS];   // pairs of float16
-    unsigned weights[COUPLES];  // as they are in memory
-    unsigned scaled[COUPLES];   // what the points count, over `unit`, as float16
+    unsigned weights[COUPLES];  // what the points count, as float16
+    unsigned logits[COUPLES];   // the weights, or logits of them, as they are in memory
     Sum peak, share;            // of the softmax
-    Sum unit;                   // of the tile
     unsigned far;               // a bit a point
-    bool odd;                   // whether one of the tile's weights is infinite or NaN
+    bool fits;                  // whether float16 holds all of the tile's weights
 
-    DCNV4_DEVICE Own(const Fields& fields, const Tile& tile) {
+    DCNV4_DEVICE Own(const Fields& fields, int lane, int group) {
         unsigned words[Fields::WORDS];
-        fields.read(tile, words);
+        fields.read(lane, group, words);
         far = 0;
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
             offsets[k] = Number<FIELDS>::as_f16(words[k]);
             far |= (is_near(offsets[k]) ? 0u : 1u) << k;
         }
+        unsigned any = 0;
 #pragma unroll
-        for (int i = 0; i < COUPLES; ++i) weights[i] = words[POINTS + i];
-        if (POINTS % 2) weights[COUPLES - 1] &= 0xffff;
-        scale();
+        for (int i = 0; i < COUPLES; ++i) {
+            logits[i] = words[POINTS + i];
+            if (POINTS % 2 && i == COUPLES - 1) logits[i] &= 0xffff;
+            weights[i] = Number<FIELDS>::as_f16(logits[i]);
+            any |= logits[i];
+        }
+        peak = 0, share = 1;
+        if constexpr (SOFTMAX) {
+            Sum count[2 * COUPLES] = {}, total = 0;
+            peak = Number<FIELDS>::get(logits, 0);
+#pragma unroll
+            for (int k = 1; k < POINTS; ++k) peak = max(peak, Number<FIELDS>::get(logits, k));
+#pragma unroll
+            for (int k = 0; k < POINTS; ++k)
+                total += count[k] = exp(Number<FIELDS>::get(logits, k) - peak);
+            share = 1 / total;
+#pragma unroll
+            for (int i = 0; i < COUPLES; ++i)
+                weights[i] = ptx::pack_f16(count[2 * i] * share, count[2 * i + 1] * share);
+            fits = !__any_sync(~0u, !(share <= 1));
+        } else {
+            // Sums of POINTS weights stay finite, and what is lost below the least float16 is
+            // 2^-14 of a weight at most.
+            unsigned most = 0;
+#pragma unroll
+            for (int i = 0; i < COUPLES; ++i) most = ptx::largest_f16x2(most, weights[i]);
+            const int largest = __reduce_max_sync(~0u, int(max(most & 0xffff, most >> 16)));
+            constexpr int LEAST = 0x1000, GREATEST = 0x6800;  // 2^-11, 2^11
+            fits = largest < GREATEST && (largest >= LEAST || !__any_sync(~0u, any & 0x7fff7fffu));
+        }
     }
 
     DCNV4_DEVICE Sum weight(int k) const {
-        const Sum logit = Number<FIELDS>::get(weights, k);
+        const Sum logit = Number<FIELDS>::get(logits, k);
         return SOFTMAX ? exp(logit - peak) * share : logit;
-    }
-
-  private:
-    DCNV4_DEVICE void scale() {
-        Sum count[2 * COUPLES];
-#pragma unroll
-        for (int k = 0; k < 2 * COUPLES; ++k) count[k] = Number<FIELDS>::get(weights, k);
-        unit = 1, peak = 0, share = 1;
-        if constexpr (SOFTMAX) {
-            peak = count[0];
-            Sum total = 0;
-#pragma unroll
-            for (int k = 1; k < POINTS; ++k) peak = max(peak, count[k]);
-#pragma unroll
-            for (int k = 0; k < POINTS; ++k) total += count[k] = exp(count[k] - peak);
-            share = 1 / total;
-            odd = __any_sync(~0u, !(share <= 1));
-#pragma unroll
-            for (int k = 0; k < POINTS; ++k) count[k] *= share;
-        } else {
-            int most = 0;
-#pragma unroll
-            for (int k = 0; k < POINTS; ++k)
-                most = max(most, int(__float_as_uint(count[k]) & 0x7fffffff));
-            most = __reduce_max_sync(~0u, most);
-            odd = most >= 0x7f800000;
-            unit = unit_of(__uint_as_float(most));
-            const Sum inverse = 1 / unit;
-#pragma unroll
-            for (int k = 0; k < POINTS; ++k) count[k] *= inverse;
-        }
-#pragma unroll
-        for (int i = 0; i < COUPLES; ++i) scaled[i] = ptx::pack_f16(count[2 * i], count[2 * i + 1]);
     }
 };
 
-// Where point k of a pixel lies, as ConvPoints says, from the tile's staged offsets.
-DCNV4_DEVICE Corners<Sum> locate(const Convolution& c, const Tile& tile, const FIELDS* fields,
-                                 int column, int row, int k) {
-    const OwnWindow window(c, tile.row + row, tile.column + column);
-    return window.point(k, read(fields + 2 * k), read(fields + 2 * k + 1));
-}
-
-// Calls `visit(row, k, weight)` for the far points of the pixels of column g, one by one, in quad g;
-// by all lanes, with row -1 where a quad has none left.
+// Calls `visit(row, k, weight, corners)` for the far points of the pixels of column g, one by one,
+// in quad g; by all lanes, with `some` false where that pixel has none left.
 template <typename Visit>
-DCNV4_DEVICE void each_far(const Own& own, const Tile& tile, Fields& fields, Visit visit) {
+DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& tile, Visit visit) {
     const int quad = tile.lane & ~3;
-    unsigned mask[TILE_H];
+    for (unsigned left = own.far; __any_sync(~0u, left); left &= left - 1) {
+        const int mine = __ffs(left) - 1;
+        unsigned offset = 0;
+        Sum weight = 0;
 #pragma unroll
-    for (int r = 0; r < TILE_H; ++r) mask[r] = __shfl_sync(~0u, own.far, quad + r);
-    while (__any_sync(~0u, mask[0] | mask[1] | mask[2] | mask[3])) {
-        int row = -1, k = 0;
-#pragma unroll
-        for (int r = 0; r < TILE_H; ++r)
-            if (row < 0 && mask[r]) {
-                row = r, k = __ffs(mask[r]) - 1;
-                mask[r] &= mask[r] - 1;
-            }
-        Sum weight = read(fields.of(tile, quad / 4, max(row, 0)) + 2 * POINTS + k);
-        if constexpr (SOFTMAX) {
-            const Sum peak = __shfl_sync(~0u, own.peak, quad + max(row, 0));
-            const Sum share = __shfl_sync(~0u, own.share, quad + max(row, 0));
-            weight = exp(weight - peak) * share;
+        for (int k = 0; k < POINTS; ++k)
+            if (k == mine) offset = own.offsets[k], weight = own.weight(k);
+#pragma unroll 1
+        for (int row = 0; row < TILE_H; ++row) {
+            const int k = __shfl_sync(~0u, mine, quad + row);
+            const unsigned pair = __shfl_sync(~0u, offset, quad + row);
+            const Sum counts = __shfl_sync(~0u, weight, quad + row);
+            const OwnWindow window(c, tile.row + row, tile.column + quad / 4);
+            visit(k >= 0, row, k, counts,
+                  window.point(k, Number<float16>::get(&pair, 0), Number<float16>::get(&pair, 1)));
         }
-        visit(row, k, weight);
     }
 }
 
 // S of the lane's pixel to shared memory.
-DCNV4_DEVICE void build(Patches& patches, const Own& own, int lane) {
+DCNV4_DEVICE void build(Patches& patches, const Own& own, int lane, bool cleared) {
     unsigned patch[PATCH_H][PAIRS];
-    fill(patch, lane / 4, own.offsets, own.scaled);
+    fill(patch, lane / 4, own.offsets, own.weights);
 #pragma unroll
     for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
         for (int q = 0; q < PAIRS; ++q) patch[row][q] = Number<VALUE>::of_f16(patch[row][q]);
-    patches.store(lane, patch);
-}
-
-// The tile's slices, LANES lanes each, as the direct kernels compute them.
-DCNV4_DEVICE void compute_directly(const Arguments& a, const Tile& tile) {
-    const Index first = Index(tile.image) * a.c.out_height * a.c.out_width;
-#pragma unroll 1
-    for (int pixel = tile.lane / LANES; pixel < PIXELS; pixel += 32 / LANES) {
-        const int c = pixel % TILE_W, r = pixel / TILE_W;
-        const bool active = tile.has(c, r);
-        const int legal = active ? tile.pixel(c, r, a.c.out_width) : tile.pixel(0, 0, a.c.out_width);
-        compute(a, Slice(active, first + legal, tile.group, tile.lane % LANES));
-    }
+    patches.store(lane, patch, cleared);
 }
 
 }  // namespace dcnv4

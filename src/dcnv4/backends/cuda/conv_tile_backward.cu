@@ -1,17 +1,38 @@
 // Gradients of deform_conv by tiles: see tile.cuh.
-#include "conv_backward.cuh"
+//
+// Work: a warp a strip of a group. The value's gradient in a window is added to memory when the
+// window has left its row; with up to 16 channels it waits in registers until then, otherwise it is
+// added tile after tile.
+// Memory: as the forward and the output's gradient once; WINDOW_W / TILE_W vectors of float32
+// additions for every pixel and channel.
+#include "conv.cuh"
 #include "conv_tile.cuh"
 
 using namespace dcnv4;
 
-// V T' at the pixels' patches: for every row, pair of columns and pixel two numbers, whichever
-// lanes of a quad read and write.
+struct Arguments {
+    const VALUE* value;
+    const FIELDS* fields;
+    const VALUE* grad;
+    Sum* grad_value;      // [B, H, W, C], to be added to
+    FIELDS* grad_fields;  // [B, Ho, Wo, fields]
+    const Sum* units;     // not used
+    int* limits;
+    long long grad_image, grad_pixel;  // strides
+    long long channels;                // of offset_mask, padding included
+    Convolution c;
+};
+
+static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
+
+// V T' at the pixels' patches: for every row, pair of columns and pixel two numbers, in different
+// banks whichever lanes of a quad read and write.
 struct Products {
-    static constexpr int ROW = 4 * PIXELS * 8;
+    static constexpr int ROW = PAIRS * PIXELS * 8;
     unsigned char bytes[PATCH_H * ROW];
 
     static DCNV4_DEVICE int at(int c, int r, int pair) {
-        return pair * (PIXELS * 8) + (4 * c + (r ^ pair)) * 8;
+        return pair * (PIXELS * 8) + (4 * c + (r ^ pair % 4)) * 8;
     }
 };
 
@@ -21,226 +42,259 @@ struct __align__(128) Shared {
     union {
         Patches patches;
         Products products;
-        Sum far[PIXELS][POINTS][3];  // gradients of x, y and weight of far points
+        Fields gradients;
     };
-    Fields fields;  // offsets and weights, later their gradients
+    Fields fields;
 };
 
-extern "C" __global__ void __launch_bounds__(TILE_THREADS) conv_tile_backward(Arguments a) {
-    __shared__ Shared all[TILE_THREADS / 32];
-    const Index index = blockIdx.x * (TILE_THREADS / 32) + threadIdx.x / 32;
-    if (index >= a.c.tiles) return;
-    Shared& shared = all[threadIdx.x / 32];
+// The value's gradient at a row of the window, [positions, 16 channels] in fragments.
+using Row = float[2][4];
+constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next tile adds to
+
+extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile_backward(Arguments a) {
+    __shared__ Shared shared;
     const Convolution& c = a.c;
-    const Tile tile(index, c.out_height, c.out_width);
-    const int lane = tile.lane, g = lane / 4, t = lane % 4;
-    const VALUE* image = a.value + tile.image * c.value_image + tile.group * DEPTH;
+    Tile tile(c.strips, blockIdx.x, GROUPS, c.out_height, c.out_width);
+    const int lane = tile.lane, g = lane / 4, t = lane % 4, group = tile.part;
+    const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
+    const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
+    const FIELDS* fields = a.fields + tile.image * c.fields_image;
     Sum* grad_image = a.grad_value + (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
-                      tile.group * DEPTH;
+                      group * DEPTH + 4 * t;
     FIELDS* grad_fields =
         a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
-
-    shared.fields.load(tile, c.out_width, a.fields + tile.image * c.fields_image, c.fields_pixel);
-    // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
-    unsigned out[TILE_H][CHUNKS][2];
-    bool odd = false;
+    const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
+    // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
+    const int x = left + g;
+    const bool legal[2] = {x >= 0 && x < c.width, x + 8 >= 0 && x + 8 < c.width};
+    const auto add_to = [&](int y, int chunk, const Row& row) {
+        if (y < 0 || y >= c.height) return;
+        Sum* to = grad_image + ((long long)y * c.width + x) * (GROUPS * DEPTH) + 16 * chunk;
 #pragma unroll
-    for (int r = 0; r < TILE_H; ++r) {
-        const VALUE* grad = a.grad + tile.image * a.grad_image + tile.group * DEPTH + 4 * t +
-                            (long long)tile.pixel(g, r, c.out_width) * a.grad_pixel;
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-            out[r][i][0] = out[r][i][1] = 0;
-            if (tile.has(g, r)) {
-                const auto four = Vector<VALUE, 4>::load(grad + 16 * i);
-                out[r][i][0] = four.word[0], out[r][i][1] = four.word[1];
-            }
-            odd |= not_finite(out[r][i]);
+        for (int half = 0; half < 2; ++half) {
+            const Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
+                                 row[1][2 * half + 1]};
+            const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
+            if (any && legal[half]) add(to + half * (8 * GROUPS * DEPTH), term);
         }
-    }
-    ptx::wait_for_copies();
-    __syncwarp();
-    const Own own(shared.fields, tile);
-    if (__any_sync(~0u, odd | own.odd) || __reduce_add_sync(~0u, __popc(own.far)) > MOST_FAR) {
-        compute_directly(a, tile);
-        return;
-    }
-    const int left = tile.column - PADDING_W - REACH, top = tile.row - PADDING_H - REACH;
-    shared.window.load(left, top, c.height, c.width, lane, image, c.stride);
-    if (tile.group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
-        for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
-            store(grad_fields + tile.pixel(g, t, c.out_width) * a.channels + i, Sum(0));
+    };
+    int first = 0;  // row of the ring
+    Row kept[KEPT ? KEPT : 1] = {};
 
-    each_far(own, tile, shared.fields, [&](int r, int k, Sum weight) {
-        Sum dot[4] = {0, 0, 0, 0};
-        Corners<Sum> at;
-        if (r >= 0) {
-            at = locate(c, tile, shared.fields.of(tile, g, r), g, r, k);
-            Sum share[4];
-            legal_coefficients(at, weight, share);
+    shared.fields.load(tile, group, fields, int(c.fields_pixel));
+    shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, lane, image,
+                                 c.stride);
+#pragma unroll 1
+    for (; tile.row < tile.last; tile.row += TILE_H) {
+        // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
+        unsigned out[TILE_H][CHUNKS][2];
+        const VALUE* from = grad_output + (long long)tile.pixel(g, 0) * a.grad_pixel;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (!(at.legal >> i & 1)) continue;
-                const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                const VALUE* corner = dcnv4::at(image + 4 * t, where, c.stride);
-                Sum* to = grad_image + (long long)where * (GROUPS * DEPTH) + 4 * t;
+        for (int r = 0; r < TILE_H; ++r) {
 #pragma unroll
-                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                    const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
-                    unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
-#pragma unroll
-                    for (int row = 1; row < TILE_H; ++row)
-                        if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
-                    Sum term[4];
-#pragma unroll
-                    for (int v = 0; v < 4; ++v) {
-                        const Sum grad = Number<VALUE>::get(here, v);
-                        dot[i] += grad * four[v];
-                        term[v] = share[i] * grad;
-                    }
-                    add(to + 16 * chunk, term);
+            for (int i = 0; i < CHUNKS; ++i) {
+                out[r][i][0] = out[r][i][1] = 0;
+                if (tile.has(g, r)) {
+                    const auto four = Vector<VALUE, 4>::load(from + 16 * i);
+                    out[r][i][0] = four.word[0], out[r][i][1] = four.word[1];
                 }
             }
+            from += tile.width * a.grad_pixel;
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            dot[i] += __shfl_xor_sync(~0u, dot[i], 1);
-            dot[i] += __shfl_xor_sync(~0u, dot[i], 2);
-        }
-        if (r >= 0 && t == 0) {
-            const PointGradient<Sum> gradient =
-                coefficients_backward(dot, weight, at.fraction_x, at.fraction_y);
-            Sum(&to)[3] = shared.far[4 * g + r][k];
-            to[0] = gradient.x, to[1] = gradient.y, to[2] = gradient.weight;
-        }
-    });
-    __syncwarp();
-    FIELDS* gradients = shared.fields.of(tile, g, t);
-    Sum slope[SOFTMAX ? POINTS : 1], mean = 0;
-    const auto keep = [&](int k, const PointGradient<Sum>& gradient) {
-        store(gradients + 2 * k, gradient.x);
-        store(gradients + 2 * k + 1, gradient.y);
-        if constexpr (SOFTMAX)
-            slope[k] = gradient.weight;
-        else
-            store(gradients + 2 * POINTS + k, gradient.weight);
-    };
-#pragma unroll
-    for (int k = 0; k < POINTS; ++k) {
-        if (!(own.far >> k & 1)) continue;
-        const Sum(&from)[3] = shared.far[lane][k];
-        keep(k, {from[0], from[1], from[2]});
-    }
-    __syncwarp();
-
-    // The value's gradient, S T.
-    build(shared.patches, own, lane);
-    __syncwarp();
-#pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        unsigned turned[TILE_H][2];
+        ptx::wait_for_copies();
+        __syncwarp();
+        const Own own(shared.fields, lane, group);
+        bool odd = false;
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                unsigned word = out[r][0][j];
-#pragma unroll
-                for (int i = 1; i < CHUNKS; ++i) word = chunk == i ? out[r][i][j] : word;
-                turned[r][j] = ptx::transpose(word);
-            }
-#pragma unroll
-        for (int row = 0; row < WINDOW_H; ++row) {
-            float sum[2][4] = {};
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                if (!Patches::reaches(row, m)) continue;
-                unsigned shares[4];
-                shared.patches.read<true>(row, m, lane, shares);
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                    Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
-            }
-            const int y = top + row;
-            if (y < 0 || y >= c.height) continue;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int x = left + 8 * half + g;
-                const Sum term[4] = {sum[0][2 * half] * own.unit, sum[0][2 * half + 1] * own.unit,
-                                     sum[1][2 * half] * own.unit, sum[1][2 * half + 1] * own.unit};
-                const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
-                if (any && x >= 0 && x < c.width)
-                    add(grad_image + (long long)(y * c.width + x) * (GROUPS * DEPTH) + 16 * chunk +
-                            4 * t,
-                        term);
-            }
-        }
-    }
-    ptx::wait_for_copies();
-    __syncwarp();
+            for (int i = 0; i < CHUNKS; ++i) odd |= not_finite(out[r][i]);
+        if (!own.fits || __any_sync(~0u, odd) ||
+            __reduce_add_sync(~0u, __popc(own.far)) > MOST_FAR)
+            break;
 
-    // Those of offsets and weights, from V T'.
+        __syncwarp();
+        Tile next = tile;
+        next.row += TILE_H;
+        if (next.row < next.last) shared.fields.load(next, group, fields, int(c.fields_pixel));
+
+        // The value's gradient, S T.
+        build(shared.patches, own, lane, false);
+        __syncwarp();
+        const int top = tile.row - above;
 #pragma unroll
-    for (int row = 0; row < WINDOW_H; ++row) {
-        float dot[2][2][4] = {};
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            unsigned turned[TILE_H][2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+            for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) {
-                const uint2 four = *(const uint2*)(shared.window.bytes +
-                                                   row * Window<DEPTH>::ROW + t % 2 * 8 +
-                                                   Window<DEPTH>::at(8 * half + g, 2 * i + t / 2));
+                for (int j = 0; j < 2; ++j) turned[r][j] = ptx::transpose(out[r][chunk][j]);
+#pragma unroll
+            for (int row = 0; row < WINDOW_H; ++row) {
+                Row sum = {};
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    sum[i / 4][i % 4] = row < KEPT ? kept[row < KEPT ? row : 0][i / 4][i % 4] : 0;
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     if (!Patches::reaches(row, m)) continue;
-                    const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
-                                                out[2 * m][i][1], out[2 * m + 1][i][1]};
-                    Number<VALUE>::mma(dot[m][half], pixels, four.x, four.y);
+                    unsigned shares[4];
+                    shared.patches.read<true>(row, m, lane, shares);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
+                }
+                if (row < WINDOW_H - KEPT)
+                    add_to(top + row, chunk, sum);
+                else
+#pragma unroll
+                    for (int i = 0; i < 8; ++i)
+                        kept[row < TILE_H ? 0 : row - TILE_H][i / 4][i % 4] = sum[i / 4][i % 4];
+            }
+        }
+        __syncwarp();
+
+        // Those of offsets and weights, from V T'.
+#pragma unroll
+        for (int row = 0; row < WINDOW_H; ++row) {
+            float dot[2][2][4] = {};
+            const unsigned char* values = shared.window.row(first, row) + t % 2 * 8;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < CHUNKS; ++i) {
+                    const uint2 four =
+                        *(const uint2*)(values + Window<DEPTH>::at(8 * half + g, 2 * i + t / 2));
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        if (!Patches::reaches(row, m)) continue;
+                        const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
+                                                    out[2 * m][i][1], out[2 * m + 1][i][1]};
+                        Number<VALUE>::mma(dot[m][half], pixels, four.x, four.y);
+                    }
+                }
+#pragma unroll
+            for (int r = 0; r < TILE_H; ++r) {
+                if (row < r || row >= r + PATCH_H) continue;
+                unsigned char* to = shared.products.bytes + (row - r) * Products::ROW;
+                const float(&products)[2][4] = dot[r / 2];
+                if constexpr (PAIRS <= 4) {  // of a row's two halves, a pair of the patch is in one
+                    const bool second = t < g / 2;
+                    const int pair = (t - g / 2) & 3;
+                    if (PAIRS == 4 || pair < PAIRS)
+                        *(float2*)(to + Products::at(g, r, pair)) = make_float2(
+                            second ? products[1][r % 2 * 2] : products[0][r % 2 * 2],
+                            second ? products[1][r % 2 * 2 + 1] : products[0][r % 2 * 2 + 1]);
+                } else {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int pair = 4 * half + t - g / 2;
+                        if (pair >= 0 && pair < PAIRS)
+                            *(float2*)(to + Products::at(g, r, pair)) =
+                                make_float2(products[half][r % 2 * 2], products[half][r % 2 * 2 + 1]);
+                    }
                 }
             }
-        // Of the two halves of a row of the window, a pair of columns of the patch lies in one.
-        const bool first = t >= g / 2;
-        const int pair = (t - g / 2) & 3;
-#pragma unroll
-        for (int r = 0; r < TILE_H; ++r) {
-            if (row < r || row >= r + PATCH_H) continue;
-            const float(&products)[2][4] = dot[r / 2];
-            *(float2*)(shared.products.bytes + (row - r) * Products::ROW + Products::at(g, r, pair)) =
-                make_float2(first ? products[0][r % 2 * 2] : products[1][r % 2 * 2],
-                            first ? products[0][r % 2 * 2 + 1] : products[1][r % 2 * 2 + 1]);
         }
-    }
-    __syncwarp();
-    constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
+        __syncwarp();
+        if (next.row < next.last)
+            shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, lane, image,
+                                       c.stride);
+        first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;
+
+        constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
+        PointGradient<Sum> gradient[POINTS];
 #pragma unroll
-    for (int k = 0; k < POINTS; ++k) {
-        if (own.far >> k & 1) continue;
-        const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
-        const Sum x = Number<float16>::get(&own.offsets[k], 0);
-        const Sum y = Number<float16>::get(&own.offsets[k], 1);
-        const int floor_x = __float2int_rd(x), floor_y = __float2int_rd(y);
-        const Sum fraction_x = x - floor_x, fraction_y = y - floor_y;
-        const int column = g % 2 + i + REACH + floor_x;
-        const unsigned char* from = shared.products.bytes + (j + REACH + floor_y) * Products::ROW;
-        const int at_left = Products::at(g, t, column / 2) + column % 2 * 4;
-        const int at_right = Products::at(g, t, (column + 1) / 2) + (column + 1) % 2 * 4;
-        const Sum dot[4] = {*(const float*)(from + at_left), *(const float*)(from + at_right),
-                            *(const float*)(from + Products::ROW + at_left),
-                            *(const float*)(from + Products::ROW + at_right)};
-        PointGradient<Sum> gradient =
-            coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
-        // At the centre of a pixel just outside a point is outside, though one corner is not.
-        if ((fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
-            (fraction_y == 0 && top + t + j + REACH + floor_y == -1))
-            gradient = {0, 0, 0};
-        keep(k, gradient);
-    }
-    if constexpr (SOFTMAX) {
+        for (int k = 0; k < POINTS; ++k) {
+            const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
+            const unsigned offset = own.far >> k & 1 ? 0 : own.offsets[k];
+            const Sum x = Number<float16>::get(&offset, 0), y = Number<float16>::get(&offset, 1);
+            const int floor_x = __float2int_rd(x), floor_y = __float2int_rd(y);
+            const Sum fraction_x = x - floor_x, fraction_y = y - floor_y;
+            const int column = g % 2 + i + REACH + floor_x;
+            const unsigned char* from =
+                shared.products.bytes + (j + REACH + floor_y) * Products::ROW;
+            const int at_left = Products::at(g, t, column / 2) + column % 2 * 4;
+            const int at_right = Products::at(g, t, (column + 1) / 2) + (column + 1) % 2 * 4;
+            const Sum dot[4] = {*(const float*)(from + at_left), *(const float*)(from + at_right),
+                                *(const float*)(from + Products::ROW + at_left),
+                                *(const float*)(from + Products::ROW + at_right)};
+            // At the centre of a pixel just outside a point is outside, though one corner is not.
+            const bool outside = (fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
+                                 (fraction_y == 0 && top + t + j + REACH + floor_y == -1);
+            const PointGradient<Sum> found =
+                coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
+            gradient[k] = outside ? PointGradient<Sum>{0, 0, 0} : found;
+        }
+        each_far(c, own, tile, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
+            Sum dot[4] = {0, 0, 0, 0};
+            if (some) {
+                Sum share[4];
+                legal_coefficients(at, weight, share);
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k) mean += slope[k] * own.weight(k);
+                for (int i = 0; i < 4; ++i) {
+                    if (!(at.legal >> i & 1)) continue;
+                    const int where = (at.row + i / 2) * c.width + at.column + i % 2;
+                    const VALUE* corner = dcnv4::at(image + 4 * t, where, c.stride);
+                    Sum* to = grad_image + (long long)where * (GROUPS * DEPTH);
+#pragma unroll
+                    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                        const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
+                        unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
+#pragma unroll
+                        for (int row = 1; row < TILE_H; ++row)
+                            if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
+                        Sum term[4];
+#pragma unroll
+                        for (int v = 0; v < 4; ++v) {
+                            const Sum grad = Number<VALUE>::get(here, v);
+                            dot[i] += grad * four[v];
+                            term[v] = share[i] * grad;
+                        }
+                        add(to + 16 * chunk, term);
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                dot[i] += __shfl_xor_sync(~0u, dot[i], 1);
+                dot[i] += __shfl_xor_sync(~0u, dot[i], 2);
+            }
+            const PointGradient<Sum> found =
+                coefficients_backward(dot, weight, at.fraction_x, at.fraction_y);
+#pragma unroll
+            for (int own_k = 0; own_k < POINTS; ++own_k)
+                if (r == t && k == own_k) gradient[own_k] = found;
+        });
+        if constexpr (SOFTMAX) {
+            Sum mean = 0;
+#pragma unroll
+            for (int k = 0; k < POINTS; ++k) mean += gradient[k].weight * own.weight(k);
+#pragma unroll
+            for (int k = 0; k < POINTS; ++k)
+                gradient[k].weight = softmax_backward(gradient[k].weight, own.weight(k), mean);
+        }
+        unsigned words[Fields::WORDS];
+#pragma unroll
+        for (int k = 0; k < POINTS; ++k) {
+            Number<FIELDS>::set(words, 2 * k, gradient[k].x);
+            Number<FIELDS>::set(words, 2 * k + 1, gradient[k].y);
+        }
 #pragma unroll
         for (int k = 0; k < POINTS; ++k)
-            store(gradients + 2 * POINTS + k, softmax_backward(slope[k], own.weight(k), mean));
+            Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
+        __syncwarp();
+        shared.gradients.write(lane, group, words);
+        __syncwarp();
+        shared.gradients.store(tile, group, grad_fields, int(a.channels));
+        if (group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
+            for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
+                store(grad_fields + tile.pixel(g, t) * a.channels + i, Sum(0));
+        __syncwarp();
     }
-    __syncwarp();
-    shared.fields.store(tile, c.out_width, grad_fields, a.channels);
+    if (lane == 0) a.limits[tile.strip] = tile.row;
+    if constexpr (KEPT != 0)
+#pragma unroll
+        for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);
+    ptx::wait_for_copies();
 }

@@ -44,12 +44,6 @@ DCNV4_DEVICE unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 }
-DCNV4_DEVICE unsigned short add_f16(unsigned short a, unsigned short b) {
-    unsigned short sum;
-    asm("add.rn.f16 %0, %1, %2;" : "=h"(sum) : "h"(a), "h"(b));
-    return sum;
-}
-
 // A pair of small integers as halves.
 constexpr DCNV4_DEVICE unsigned half_bits(int number) {
     const unsigned magnitude = number < 0 ? -number : number;
@@ -77,6 +71,14 @@ DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
 }
 
 // sm_80 on.
+// The larger magnitude of each half, or NaN.
+DCNV4_DEVICE unsigned largest_f16x2(unsigned a, unsigned b) {
+    unsigned most;
+    asm("{.reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y;}"
+        : "=r"(most)
+        : "r"(a), "r"(b));
+    return most;
+}
 DCNV4_DEVICE unsigned pack_bf16(float lower, float upper) {
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
@@ -92,13 +94,6 @@ DCNV4_DEVICE unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 }
-DCNV4_DEVICE unsigned short multiply_add_bf16(unsigned short a, unsigned short b,
-                                              unsigned short c) {
-    unsigned short sum;
-    asm("fma.rn.bf16 %0, %1, %2, %3;" : "=h"(sum) : "h"(a), "h"(b), "h"(c));
-    return sum;
-}
-
 // Additions to memory that other threads add to. Relaxed: they order nothing and return nothing.
 DCNV4_DEVICE void add(float* at, float a) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(a));

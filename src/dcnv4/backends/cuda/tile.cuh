@@ -1,9 +1,10 @@
-// A tile of output pixels as small dense products on tensor cores.
+// Tiles of output pixels as small dense products on tensor cores.
 //
-// A warp owns TILE_W x TILE_H output pixels of one group, pixel (column, row) in lane 4 * column +
-// row. Offsets are small: where both numbers of one are less than REACH pixels, its point is NEAR,
-// and all corners that near points sample lie in a window of WINDOW_W x WINDOW_H pixels. Let S, of
-// [window positions, pixels], hold at every corner its share of the point's weight. Then
+// A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel (column,
+// row) in lane 4 * column + row. Offsets are small: where both numbers of one are less than REACH
+// pixels, its point is NEAR, and all corners that near points sample lie in a window of WINDOW_W x
+// WINDOW_H pixels. Let S, of [window positions, pixels], hold at every corner its share of the
+// point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
@@ -14,25 +15,27 @@
 //
 //     weight * hat(y - row) * hat(x - column)        hat(d) = max(0, 1 - |d|)
 //
-// two columns at once. Patches begin at even columns of the window, so that they are whole words
-// there. Points that are not near, FAR ones, are added by four lanes each, straight from memory.
-// Where more than MOST_FAR are, the tile is computed as the direct kernels do.
+// two columns at once, in float16. Patches begin at even columns of the window, so that they are
+// whole words there. From tile to tile the window moves down by TILE_H rows, and only those are read.
+// Points that are not near are added by four lanes each, straight from memory. A tile with more than
+// MOST_FAR of them, or with numbers that float16 or a product of zeros cannot take, ends the strip:
+// `limits` says where, and the direct kernel, launched next, computes the rest.
 //
 // The fragments of mma.m16n8k16: lane 4g+t holds rows g and g+8, columns 2t, 2t+1 and 8 more. So a
 // quad of lanes owns the pixels of a column, and holds products of the same pixels.
 #pragma once
 
-#include "points.cuh"
+#include "conv.cuh"
 
 namespace dcnv4 {
 
-constexpr int TILE_W = 8, TILE_H = 4, PIXELS = TILE_W * TILE_H;
+constexpr int PIXELS = TILE_W * TILE_H;
 constexpr int REACH = 2;
 constexpr int PATCH_H = KERNEL_H + 2 * REACH;
 constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1, PATCH_W = 2 * PAIRS;
 constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
 constexpr int SAMPLED_W = TILE_W - 1 + KERNEL_W + 2 * REACH;  // columns of them that are sampled
-constexpr int MOST_FAR = 64;
+constexpr int MOST_FAR = 16;
 constexpr int CHUNKS = DEPTH / 16;  // of channels, as many as a product sums at once
 
 static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W * DILATION_H * DILATION_W == 1,
@@ -49,29 +52,27 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
     return found & 0x80008000u;
 }
 
-// Where a tile lies, and a lane in it.
+// Where a strip lies, and the tile of it that its warp is at.
 struct Tile {
-    int image, row, column;  // of its first output pixel
-    int group, lane;
-    int rows, columns;  // of those in the image
+    int image, row, column;  // of the tile's first output pixel
+    int part, lane;          // part: of all channels, WIDE
+    int height, width, last; // of the output; last: one past the strip's last row
+    unsigned strip;
 
-    DCNV4_DEVICE Tile(unsigned index, int height, int width) {
-        const unsigned across = (width + TILE_W - 1) / TILE_W, down = (height + TILE_H - 1) / TILE_H;
-        group = index % GROUPS;
-        index /= GROUPS;
-        column = index % across * TILE_W;
-        index /= across;
-        row = index % down * TILE_H;
-        image = index / down;
-        lane = threadIdx.x % 32;
-        rows = min(TILE_H, height - row);
-        columns = min(TILE_W, width - column);
+    // A part is a group, or some channels of one.
+    DCNV4_DEVICE Tile(const Strips& strips, unsigned strip, int parts, int height, int width)
+        : lane(threadIdx.x % 32), height(height), width(width), strip(strip) {
+        part = strip % parts;
+        strip /= parts;
+        column = strip % strips.across * TILE_W;
+        strip /= strips.across;
+        row = strip % strips.down * strips.tiles * TILE_H;
+        image = strip / strips.down;
+        last = min(height, row + strips.tiles * TILE_H);
     }
-    DCNV4_DEVICE bool has(int c, int r) const { return c < columns && r < rows; }
+    DCNV4_DEVICE bool has(int c, int r) const { return column + c < width && row + r < height; }
     // Of all pixels of the image.
-    DCNV4_DEVICE int pixel(int c, int r, int width) const {
-        return (row + r) * width + column + c;
-    }
+    DCNV4_DEVICE int pixel(int c, int r) const { return (row + r) * width + column + c; }
 };
 
 // COUNT halves of every pixel of a tile, in shared memory: read and written coalesced. In memory
@@ -82,25 +83,25 @@ struct Staged {
     static constexpr int WORDS = (COUNT + 1) / 2;
     unsigned char bytes[PIXELS * PITCH];
 
-    // Halves that come before, in the first piece.
-    static DCNV4_DEVICE int shift(const Tile& tile) { return tile.group * COUNT % 4; }
+    // Halves of the first piece that come before the group's.
+    static DCNV4_DEVICE int shift(int group) { return group * COUNT % 4; }
 
     // `image`: the image's first number; `stride`: from pixel to pixel.
-    DCNV4_DEVICE void load(const Tile& tile, int width, const FIELDS* image, long long stride) {
-        const FIELDS* first = image + tile.pixel(0, 0, width) * stride + tile.group * COUNT / 4 * 4;
-        const int last = (shift(tile) + COUNT - 1) / 4;  // piece that is needed
+    DCNV4_DEVICE void load(const Tile& tile, int group, const FIELDS* image, int stride) {
+        const FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 4 * 4;
+        const int last = (shift(group) + COUNT - 1) / 4;  // piece that is needed
 #pragma unroll
         for (int start = 0; start < PIXELS * PIECES; start += 32) {
             const int index = start + tile.lane, pixel = index / PIECES, piece = index % PIECES;
             const int c = pixel % TILE_W, r = pixel / TILE_W;
             const bool there = tile.has(c, r) && piece <= last;
-            const FIELDS* from = there ? first + (r * width + c) * stride + 4 * piece : first;
-            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, from, there);
+            const int offset = there ? (r * tile.width + c) * stride + 4 * piece : 0;
+            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, first + offset, there);
         }
     }
     // Of the lane's own pixel.
-    DCNV4_DEVICE void read(const Tile& tile, unsigned (&words)[WORDS]) const {
-        const int own = tile.lane % 4 * TILE_W + tile.lane / 4, before = shift(tile);
+    DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
+        const int own = lane % 4 * TILE_W + lane / 4, before = shift(group);
         const unsigned* from = (const unsigned*)(bytes + own * PITCH) + before / 2;
         unsigned raw[WORDS + 1];
 #pragma unroll
@@ -111,38 +112,42 @@ struct Staged {
             words[i] = COUNT % 4 == 0 ? raw[i]
                                       : __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16);
     }
-    DCNV4_DEVICE FIELDS* of(const Tile& tile, int c, int r) {
-        return (FIELDS*)(bytes + (r * TILE_W + c) * PITCH) + shift(tile);
+    // Of the lane's own pixel, as `store` reads them.
+    DCNV4_DEVICE void write(int lane, int group, const unsigned (&words)[WORDS]) {
+        const int own = lane % 4 * TILE_W + lane / 4, by = group * COUNT % 2 * 16;
+        unsigned* to = (unsigned*)(bytes + own * PITCH);
+#pragma unroll
+        for (int i = 0; i <= WORDS; ++i) {
+            const unsigned low = i ? words[i ? i - 1 : 0] : 0, high = i < WORDS ? words[i < WORDS ? i : 0] : 0;
+            to[i] = COUNT % 2 ? __funnelshift_l(low, high, by) : high;
+        }
     }
-    DCNV4_DEVICE void store(const Tile& tile, int width, FIELDS* image, long long stride) const {
-        FIELDS* first = image + tile.pixel(0, 0, width) * stride + tile.group * COUNT / 2 * 2;
-        const int before = tile.group * COUNT % 2, skipped = shift(tile) / 2;
-        const int last = (before + COUNT - 1) / 2;  // word
+    DCNV4_DEVICE void store(const Tile& tile, int group, FIELDS* image, int stride) const {
+        FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
+        const int before = group * COUNT % 2, begin = before, end = (before + COUNT) / 2;  // words
 #pragma unroll
         for (int start = 0; start < PIXELS; start += 2) {
             const int pixel = start + tile.lane / 16, c = pixel % TILE_W, r = pixel / TILE_W;
 #pragma unroll
             for (int more = 0; more < WORDS + 1; more += 16) {
                 const int word = more + tile.lane % 16;
-                if (word > last || !tile.has(c, r)) continue;
-                FIELDS* to = first + (r * width + c) * stride + 2 * word;
-                const FIELDS* from = (const FIELDS*)(bytes + pixel * PITCH) + 2 * (skipped + word);
-                if (2 * word >= before && 2 * word + 1 < before + COUNT)
-                    *(unsigned*)to = *(const unsigned*)from;
-                else
-                    to[2 * word < before] = from[2 * word < before];
+                if (word >= begin && word < end && tile.has(c, r))
+                    *(unsigned*)(first + (r * tile.width + c) * stride + 2 * word) =
+                        *(const unsigned*)(bytes + pixel * PITCH + 4 * word);
             }
         }
+        if (COUNT % 2 == 0) return;
+        // A word is shared with the group before or after.
+        const int c = tile.lane % TILE_W, r = tile.lane / TILE_W, half = before ? 1 : COUNT - 1;
+        if (tile.has(c, r))
+            first[(r * tile.width + c) * stride + half] =
+                *((const FIELDS*)(bytes + tile.lane * PITCH) + half);
     }
 };
 
-DCNV4_DEVICE Sum read(const FIELDS* at) {
-    const unsigned word = *(const unsigned short*)at;
-    return Number<FIELDS>::get(&word, 0);
-}
-
 // The window of the value in shared memory, zeros outside the image: [WINDOW_H, WINDOW_W, COUNT]
-// halves, in pieces of 8, swizzled so that 8 positions' blocks lie in different banks.
+// halves, in pieces of 8, swizzled so that 8 positions' blocks lie in different banks. The rows are
+// a ring.
 template <int COUNT>
 struct Window {
     static constexpr int PIECES = COUNT / 8, ROW = WINDOW_W * COUNT * 2;
@@ -155,22 +160,29 @@ struct Window {
         if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
         return column * (COUNT * 2) + (piece ^ other) * 16;
     }
+    // A row, from that of the ring which the window begins with.
+    DCNV4_DEVICE const unsigned char* row(int first, int row) const {
+        const int slot = first + row;
+        return bytes + (slot < WINDOW_H ? slot : slot - WINDOW_H) * ROW;
+    }
+    // COUNT_ROWS rows of it, the first at row `top` of the image.
     // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
-    DCNV4_DEVICE void load(int left, int top, int height, int width, int lane, const VALUE* image,
-                           Index stride) {
-        constexpr int EACH = WINDOW_W * PIECES / 32;
+    template <int COUNT_ROWS>
+    DCNV4_DEVICE void load(int first, int left, int top, int height, int width, int lane,
+                           const VALUE* image, Index stride) {
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
+        for (int i = 0; i < WINDOW_W * PIECES / 32; ++i) {
             const int index = i * 32 + lane, column = index / PIECES, piece = index % PIECES;
             const int x = left + column;
             const bool there = x >= 0 && x < width && column < SAMPLED_W;
-            const VALUE* first = image + 8 * piece;
+            const char* from = (const char*)(image + 8 * piece);
 #pragma unroll
-            for (int row = 0; row < WINDOW_H; ++row) {
-                const int y = top + row;
+            for (int r = 0; r < COUNT_ROWS; ++r) {
+                const int y = top + r;
                 const bool legal = there && y >= 0 && y < height;
-                ptx::copy_async<16>(bytes + row * ROW + at(column, piece),
-                                    dcnv4::at(first, legal ? y * width + x : 0, stride), legal);
+                const Index pixel = legal ? y * width + x : 0;
+                ptx::copy_async<16>((unsigned char*)row(first, r) + at(column, piece),
+                                    from + (unsigned long long)pixel * stride, legal);
             }
         }
     }
@@ -187,17 +199,22 @@ struct Patches {
     static DCNV4_DEVICE int at(int c, int r, int half) {
         return (2 * r + half) * (TILE_W * 16) + (c ^ 2 * r) * 16;
     }
-    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
+    DCNV4_DEVICE void clear(int lane) {
+        for (int i = lane; i < int(sizeof(Patches) / 16); i += 32)
+            ((uint4*)bytes)[i] = make_uint4(0, 0, 0, 0);
+    }
+    // `cleared`: whether what lies outside the patch is 0 already.
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS], bool cleared) {
         const int c = lane / 4, r = lane % 4;
 #pragma unroll
-        for (int pair = 0; pair < WINDOW_W / 2; ++pair) {
+        for (int pair = 0; pair < (cleared ? PAIRS : WINDOW_W / 2); ++pair) {
             const int where = (c / 2 + pair) % (WINDOW_W / 2);
             unsigned char* to = bytes + at(c, r, where / 4) + where % 4 * 4;
 #pragma unroll
             for (int row = 0; row < PATCH_H; ++row)
                 *(unsigned*)(to + row * PLANE) = pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
         }
-        if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
+        if (!cleared && lane == 0) zeros = make_uint4(0, 0, 0, 0);
     }
     // S of one row of the window and the pixels of two rows of the tile, the first 2 * m: [pixels,
     // positions], or the positions in front.
@@ -217,13 +234,6 @@ struct Patches {
         return row >= 2 * m && row <= 2 * m + PATCH_H;
     }
 };
-
-// A power of two by which weights of up to `most` are divided, so that S neither overflows nor
-// loses small ones.
-DCNV4_DEVICE Sum unit_of(Sum most) {
-    const unsigned exponent = __float_as_uint(most) >> 23 & 255;
-    return __uint_as_float(min(max(exponent, 1u), 253u) << 23);
-}
 
 // Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
 // have the exponent's highest bit.
