@@ -260,3 +260,12 @@ inline int __any_sync(unsigned, int number) {
 }
 inline void __syncwarp() { emulated::meet(EMULATED_PLACE, false); }
 inline void __syncthreads() { emulated::meet(EMULATED_PLACE, true); }
+inline int __syncthreads_or(int number) {
+    static int any[2], turn, arrived;
+    if (arrived++ == 0) any[turn ^= 1] = 0;
+    const int mine = turn;
+    any[mine] |= number;
+    if (arrived == int(emulated::block_size.x)) arrived = 0;
+    emulated::meet(EMULATED_PLACE, true);
+    return any[mine] != 0;
+}

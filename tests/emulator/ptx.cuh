@@ -84,6 +84,10 @@ inline void add(float* at, float a, float b, float c, float d) {
     aligned(at, 16), at[0] += a, at[1] += b, at[2] += c, at[3] += d;
 }
 
+inline void add_if(bool wanted, float* at, const float (&terms)[4]) {
+    if (wanted) add(at, terms[0], terms[1], terms[2], terms[3]);
+}
+
 template <typename T>
 void hold(T*&) {}
 
@@ -145,7 +149,8 @@ struct Copy {
 inline std::vector<Copy> copies[1024];
 template <int BYTES>
 void copy_async(void* to, const void* from, bool there) {
-    aligned(to, BYTES), aligned(from, BYTES);
+    aligned(to, BYTES);
+    if (there) aligned(from, BYTES);
     std::memset(to, 0xff, BYTES);
     copies[emulated::current].push_back({to, there ? from : nullptr, BYTES});
 }

@@ -512,7 +512,9 @@ def _conv_plan(
 
     if not tiled:
         return launch(name)
-    return launch(name.replace("conv", "conv_tile"), parts * down)._replace(rest=launch(name))
+    strips = parts * down
+    rest = launch(name)._replace(blocks=batch * across * down, threads=MAX_THREADS)
+    return launch(name.replace("conv", "conv_tile"), strips)._replace(rest=rest)
 
 
 @lru_cache(_PLANS)

@@ -12,11 +12,6 @@ constexpr int PARTS = DEPTH / WIDE;  // of a group
 
 struct Strips {
     int tiles, across, down;  // tiles of a strip; strips of an image, across and down
-
-    DCNV4_DEVICE unsigned index(unsigned image, int row, int column, int part) const {
-        const unsigned rows = image * down + unsigned(row / TILE_H) / tiles;
-        return (rows * across + column / TILE_W) * (GROUPS * PARTS) + part;
-    }
 };
 
 // What all kernels are told. Strides are in elements but for `stride`; channels lie side by side.
@@ -107,14 +102,40 @@ struct OutputPixel {
         row = int(in_image / c.out_width);
         column = int(in_image - Index(row) * c.out_width);
     }
-    // Whether the tile kernel left the pixel to this one; `limits` holds a strip's first such row.
-    DCNV4_DEVICE bool is_left(const Convolution& c, const int* limits, int group) const {
-        bool left = false;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-            left |= row >= limits[c.strips.index(image, row, column, group * PARTS + i)];
-        return left;
-    }
+    DCNV4_DEVICE OutputPixel(const Convolution& c, int image, int row, int column)
+        : image(image), in_image(Index(row) * c.out_width + column), row(row), column(column) {}
 };
+
+// Calls `visit(slice, pixel)` for what the tile kernel left; a block has the strips of all groups at
+// one place. `limits` holds each strip's first row that is left.
+template <typename Visit>
+DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit) {
+    unsigned place = blockIdx.x;
+    limits += place * (GROUPS * PARTS);
+    const int left = place % c.strips.across * TILE_W;
+    place /= c.strips.across;
+    const int top = place % c.strips.down * c.strips.tiles * TILE_H, image = place / c.strips.down;
+    const int height = min(c.strips.tiles * TILE_H, c.out_height - top);
+    bool any = false;
+    for (int i = threadIdx.x; i < GROUPS * PARTS; i += blockDim.x) any |= limits[i] < top + height;
+    if (!__syncthreads_or(any)) return;
+
+    const unsigned count = unsigned(TILE_W) * height * GROUPS;
+    for (unsigned first = 0; first < count; first += blockDim.x / LANES) {
+        const unsigned index = first + threadIdx.x / LANES;
+        const int group = index % GROUPS, pixel = index / GROUPS;
+        int row = top + pixel / TILE_W, column = left + pixel % TILE_W;
+        bool active = index < count && column < c.out_width, wanted = false;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) wanted |= row >= limits[group * PARTS + i];
+        active = active && wanted;
+        if (!__any_sync(~0u, active)) continue;
+        if (!active) row = top, column = left;
+        const OutputPixel at(c, image, row, column);
+        visit(Slice(active, Index(image) * c.out_height * c.out_width + at.in_image, group,
+                    threadIdx.x % LANES),
+              at);
+    }
+}
 
 }  // namespace dcnv4

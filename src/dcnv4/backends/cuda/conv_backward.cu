@@ -26,10 +26,7 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
-    Slice slice(a.c.slices);
-    const OutputPixel at(a.c, slice.pixel);
-    if (AFTER_TILES && !slice.keep(at.is_left(a.c, a.limits, slice.group))) return;
+DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPixel& at) {
     const FIELDS* fields = a.fields + at.image * a.c.fields_image +
                            at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
     FIELDS* grad_fields = a.grad_fields + slice.pixel * a.channels;
@@ -46,4 +43,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Argument
     if (slice.active && slice.group == GROUPS - 1)  // channels that no group owns
         for (long long c = 3 * GROUPS * POINTS + slice.lane; c < a.channels; c += LANES)
             store(grad_fields + c, Sum(0));
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
+    if constexpr (AFTER_TILES) {
+        each_left(a.c, a.limits, [&](const Slice& slice, const OutputPixel& at) {
+            compute(a, slice, at);
+        });
+    } else {
+        const Slice slice(a.c.slices);
+        compute(a, slice, OutputPixel(a.c, slice.pixel));
+    }
 }

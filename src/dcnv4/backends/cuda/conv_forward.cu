@@ -20,10 +20,7 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
-    Slice slice(a.c.slices);
-    const OutputPixel at(a.c, slice.pixel);
-    if (AFTER_TILES && !slice.keep(at.is_left(a.c, a.limits, slice.group))) return;
+DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPixel& at) {
     const FIELDS* fields = a.fields + at.image * a.c.fields_image +
                            at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
     const ConvPoints points(a.c, fields, nullptr, at.row, at.column);
@@ -42,5 +39,16 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
         if (slice.active && !idle) out.store(output + channel);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
+    if constexpr (AFTER_TILES) {
+        each_left(a.c, a.limits, [&](const Slice& slice, const OutputPixel& at) {
+            compute(a, slice, at);
+        });
+    } else {
+        const Slice slice(a.c.slices);
+        compute(a, slice, OutputPixel(a.c, slice.pixel));
     }
 }

@@ -10,22 +10,20 @@ constexpr int COUPLES = (POINTS + 1) / 2;  // words that hold a half for each po
 
 // A lane's pixel.
 struct Own {
-    unsigned offsets[POINTS];   // pairs of float16
-    unsigned weights[COUPLES];  // what the points count, as float16
+    unsigned offsets[POINTS];   // pairs of float16; 0 of far points
+    unsigned weights[COUPLES];  // what the points count, as float16; 0 of far points
     unsigned logits[COUPLES];   // the weights, or logits of them, as they are in memory
     Sum peak, share;            // of the softmax
     unsigned far;               // a bit a point
+    int count;                  // of the tile's far points
     bool fits;                  // whether float16 holds all of the tile's weights
 
     DCNV4_DEVICE Own(const Fields& fields, int lane, int group) {
         unsigned words[Fields::WORDS];
         fields.read(lane, group, words);
-        far = 0;
+        unsigned all = 0;
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k) {
-            offsets[k] = Number<FIELDS>::as_f16(words[k]);
-            far |= (is_near(offsets[k]) ? 0u : 1u) << k;
-        }
+        for (int k = 0; k < POINTS; ++k) all |= offsets[k] = Number<FIELDS>::as_f16(words[k]);
         unsigned any = 0;
 #pragma unroll
         for (int i = 0; i < COUPLES; ++i) {
@@ -58,6 +56,16 @@ struct Own {
             constexpr int LEAST = 0x1000, GREATEST = 0x6800;  // 2^-11, 2^11
             fits = largest < GREATEST && (largest >= LEAST || !__any_sync(~0u, any & 0x7fff7fffu));
         }
+        far = 0, count = 0;
+        if (!__any_sync(~0u, !is_near(all))) return;
+#pragma unroll
+        for (int k = 0; k < POINTS; ++k) {
+            if (is_near(offsets[k])) continue;
+            far |= 1u << k;
+            offsets[k] = 0;
+            weights[k / 2] &= k % 2 ? 0xffff : 0xffff0000u;
+        }
+        count = __reduce_add_sync(~0u, __popc(far));
     }
 
     DCNV4_DEVICE Sum weight(int k) const {
@@ -66,26 +74,27 @@ struct Own {
     }
 };
 
-// Calls `visit(row, k, weight, corners)` for the far points of the pixels of column g, one by one,
-// in quad g; by all lanes, with `some` false where that pixel has none left.
+// Calls `visit(some, row, k, weight, corners)` for the far points of the pixels of column g, one by
+// one, in quad g; by all lanes, with `some` false where that pixel has none left.
 template <typename Visit>
-DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& tile, Visit visit) {
-    const int quad = tile.lane & ~3;
+DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& tile, int group,
+                           const Fields& fields, Visit visit) {
+    const int quad = tile.lane & ~3, column = quad / 4;
     for (unsigned left = own.far; __any_sync(~0u, left); left &= left - 1) {
         const int mine = __ffs(left) - 1;
-        unsigned offset = 0;
-        Sum weight = 0;
-#pragma unroll
-        for (int k = 0; k < POINTS; ++k)
-            if (k == mine) offset = own.offsets[k], weight = own.weight(k);
 #pragma unroll 1
         for (int row = 0; row < TILE_H; ++row) {
-            const int k = __shfl_sync(~0u, mine, quad + row);
-            const unsigned pair = __shfl_sync(~0u, offset, quad + row);
-            const Sum counts = __shfl_sync(~0u, weight, quad + row);
-            const OwnWindow window(c, tile.row + row, tile.column + quad / 4);
-            visit(k >= 0, row, k, counts,
-                  window.point(k, Number<float16>::get(&pair, 0), Number<float16>::get(&pair, 1)));
+            const int found = __shfl_sync(~0u, mine, quad + row), k = max(found, 0);
+            Sum weight = fields.read(column, row, group, 2 * POINTS + k);
+            if constexpr (SOFTMAX) {
+                const Sum peak = __shfl_sync(~0u, own.peak, quad + row);
+                const Sum share = __shfl_sync(~0u, own.share, quad + row);
+                weight = exp(weight - peak) * share;
+            }
+            const OwnWindow window(c, tile.row + row, tile.column + column);
+            visit(found >= 0, row, k, weight,
+                  window.point(k, fields.read(column, row, group, 2 * k),
+                               fields.read(column, row, group, 2 * k + 1)));
         }
     }
 }

@@ -25,15 +25,13 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-// V T' at the pixels' patches: for every row, pair of columns and pixel two numbers, in different
-// banks whichever lanes of a quad read and write.
+// V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write columns
+// two apart, of eight pixels: to different banks.
 struct Products {
-    static constexpr int ROW = PAIRS * PIXELS * 8;
+    static constexpr int COLUMN = 36 * 4, ROW = PATCH_W * COLUMN;
     unsigned char bytes[PATCH_H * ROW];
 
-    static DCNV4_DEVICE int at(int c, int r, int pair) {
-        return pair * (PIXELS * 8) + (4 * c + (r ^ pair % 4)) * 8;
-    }
+    static DCNV4_DEVICE int at(int c, int r) { return (c + 8 * r) * 4; }
 };
 
 // What a warp keeps in shared memory.
@@ -75,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
             const Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
                                  row[1][2 * half + 1]};
             const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
-            if (any && legal[half]) add(to + half * (8 * GROUPS * DEPTH), term);
+            ptx::add_if(any && legal[half], to + half * (8 * GROUPS * DEPTH), term);
         }
     };
     int first = 0;  // row of the ring
@@ -94,10 +92,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
                 out[r][i][0] = out[r][i][1] = 0;
-                if (tile.has(g, r)) {
-                    const auto four = Vector<VALUE, 4>::load(from + 16 * i);
-                    out[r][i][0] = four.word[0], out[r][i][1] = four.word[1];
-                }
+                if (tile.has(g, r))
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)  // one by one: into registers as products want them
+                        out[r][i][j] = Vector<VALUE, 2>::load(from + 16 * i + 2 * j).word[0];
             }
             from += tile.width * a.grad_pixel;
         }
@@ -109,14 +107,14 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) odd |= not_finite(out[r][i]);
-        if (!own.fits || __any_sync(~0u, odd) ||
-            __reduce_add_sync(~0u, __popc(own.far)) > MOST_FAR)
-            break;
+        if (!own.fits || __any_sync(~0u, odd) || own.count > MOST_FAR) break;
 
         __syncwarp();
         Tile next = tile;
         next.row += TILE_H;
-        if (next.row < next.last) shared.fields.load(next, group, fields, int(c.fields_pixel));
+        // Far points are read again below.
+        if (next.row < next.last && !own.count)
+            shared.fields.load(next, group, fields, int(c.fields_pixel));
 
         // The value's gradient, S T.
         build(shared.patches, own, lane, false);
@@ -155,16 +153,22 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         __syncwarp();
 
         // Those of offsets and weights, from V T'.
+        const unsigned char* values[2][CHUNKS];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i)
+                values[half][i] = shared.window.bytes + t % 2 * 8 +
+                                  Window<DEPTH>::at(8 * half + g, 2 * i + t / 2);
 #pragma unroll
         for (int row = 0; row < WINDOW_H; ++row) {
             float dot[2][2][4] = {};
-            const unsigned char* values = shared.window.row(first, row) + t % 2 * 8;
+            const int at_row = Window<DEPTH>::row(first, row);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int i = 0; i < CHUNKS; ++i) {
-                    const uint2 four =
-                        *(const uint2*)(values + Window<DEPTH>::at(8 * half + g, 2 * i + t / 2));
+                    const uint2 four = *(const uint2*)(values[half][i] + at_row);
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
                         if (!Patches::reaches(row, m)) continue;
@@ -176,23 +180,19 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
 #pragma unroll
             for (int r = 0; r < TILE_H; ++r) {
                 if (row < r || row >= r + PATCH_H) continue;
-                unsigned char* to = shared.products.bytes + (row - r) * Products::ROW;
                 const float(&products)[2][4] = dot[r / 2];
-                if constexpr (PAIRS <= 4) {  // of a row's two halves, a pair of the patch is in one
-                    const bool second = t < g / 2;
-                    const int pair = (t - g / 2) & 3;
-                    if (PAIRS == 4 || pair < PAIRS)
-                        *(float2*)(to + Products::at(g, r, pair)) = make_float2(
-                            second ? products[1][r % 2 * 2] : products[0][r % 2 * 2],
-                            second ? products[1][r % 2 * 2 + 1] : products[0][r % 2 * 2 + 1]);
-                } else {
+                unsigned char* to =
+                    shared.products.bytes + (row - r) * Products::ROW + Products::at(g, r);
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int pair = 4 * half + t - g / 2;
-                        if (pair >= 0 && pair < PAIRS)
-                            *(float2*)(to + Products::at(g, r, pair)) =
-                                make_float2(products[half][r % 2 * 2], products[half][r % 2 * 2 + 1]);
-                    }
+                for (int half = 0; half < (PAIRS <= 4 ? 1 : 2); ++half) {
+                    // With four pairs in a patch, each lane has one, in either half of the window.
+                    const int pair = PAIRS <= 4 ? (t - g / 2) & 3 : 4 * half + t - g / 2;
+                    const bool second = PAIRS <= 4 ? t < g / 2 : half == 1;
+                    if (PAIRS != 4 && (pair < 0 || pair >= PAIRS)) continue;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        *(float*)(to + (2 * pair + i) * Products::COLUMN) =
+                            second ? products[1][r % 2 * 2 + i] : products[0][r % 2 * 2 + i];
                 }
             }
         }
@@ -204,29 +204,30 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
 
         constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
         PointGradient<Sum> gradient[POINTS];
+        const unsigned char* own_products =
+            shared.products.bytes + Products::at(g, t) + g % 2 * Products::COLUMN;
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
             const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
-            const unsigned offset = own.far >> k & 1 ? 0 : own.offsets[k];
-            const Sum x = Number<float16>::get(&offset, 0), y = Number<float16>::get(&offset, 1);
+            const Sum x = Number<float16>::get(&own.offsets[k], 0);
+            const Sum y = Number<float16>::get(&own.offsets[k], 1);
             const int floor_x = __float2int_rd(x), floor_y = __float2int_rd(y);
             const Sum fraction_x = x - floor_x, fraction_y = y - floor_y;
-            const int column = g % 2 + i + REACH + floor_x;
-            const unsigned char* from =
-                shared.products.bytes + (j + REACH + floor_y) * Products::ROW;
-            const int at_left = Products::at(g, t, column / 2) + column % 2 * 4;
-            const int at_right = Products::at(g, t, (column + 1) / 2) + (column + 1) % 2 * 4;
-            const Sum dot[4] = {*(const float*)(from + at_left), *(const float*)(from + at_right),
-                                *(const float*)(from + Products::ROW + at_left),
-                                *(const float*)(from + Products::ROW + at_right)};
+            const unsigned char* from = own_products +
+                                        (j + REACH + floor_y) * Products::ROW +
+                                        (i + REACH + floor_x) * Products::COLUMN;
+            const Sum dot[4] = {*(const float*)from, *(const float*)(from + Products::COLUMN),
+                                *(const float*)(from + Products::ROW),
+                                *(const float*)(from + Products::ROW + Products::COLUMN)};
+            gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
             // At the centre of a pixel just outside a point is outside, though one corner is not.
-            const bool outside = (fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
-                                 (fraction_y == 0 && top + t + j + REACH + floor_y == -1);
-            const PointGradient<Sum> found =
-                coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
-            gradient[k] = outside ? PointGradient<Sum>{0, 0, 0} : found;
+            if (left < 0 || top < 0) {
+                const bool outside = (fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
+                                     (fraction_y == 0 && top + t + j + REACH + floor_y == -1);
+                if (outside) gradient[k] = {0, 0, 0};
+            }
         }
-        each_far(c, own, tile, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
+        if (own.count) each_far(c, own, tile, group, shared.fields, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum dot[4] = {0, 0, 0, 0};
             if (some) {
                 Sum share[4];
@@ -284,6 +285,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         for (int k = 0; k < POINTS; ++k)
             Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
         __syncwarp();
+        if (next.row < next.last && own.count)
+            shared.fields.load(next, group, fields, int(c.fields_pixel));
         shared.gradients.write(lane, group, words);
         __syncwarp();
         shared.gradients.store(tile, group, grad_fields, int(a.channels));

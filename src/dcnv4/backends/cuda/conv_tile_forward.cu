@@ -44,11 +44,11 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
         ptx::wait_for_copies();
         __syncwarp();
         const Own own(shared.fields, lane, group);
-        if (!own.fits || __reduce_add_sync(~0u, __popc(own.far)) > MOST_FAR) break;
+        if (!own.fits || own.count > MOST_FAR) break;
 
         // S' V: sums of the pixels of column g, in rows 2m and 2m + 1.
         float sum[2][WIDE / 8][4] = {};
-        each_far(c, own, tile, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
+        if (own.count) each_far(c, own, tile, group, shared.fields, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             if (!some) return;
             Sum share[4], term[WIDE / 8][2] = {};
             legal_coefficients(at, weight, share);
@@ -70,19 +70,23 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
                 for (int i = 0; i < 8; ++i)
                     if (r == i / 2) sum[i / 4][n][i % 4] += term[n][i % 2];
         });
+        __syncwarp();
         Tile next = tile;
         next.row += TILE_H;
         if (next.row < next.last) shared.fields.load(next, group, fields, int(c.fields_pixel));
         build(shared.patches, own, lane, true);
         __syncwarp();
+        const unsigned char* values[WIDE / 16];
+#pragma unroll
+        for (int i = 0; i < WIDE / 16; ++i)
+            values[i] = shared.window.bytes + Window<WIDE>::at(lane % 16, 2 * i + lane / 16);
 #pragma unroll
         for (int row = 0; row < WINDOW_H; ++row) {
-            const unsigned char* from = shared.window.row(first, row);
+            const int at_row = Window<WIDE>::row(first, row);
             unsigned value[WIDE / 16][4];
 #pragma unroll
             for (int i = 0; i < WIDE / 16; ++i)
-                ptx::load_blocks<true>(value[i],
-                                       from + Window<WIDE>::at(lane % 16, 2 * i + lane / 16));
+                ptx::load_blocks<true>(value[i], values[i] + at_row);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 if (!Patches::reaches(row, m)) continue;

@@ -52,6 +52,8 @@ struct Slice {
     Index pixel;  // of all output pixels of the batch
     int group, lane;
 
+    DCNV4_DEVICE Slice(bool active, Index pixel, int group, int lane)
+        : active(active), pixel(pixel), group(group), lane(lane) {}
     explicit DCNV4_DEVICE Slice(Index slices) {
         const Index slice = blockIdx.x * Index(blockDim.x / LANES) + threadIdx.x / LANES;
         active = slice < slices;
@@ -59,11 +61,6 @@ struct Slice {
         pixel = legal / GROUPS;
         group = int(legal - pixel * GROUPS);
         lane = threadIdx.x % LANES;
-    }
-    // Be active only where `wanted`; false where no thread of the warp is.
-    DCNV4_DEVICE bool keep(bool wanted) {
-        active = active && wanted;
-        return __any_sync(~0u, active);
     }
 };
 

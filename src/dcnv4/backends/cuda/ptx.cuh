@@ -113,6 +113,19 @@ DCNV4_DEVICE void add(float* at, float a, float b, float c, float d) {
                  "f"(b), "f"(c), "f"(d));
 }
 
+// Four of them, or none.
+DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{.reg .pred p; setp.ne.s32 p, %5, 0; "
+        "@p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::"l"(at),
+        "f"(terms[0]), "f"(terms[1]), "f"(terms[2]), "f"(terms[3]), "r"(int(wanted)));
+#else
+    if (wanted)
+        for (int i = 0; i < 4; ++i) add(at + i, terms[i]);
+#endif
+}
+
 // The pointer in one register pair, lest its parts be added anew at every use.
 template <typename T>
 DCNV4_DEVICE void hold(T*& pointer) {

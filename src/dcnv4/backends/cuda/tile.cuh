@@ -79,25 +79,37 @@ struct Tile {
 // pixels begin on whole 8 bytes, a group's numbers on any half. 0 for pixels outside the image.
 template <int COUNT>
 struct Staged {
-    static constexpr int PIECES = (2 * COUNT + 6 + 7) / 8, PITCH = 8 * (PIECES | 1);
     static constexpr int WORDS = (COUNT + 1) / 2;
+    static constexpr int LEAST = (2 * COUNT + 6 + 7) / 8;          // pieces of 8 bytes
+    static constexpr int PIECES = LEAST <= 4 ? 4 : LEAST <= 8 ? 8 : 16, PITCH = 8 * (LEAST | 1);
     unsigned char bytes[PIXELS * PITCH];
 
     // Halves of the first piece that come before the group's.
     static DCNV4_DEVICE int shift(int group) { return group * COUNT % 4; }
 
+    // `visit(pixel, offset, there)` for what a lane moves of each pixel in turn, where lanes share
+    // one by SHARE: the pixel, its offset from the tile's first, and whether the image has it.
+    template <int SHARE, typename Visit>
+    static DCNV4_DEVICE void each(const Tile& tile, int stride, Visit visit) {
+        constexpr int AT_ONCE = 32 / SHARE;
+        static_assert(AT_ONCE <= TILE_W, "rows begin together");
+        const int own = tile.lane / SHARE;
+#pragma unroll
+        for (int pixel = 0; pixel < PIXELS; pixel += AT_ONCE) {
+            const int c = pixel % TILE_W, r = pixel / TILE_W;
+            visit(pixel + own, (c + r * tile.width) * stride + own * stride, tile.has(c + own, r));
+        }
+    }
     // `image`: the image's first number; `stride`: from pixel to pixel.
     DCNV4_DEVICE void load(const Tile& tile, int group, const FIELDS* image, int stride) {
-        const FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 4 * 4;
-        const int last = (shift(group) + COUNT - 1) / 4;  // piece that is needed
-#pragma unroll
-        for (int start = 0; start < PIXELS * PIECES; start += 32) {
-            const int index = start + tile.lane, pixel = index / PIECES, piece = index % PIECES;
-            const int c = pixel % TILE_W, r = pixel / TILE_W;
-            const bool there = tile.has(c, r) && piece <= last;
-            const int offset = there ? (r * tile.width + c) * stride + 4 * piece : 0;
-            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, first + offset, there);
-        }
+        const int piece = tile.lane % PIECES, last = (shift(group) + COUNT - 1) / 4;
+        const FIELDS* first =
+            image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece;
+        if (piece >= LEAST) return;
+        each<PIECES>(tile, stride, [&](int pixel, int offset, bool there) {
+            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, first + offset,
+                               there && piece <= last);
+        });
     }
     // Of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
@@ -112,36 +124,39 @@ struct Staged {
             words[i] = COUNT % 4 == 0 ? raw[i]
                                       : __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16);
     }
-    // Of the lane's own pixel, as `store` reads them.
+    // One of the numbers of any pixel.
+    DCNV4_DEVICE Sum read(int c, int r, int group, int which) const {
+        const FIELDS* of_pixel = (const FIELDS*)(bytes + (r * TILE_W + c) * PITCH);
+        const unsigned word = *(const unsigned short*)(of_pixel + shift(group) + which);
+        return Number<FIELDS>::get(&word, 0);
+    }
+    // Of the lane's own pixel, as `store` reads them: whole words are whole in memory too.
     DCNV4_DEVICE void write(int lane, int group, const unsigned (&words)[WORDS]) {
         const int own = lane % 4 * TILE_W + lane / 4, by = group * COUNT % 2 * 16;
         unsigned* to = (unsigned*)(bytes + own * PITCH);
 #pragma unroll
         for (int i = 0; i <= WORDS; ++i) {
-            const unsigned low = i ? words[i ? i - 1 : 0] : 0, high = i < WORDS ? words[i < WORDS ? i : 0] : 0;
+            const unsigned low = i ? words[i ? i - 1 : 0] : 0;
+            const unsigned high = i < WORDS ? words[i < WORDS ? i : 0] : 0;
             to[i] = COUNT % 2 ? __funnelshift_l(low, high, by) : high;
         }
     }
     DCNV4_DEVICE void store(const Tile& tile, int group, FIELDS* image, int stride) const {
+        constexpr int SHARE = WORDS < 16 ? 16 : 32;
+        const int before = group * COUNT % 2, end = (before + COUNT) / 2;  // end: of whole words
+        const int word = tile.lane % SHARE;
         FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
-        const int before = group * COUNT % 2, begin = before, end = (before + COUNT) / 2;  // words
-#pragma unroll
-        for (int start = 0; start < PIXELS; start += 2) {
-            const int pixel = start + tile.lane / 16, c = pixel % TILE_W, r = pixel / TILE_W;
-#pragma unroll
-            for (int more = 0; more < WORDS + 1; more += 16) {
-                const int word = more + tile.lane % 16;
-                if (word >= begin && word < end && tile.has(c, r))
-                    *(unsigned*)(first + (r * tile.width + c) * stride + 2 * word) =
-                        *(const unsigned*)(bytes + pixel * PITCH + 4 * word);
-            }
-        }
+        each<SHARE>(tile, stride, [&](int pixel, int offset, bool there) {
+            const unsigned both = *(const unsigned*)(bytes + pixel * PITCH + 4 * word);
+            if (there && word >= before && word < end) *(unsigned*)(first + offset + 2 * word) = both;
+        });
         if (COUNT % 2 == 0) return;
-        // A word is shared with the group before or after.
-        const int c = tile.lane % TILE_W, r = tile.lane / TILE_W, half = before ? 1 : COUNT - 1;
-        if (tile.has(c, r))
-            first[(r * tile.width + c) * stride + half] =
-                *((const FIELDS*)(bytes + tile.lane * PITCH) + half);
+        // A half that shares its word with the group before or after.
+        const int half = before ? 1 : COUNT - 1;
+        each<4>(tile, stride, [&](int pixel, int offset, bool there) {
+            const FIELDS alone = *((const FIELDS*)(bytes + pixel * PITCH) + half);
+            if (there && tile.lane % 4 == 0) first[offset + half] = alone;
+        });
     }
 };
 
@@ -160,29 +175,28 @@ struct Window {
         if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
         return column * (COUNT * 2) + (piece ^ other) * 16;
     }
-    // A row, from that of the ring which the window begins with.
-    DCNV4_DEVICE const unsigned char* row(int first, int row) const {
+    // Where a row of the window begins, whose first is row `first` of the ring.
+    static DCNV4_DEVICE int row(int first, int row) {
         const int slot = first + row;
-        return bytes + (slot < WINDOW_H ? slot : slot - WINDOW_H) * ROW;
+        return (slot < WINDOW_H ? slot : slot - WINDOW_H) * ROW;
     }
     // COUNT_ROWS rows of it, the first at row `top` of the image.
     // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
     template <int COUNT_ROWS>
     DCNV4_DEVICE void load(int first, int left, int top, int height, int width, int lane,
                            const VALUE* image, Index stride) {
+        const long long line = (long long)width * stride;
 #pragma unroll
         for (int i = 0; i < WINDOW_W * PIECES / 32; ++i) {
             const int index = i * 32 + lane, column = index / PIECES, piece = index % PIECES;
             const int x = left + column;
             const bool there = x >= 0 && x < width && column < SAMPLED_W;
-            const char* from = (const char*)(image + 8 * piece);
+            const char* from = (const char*)(image + 8 * piece) + top * line + x * (long long)stride;
 #pragma unroll
             for (int r = 0; r < COUNT_ROWS; ++r) {
-                const int y = top + r;
-                const bool legal = there && y >= 0 && y < height;
-                const Index pixel = legal ? y * width + x : 0;
-                ptx::copy_async<16>((unsigned char*)row(first, r) + at(column, piece),
-                                    from + (unsigned long long)pixel * stride, legal);
+                ptx::copy_async<16>(bytes + at(column, piece) + row(first, r), from,
+                                    there && top + r >= 0 && top + r < height);
+                from += line;
             }
         }
     }
@@ -240,7 +254,7 @@ struct Patches {
 DCNV4_DEVICE bool is_near(unsigned offset) { return !(offset & 0x40004000u); }
 static_assert(REACH == 2, "as is_near says");
 
-// The patch of a pixel in column c: `offsets` and `weights` are float16.
+// The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
     constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : -1;
@@ -262,9 +276,8 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
         for (int j = 0; j < KERNEL_H; ++j) {
             if (i * KERNEL_H + j == removed) continue;
             const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
-            unsigned weight = k % 2 ? ptx::upper_twice(weights[k / 2])
-                                    : ptx::lower_twice(weights[k / 2]);
-            weight = is_near(offsets[k]) ? weight : 0;
+            const unsigned weight = k % 2 ? ptx::upper_twice(weights[k / 2])
+                                          : ptx::lower_twice(weights[k / 2]);
             unsigned rows[REACH + 1];
 #pragma unroll
             for (int r = 0; r <= REACH; ++r)
