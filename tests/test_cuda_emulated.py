@@ -45,6 +45,8 @@ def tile_cases() -> list[cases.ConvCase]:
         case("depth_48", 48, groups=1),
         case("depth_64", 64, groups=1, size=(4, 9)),
         case("far", sigma=3.0, size=(19, 21), batch=1),
+        case("few_far", sigma=0.9, size=(9, 13)),
+        case("few_far_softmax", softmax=True, sigma=0.9, size=(9, 13), batch=1),
         case("farther", sigma=9.0, size=(9, 30), batch=1),
         case("outside", outside=(-40.0, 1e6)),
         case("softmax", softmax=True),

@@ -146,18 +146,29 @@ struct Copy {
     const void* from;
     size_t bytes;
 };
-inline std::vector<Copy> copies[1024];
+inline std::vector<std::vector<Copy>> groups[1024];  // of each lane; the last is not ended
 template <int BYTES>
 void copy_async(void* to, const void* from, bool there) {
     aligned(to, BYTES);
     if (there) aligned(from, BYTES);
     std::memset(to, 0xff, BYTES);
-    copies[emulated::current].push_back({to, there ? from : nullptr, BYTES});
+    auto& own = groups[emulated::current];
+    if (own.empty()) own.resize(1);
+    own.back().push_back({to, there ? from : nullptr, BYTES});
 }
-inline void wait_for_copies() {
-    for (const Copy& copy : copies[emulated::current])
-        copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
-    copies[emulated::current].clear();
+inline void end_group() {
+    auto& own = groups[emulated::current];
+    own.resize(own.empty() ? 2 : own.size() + 1);
+}
+template <int LATER>
+void wait_for_groups() {
+    auto& own = groups[emulated::current];
+    while (own.size() > LATER + 1) {
+        for (const Copy& copy : own.front())
+            copy.from ? std::memcpy(copy.to, copy.from, copy.bytes)
+                      : std::memset(copy.to, 0, copy.bytes);
+        own.erase(own.begin());
+    }
 }
 
 }  // namespace ptx

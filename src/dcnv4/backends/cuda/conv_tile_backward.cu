@@ -80,8 +80,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
     Row kept[KEPT ? KEPT : 1] = {};
 
     shared.fields.load(tile, group, fields, int(c.fields_pixel));
+    ptx::end_group();
     shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, lane, image,
                                  c.stride);
+    ptx::end_group();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
         // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
@@ -99,15 +101,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
             }
             from += tile.width * a.grad_pixel;
         }
-        ptx::wait_for_copies();
+        ptx::wait_for_groups<1>();
         __syncwarp();
         const Own own(shared.fields, lane, group);
-        bool odd = false;
-#pragma unroll
-        for (int r = 0; r < TILE_H; ++r)
-#pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) odd |= not_finite(out[r][i]);
-        if (!own.fits || __any_sync(~0u, odd) || own.count > MOST_FAR) break;
+        if (!own.fits || own.count > MOST_FAR) break;
 
         __syncwarp();
         Tile next = tile;
@@ -115,9 +112,17 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         // Far points are read again below.
         if (next.row < next.last && !own.count)
             shared.fields.load(next, group, fields, int(c.fields_pixel));
+        ptx::end_group();
 
         // The value's gradient, S T.
         build(shared.patches, own, lane, false);
+        bool odd = false;
+#pragma unroll
+        for (int r = 0; r < TILE_H; ++r)
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i) odd |= not_finite(out[r][i]);
+        if (__any_sync(~0u, odd)) break;
+        ptx::wait_for_groups<1>();
         __syncwarp();
         const int top = tile.row - above;
 #pragma unroll
@@ -200,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         if (next.row < next.last)
             shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, lane, image,
                                        c.stride);
+        ptx::end_group();
         first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;
 
         constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
@@ -265,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
                 coefficients_backward(dot, weight, at.fraction_x, at.fraction_y);
 #pragma unroll
             for (int own_k = 0; own_k < POINTS; ++own_k)
-                if (r == t && k == own_k) gradient[own_k] = found;
+                if (some && r == t && k == own_k) gradient[own_k] = found;
         });
         if constexpr (SOFTMAX) {
             Sum mean = 0;
@@ -285,8 +291,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         for (int k = 0; k < POINTS; ++k)
             Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
         __syncwarp();
-        if (next.row < next.last && own.count)
+        if (next.row < next.last && own.count) {
             shared.fields.load(next, group, fields, int(c.fields_pixel));
+            ptx::end_group();
+            ptx::wait_for_groups<0>();
+        }
         shared.gradients.write(lane, group, words);
         __syncwarp();
         shared.gradients.store(tile, group, grad_fields, int(a.channels));
@@ -299,5 +308,5 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
     if constexpr (KEPT != 0)
 #pragma unroll
         for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);
-    ptx::wait_for_copies();
+    ptx::wait_for_groups<0>();
 }

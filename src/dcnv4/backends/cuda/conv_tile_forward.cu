@@ -37,11 +37,13 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
 
     shared.patches.clear(lane);
     shared.fields.load(tile, group, fields, int(c.fields_pixel));
+    ptx::end_group();
     shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, lane, image,
                                  c.stride);
+    ptx::end_group();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
-        ptx::wait_for_copies();
+        ptx::wait_for_groups<1>();
         __syncwarp();
         const Own own(shared.fields, lane, group);
         if (!own.fits || own.count > MOST_FAR) break;
@@ -74,7 +76,9 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
         Tile next = tile;
         next.row += TILE_H;
         if (next.row < next.last) shared.fields.load(next, group, fields, int(c.fields_pixel));
+        ptx::end_group();
         build(shared.patches, own, lane, true);
+        ptx::wait_for_groups<1>();
         __syncwarp();
         const unsigned char* values[WIDE / 16];
 #pragma unroll
@@ -102,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
         if (next.row < next.last)
             shared.window.load<TILE_H>(first, left, tile.row - above + WINDOW_H, c.height, c.width,
                                        lane, image, c.stride);
+        ptx::end_group();
         first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;
 
         // What is not finite in the window has spoilt pixels that do not sample it.
@@ -131,6 +136,6 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
             output += (long long)c.out_width * (GROUPS * DEPTH);
         }
     }
-    ptx::wait_for_copies();
+    ptx::wait_for_groups<0>();
     if (lane == 0) a.limits[tile.strip] = tile.row;
 }

@@ -177,8 +177,13 @@ DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
                  "l"(from), "n"(BYTES), "r"(there ? BYTES : 0)
                  : "memory");
 }
-// Wait for the lane's own copies; others see them after they met.
-DCNV4_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What the lane has copied since the last time is a group.
+DCNV4_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait for the lane's own groups but the last LATER; others see them after they met.
+template <int LATER>
+DCNV4_DEVICE void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
 
 }  // namespace ptx
 }  // namespace dcnv4
