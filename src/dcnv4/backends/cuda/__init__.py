@@ -34,6 +34,7 @@ _TILE = 8, 4
 TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13}
 """Kernels that have one for tiles, and from how many slices on it comes first."""
 _STRIPS = 12  # warps of tile kernels that a processor runs at once, about
+_SHARES = 2  # blocks of a direct kernel for what the strips at one place leave
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
@@ -491,7 +492,7 @@ def _conv_plan(
     down = -(-tiles // height)
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
     numbers += (image_height, width, rows, columns, height, across, down)
-    macros["WIDE"] = part
+    macros["WIDE"], macros["SHARES"] = part, _SHARES
     addresses = 4 if grad is None else 7
     layout = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
 
@@ -513,7 +514,7 @@ def _conv_plan(
     if not tiled:
         return launch(name)
     strips = parts * down
-    rest = launch(name)._replace(blocks=batch * across * down, threads=MAX_THREADS)
+    rest = launch(name)._replace(blocks=batch * across * down * _SHARES, threads=MAX_THREADS)
     return launch(name.replace("conv", "conv_tile"), strips)._replace(rest=rest)
 
 

@@ -106,11 +106,11 @@ struct OutputPixel {
         : image(image), in_image(Index(row) * c.out_width + column), row(row), column(column) {}
 };
 
-// Calls `visit(slice, pixel)` for what the tile kernel left; a block has the strips of all groups at
-// one place. `limits` holds each strip's first row that is left.
+// Calls `visit(slice, pixel)` for what the tile kernel left; SHARES blocks have the strips of all
+// groups at one place. `limits` holds each strip's first row that is left.
 template <typename Visit>
 DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit) {
-    unsigned place = blockIdx.x;
+    unsigned place = blockIdx.x / SHARES;
     limits += place * (GROUPS * PARTS);
     const int left = place % c.strips.across * TILE_W;
     place /= c.strips.across;
@@ -121,7 +121,8 @@ DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit
     if (!__syncthreads_or(any)) return;
 
     const unsigned count = unsigned(TILE_W) * height * GROUPS;
-    for (unsigned first = 0; first < count; first += blockDim.x / LANES) {
+    const unsigned at_once = blockDim.x / LANES;
+    for (unsigned first = blockIdx.x % SHARES * at_once; first < count; first += SHARES * at_once) {
         const unsigned index = first + threadIdx.x / LANES;
         const int group = index % GROUPS, pixel = index / GROUPS;
         int row = top + pixel / TILE_W, column = left + pixel % TILE_W;

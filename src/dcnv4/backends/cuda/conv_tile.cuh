@@ -100,14 +100,15 @@ DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& til
 }
 
 // S of the lane's pixel to shared memory.
-DCNV4_DEVICE void build(Patches& patches, const Own& own, int lane, bool cleared) {
+template <typename To>
+DCNV4_DEVICE void build(To& to, const Own& own, int lane) {
     unsigned patch[PATCH_H][PAIRS];
     fill(patch, lane / 4, own.offsets, own.weights);
 #pragma unroll
     for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
         for (int q = 0; q < PAIRS; ++q) patch[row][q] = Number<VALUE>::of_f16(patch[row][q]);
-    patches.store(lane, patch, cleared);
+    to.store(lane, patch);
 }
 
 }  // namespace dcnv4

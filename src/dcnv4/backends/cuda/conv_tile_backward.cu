@@ -28,17 +28,17 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what P
 // V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write columns
 // two apart, of eight pixels: to different banks.
 struct Products {
-    static constexpr int COLUMN = 36 * 4, ROW = PATCH_W * COLUMN;
+    static constexpr int OF_ROW = TILE_W * 4, COLUMN = 36 * 4, ROW = 8 * COLUMN;
     unsigned char bytes[PATCH_H * ROW];
 
-    static DCNV4_DEVICE int at(int c, int r) { return (c + 8 * r) * 4; }
+    static DCNV4_DEVICE int at(int c, int r) { return c * 4 + r * OF_ROW; }
 };
 
 // What a warp keeps in shared memory.
 struct __align__(128) Shared {
     Window<DEPTH> window;
     union {
-        Patches patches;
+        Spread spread;
         Products products;
         Fields gradients;
     };
@@ -49,7 +49,7 @@ struct __align__(128) Shared {
 using Row = float[2][4];
 constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next tile adds to
 
-extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile_backward(Arguments a) {
+extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile_backward(Arguments a) {
     __shared__ Shared shared;
     const Convolution& c = a.c;
     Tile tile(c.strips, blockIdx.x, GROUPS, c.out_height, c.out_width);
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         ptx::end_group();
 
         // The value's gradient, S T.
-        build(shared.patches, own, lane, false);
+        build(shared.spread, own, lane);
         bool odd = false;
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r)
@@ -140,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
                     sum[i / 4][i % 4] = row < KEPT ? kept[row < KEPT ? row : 0][i / 4][i % 4] : 0;
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
-                    if (!Patches::reaches(row, m)) continue;
+                    if (!reaches(row, m)) continue;
                     unsigned shares[4];
-                    shared.patches.read<true>(row, m, lane, shares);
+                    shared.spread.read(row, m, lane, shares);
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
                         Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
@@ -158,6 +158,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
         __syncwarp();
 
         // Those of offsets and weights, from V T'.
+        // Of four pairs of columns, a lane has one, in the window's first or second half.
+        const bool in_first = t >= g / 2;
+        unsigned char* lane_products =
+            shared.products.bytes + Products::at(g, 0) + (t - g / 2 & 3) * (2 * Products::COLUMN);
         const unsigned char* values[2][CHUNKS];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -176,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
                     const uint2 four = *(const uint2*)(values[half][i] + at_row);
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
-                        if (!Patches::reaches(row, m)) continue;
+                        if (!reaches(row, m)) continue;
                         const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
                                                     out[2 * m][i][1], out[2 * m + 1][i][1]};
                         Number<VALUE>::mma(dot[m][half], pixels, four.x, four.y);
@@ -186,19 +190,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
             for (int r = 0; r < TILE_H; ++r) {
                 if (row < r || row >= r + PATCH_H) continue;
                 const float(&products)[2][4] = dot[r / 2];
-                unsigned char* to =
-                    shared.products.bytes + (row - r) * Products::ROW + Products::at(g, r);
+                unsigned char* to = lane_products + (row - r) * Products::ROW + r * Products::OF_ROW;
 #pragma unroll
-                for (int half = 0; half < (PAIRS <= 4 ? 1 : 2); ++half) {
-                    // With four pairs in a patch, each lane has one, in either half of the window.
-                    const int pair = PAIRS <= 4 ? (t - g / 2) & 3 : 4 * half + t - g / 2;
-                    const bool second = PAIRS <= 4 ? t < g / 2 : half == 1;
-                    if (PAIRS != 4 && (pair < 0 || pair >= PAIRS)) continue;
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        *(float*)(to + (2 * pair + i) * Products::COLUMN) =
-                            second ? products[1][r % 2 * 2 + i] : products[0][r % 2 * 2 + i];
-                }
+                for (int i = 0; i < 2; ++i)
+                    *(float*)(to + i * Products::COLUMN) =
+                        in_first ? products[0][r % 2 * 2 + i] : products[1][r % 2 * 2 + i];
             }
         }
         __syncwarp();
@@ -226,13 +222,16 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 14 : 8) conv_tile
                                 *(const float*)(from + Products::ROW),
                                 *(const float*)(from + Products::ROW + Products::COLUMN)};
             gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
-            // At the centre of a pixel just outside a point is outside, though one corner is not.
-            if (left < 0 || top < 0) {
-                const bool outside = (fraction_x == 0 && left + g + i + REACH + floor_x == -1) ||
-                                     (fraction_y == 0 && top + t + j + REACH + floor_y == -1);
-                if (outside) gradient[k] = {0, 0, 0};
-            }
         }
+        // At the centre of a pixel just outside the image a point is outside, though one corner is not.
+        if (left < 0 || top < 0)
+#pragma unroll
+            for (int k = 0; k < POINTS; ++k) {
+                const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
+                const Sum x = left + g + i + REACH + Number<float16>::get(&own.offsets[k], 0);
+                const Sum y = top + t + j + REACH + Number<float16>::get(&own.offsets[k], 1);
+                if (x == -1 || y == -1) gradient[k] = {0, 0, 0};
+            }
         if (own.count) each_far(c, own, tile, group, shared.fields, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum dot[4] = {0, 0, 0, 0};
             if (some) {

@@ -25,7 +25,7 @@ struct __align__(128) Shared {
     Fields fields;
 };
 
-extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile_forward(Arguments a) {
+extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 18 : 12) conv_tile_forward(Arguments a) {
     __shared__ Shared shared;
     const Convolution& c = a.c;
     Tile tile(c.strips, blockIdx.x, GROUPS * PARTS, c.out_height, c.out_width);
@@ -34,8 +34,14 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
     const FIELDS* fields = a.fields + tile.image * c.fields_image;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
     int first = 0;  // row of the ring
+    // A row of a patch, four words, lies in the first or in the second half of the window: a lane's
+    // word is in the first.
+    const unsigned in_first = t >= g / 2 ? ~0u : 0;
+    const unsigned char* words[TILE_H];
+#pragma unroll
+    for (int r = 0; r < TILE_H; ++r)
+        words[r] = shared.patches.bytes + Patches::at(g, r) + (t - g / 2 & 3) * 4;
 
-    shared.patches.clear(lane);
     shared.fields.load(tile, group, fields, int(c.fields_pixel));
     ptx::end_group();
     shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, lane, image,
@@ -77,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
         next.row += TILE_H;
         if (next.row < next.last) shared.fields.load(next, group, fields, int(c.fields_pixel));
         ptx::end_group();
-        build(shared.patches, own, lane, true);
+        build(shared.patches, own, lane);
         ptx::wait_for_groups<1>();
         __syncwarp();
         const unsigned char* values[WIDE / 16];
@@ -93,9 +99,16 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
                 ptx::load_blocks<true>(value[i], values[i] + at_row);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-                if (!Patches::reaches(row, m)) continue;
+                if (!reaches(row, m)) continue;
                 unsigned shares[4];
-                shared.patches.read<false>(row, m, lane, shares);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int r = 2 * m + i, plane = row - r;
+                    const unsigned word = plane < 0 || plane >= PATCH_H
+                                              ? 0
+                                              : *(const unsigned*)(words[r] + plane * Patches::PLANE);
+                    shares[i] = word & in_first, shares[2 + i] = word & ~in_first;
+                }
 #pragma unroll
                 for (int n = 0; n < WIDE / 8; ++n)
                     Number<VALUE>::mma(sum[m][n], shares, value[n / 2][n % 2 * 2],
@@ -122,17 +135,23 @@ extern "C" __global__ void __launch_bounds__(32, WIDE == 16 ? 15 : 11) conv_tile
                                      tile.pixel(g, 0)) *
                                         (GROUPS * PARTS) +
                                     tile.part) *
-                                       WIDE + 2 * t;
+                                       WIDE + t % 2 * 8 + t / 2 * 4;
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r) {
-            if (tile.has(g, r))
 #pragma unroll
-                for (int n = 0; n < WIDE / 8; ++n) {
-                    Vector<VALUE, 2> pair;
-                    pair.set(0, sum[r / 2][n][r % 2 * 2]);
-                    pair.set(1, sum[r / 2][n][r % 2 * 2 + 1]);
-                    pair.store(output + 8 * n);
+            for (int n = 0; n < WIDE / 8; n += 2) {
+                // Of two eights of channels, neighbours take one each: four channels side by side.
+                unsigned pair[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    Number<VALUE>::set(&pair[i], 0, sum[r / 2][n + i][r % 2 * 2]);
+                    Number<VALUE>::set(&pair[i], 1, sum[r / 2][n + i][r % 2 * 2 + 1]);
                 }
+                const unsigned other = __shfl_xor_sync(~0u, t % 2 ? pair[0] : pair[1], 1);
+                Vector<VALUE, 4> four;
+                four.word[0] = t % 2 ? other : pair[0], four.word[1] = t % 2 ? pair[1] : other;
+                if (tile.has(g, r)) four.store(output + 8 * n);
+            }
             output += (long long)c.out_width * (GROUPS * DEPTH);
         }
     }

@@ -114,15 +114,19 @@ struct Staged {
     // Of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
         const int own = lane % 4 * TILE_W + lane / 4, before = shift(group);
-        const unsigned* from = (const unsigned*)(bytes + own * PITCH) + before / 2;
-        unsigned raw[WORDS + 1];
+        const uint2* from = (const uint2*)(bytes + own * PITCH);
+        unsigned raw[2 * LEAST];
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) raw[i] = from[i];
-        raw[WORDS] = COUNT % 2 ? 0 : from[WORDS];
+        for (int i = 0; i < LEAST; ++i) {
+            const uint2 two = from[i];
+            raw[2 * i] = two.x, raw[2 * i + 1] = two.y;
+        }
+#pragma unroll
+        for (int i = 0; COUNT % 4 != 0 && i + 1 < 2 * LEAST; ++i)
+            raw[i] = before / 2 ? raw[i + 1] : raw[i];
 #pragma unroll
         for (int i = 0; i < WORDS; ++i)
-            words[i] = COUNT % 4 == 0 ? raw[i]
-                                      : __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16);
+            words[i] = COUNT % 2 ? __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16) : raw[i];
     }
     // One of the numbers of any pixel.
     DCNV4_DEVICE Sum read(int c, int r, int group, int which) const {
@@ -202,52 +206,63 @@ struct Window {
     }
 };
 
-// S: for every row of the patches, and every pixel, WINDOW_W halves, which lie in two blocks of 8.
+// S as the patches of the pixels, four words a row of each.
 struct Patches {
+    static constexpr int PLANE = PIXELS * 16;
+    unsigned char bytes[PATCH_H * PLANE];
+
+    // Words of a pixel: in different banks for eight columns.
+    static DCNV4_DEVICE int at(int c, int r) { return (4 * c + (r ^ (c / 2))) * 16; }
+
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
+        unsigned char* to = bytes + at(lane / 4, lane % 4);
+#pragma unroll
+        for (int row = 0; row < PATCH_H; ++row)
+            *(uint4*)(to + row * PLANE) = make_uint4(patch[row][0], patch[row][1], patch[row][2],
+                                                     PAIRS > 3 ? patch[row][PAIRS - 1] : 0);
+    }
+};
+static_assert(PAIRS == 3 || PAIRS == 4, "a patch must fit");
+
+// S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row in
+// two blocks of 8: for products that sum over pixels.
+struct Spread {
     static constexpr int PLANE = PIXELS * WINDOW_W * 2;
     unsigned char bytes[PATCH_H * PLANE];
     uint4 zeros;
 
-    // A block of a pixel, from the plane's start: conflicts neither where eight columns' blocks are
-    // read nor where lanes write a word of their own.
+    // A block of a pixel: in different banks where eight columns' blocks are read, and where lanes
+    // write a word of their own.
     static DCNV4_DEVICE int at(int c, int r, int half) {
         return (2 * r + half) * (TILE_W * 16) + (c ^ 2 * r) * 16;
     }
-    DCNV4_DEVICE void clear(int lane) {
-        for (int i = lane; i < int(sizeof(Patches) / 16); i += 32)
-            ((uint4*)bytes)[i] = make_uint4(0, 0, 0, 0);
-    }
-    // `cleared`: whether what lies outside the patch is 0 already.
-    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS], bool cleared) {
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
         const int c = lane / 4, r = lane % 4;
 #pragma unroll
-        for (int pair = 0; pair < (cleared ? PAIRS : WINDOW_W / 2); ++pair) {
+        for (int pair = 0; pair < WINDOW_W / 2; ++pair) {
             const int where = (c / 2 + pair) % (WINDOW_W / 2);
             unsigned char* to = bytes + at(c, r, where / 4) + where % 4 * 4;
 #pragma unroll
             for (int row = 0; row < PATCH_H; ++row)
                 *(unsigned*)(to + row * PLANE) = pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
         }
-        if (!cleared && lane == 0) zeros = make_uint4(0, 0, 0, 0);
+        if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
     }
-    // S of one row of the window and the pixels of two rows of the tile, the first 2 * m: [pixels,
-    // positions], or the positions in front.
-    template <bool POSITIONS_FIRST>
+    // [positions, pixels] of one row of the window and two rows of the tile, the first 2 * m.
     DCNV4_DEVICE void read(int row, int m, int lane, unsigned (&out)[4]) const {
-        const int block = lane / 8, c = lane % 8;
-        const int r = 2 * m + (POSITIONS_FIRST ? block / 2 : block % 2);
-        const int half = POSITIONS_FIRST ? block % 2 : block / 2;
-        const int plane = row - r;
-        const void* from = bytes + plane * PLANE + at(c, r, half);
+        const int block = lane / 8, c = lane % 8, r = 2 * m + block / 2, plane = row - r;
+        const void* from = bytes + plane * PLANE + at(c, r, block % 2);
         // Of two rows of pixels, the window's row may lie in the patches of one.
         if (row == 2 * m || row == 2 * m + PATCH_H)
             from = plane >= 0 && plane < PATCH_H ? from : &zeros;
-        ptx::load_blocks<POSITIONS_FIRST>(out, from);
-    }
-    static constexpr DCNV4_DEVICE bool reaches(int row, int m) {
-        return row >= 2 * m && row <= 2 * m + PATCH_H;
+        ptx::load_blocks<true>(out, from);
     }
 };
+
+// Whether the patches of two rows of the tile, the first 2 * m, reach a row of the window.
+constexpr DCNV4_DEVICE bool reaches(int row, int m) {
+    return row >= 2 * m && row <= 2 * m + PATCH_H;
+}
 
 // Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
 // have the exponent's highest bit.
