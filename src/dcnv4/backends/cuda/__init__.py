@@ -483,16 +483,17 @@ def _conv_plan(
         and not wide
         and fits_tiles(window, depth, value, fields, alignment, major)
     )
-    part = depth  # channels of a strip
+    part, warps = depth, 1  # channels of a strip, and strips of a block
     if tiled and grad is None:
         part = 32 if depth % 32 == 0 else 16
+        warps = next(n for n in (64 // part, 2, 1) if channels // part % n == 0)
     across, tiles = -(-columns // _TILE[0]), -(-rows // _TILE[1])
     parts = batch * across * window.groups * (depth // part)
     height = strip_height(parts, tiles, _STRIPS * processors) if tiled else 1
     down = -(-tiles // height)
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
     numbers += (image_height, width, rows, columns, height, across, down)
-    macros["WIDE"], macros["SHARES"] = part, _SHARES
+    macros["WIDE"], macros["WARPS"], macros["SHARES"] = part, warps, _SHARES
     addresses = 4 if grad is None else 7
     layout = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
 
@@ -608,7 +609,8 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    blocks, threads = strips, _WARP
+    warps = int(problem.macros.get("WARPS", 1))
+    blocks, threads = strips // warps, _WARP * warps
     if not strips:
         threads = block_size(problem.slices * lanes, _device(device)[1])
         blocks = -(-problem.slices * lanes // threads)

@@ -75,27 +75,33 @@ struct Own {
 };
 
 // Calls `visit(some, row, k, weight, corners)` for the far points of the pixels of column g, one by
-// one, in quad g; by all lanes, with `some` false where that pixel has none left.
+// one, in quad g; by all lanes, with `some` false where a quad has none left.
 template <typename Visit>
 DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& tile, int group,
                            const Fields& fields, Visit visit) {
     const int quad = tile.lane & ~3, column = quad / 4;
-    for (unsigned left = own.far; __any_sync(~0u, left); left &= left - 1) {
-        const int mine = __ffs(left) - 1;
-#pragma unroll 1
-        for (int row = 0; row < TILE_H; ++row) {
-            const int found = __shfl_sync(~0u, mine, quad + row), k = max(found, 0);
-            Sum weight = fields.read(column, row, group, 2 * POINTS + k);
-            if constexpr (SOFTMAX) {
-                const Sum peak = __shfl_sync(~0u, own.peak, quad + row);
-                const Sum share = __shfl_sync(~0u, own.share, quad + row);
-                weight = exp(weight - peak) * share;
+    unsigned mask[TILE_H];
+#pragma unroll
+    for (int r = 0; r < TILE_H; ++r) mask[r] = __shfl_sync(~0u, own.far, quad + r);
+    while (__any_sync(~0u, mask[0] | mask[1] | mask[2] | mask[3])) {
+        bool some = false;
+        int row = 0, k = 0;
+#pragma unroll
+        for (int r = 0; r < TILE_H; ++r)
+            if (!some && mask[r]) {
+                some = true, row = r, k = __ffs(mask[r]) - 1;
+                mask[r] &= mask[r] - 1;
             }
-            const OwnWindow window(c, tile.row + row, tile.column + column);
-            visit(found >= 0, row, k, weight,
-                  window.point(k, fields.read(column, row, group, 2 * k),
-                               fields.read(column, row, group, 2 * k + 1)));
+        Sum weight = fields.read(column, row, group, 2 * POINTS + k);
+        if constexpr (SOFTMAX) {
+            const Sum peak = __shfl_sync(~0u, own.peak, quad + row);
+            const Sum share = __shfl_sync(~0u, own.share, quad + row);
+            weight = exp(weight - peak) * share;
         }
+        const OwnWindow window(c, tile.row + row, tile.column + column);
+        visit(some, row, k, weight,
+              window.point(k, fields.read(column, row, group, 2 * k),
+                           fields.read(column, row, group, 2 * k + 1)));
     }
 }
 

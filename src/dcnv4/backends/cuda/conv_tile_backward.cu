@@ -45,6 +45,9 @@ struct __align__(128) Shared {
     Fields fields;
 };
 
+constexpr int MOST_FAR = 48;
+static_assert(WARPS == 1, "a warp has its own window");
+
 // The value's gradient at a row of the window, [positions, 16 channels] in fragments.
 using Row = float[2][4];
 constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next tile adds to
@@ -52,7 +55,7 @@ constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next
 extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile_backward(Arguments a) {
     __shared__ Shared shared;
     const Convolution& c = a.c;
-    Tile tile(c.strips, blockIdx.x, GROUPS, c.out_height, c.out_width);
+    Tile tile(c.strips, GROUPS, c.out_height, c.out_width);
     const int lane = tile.lane, g = lane / 4, t = lane % 4, group = tile.part;
     const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
     const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
@@ -81,8 +84,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
 
     shared.fields.load(tile, group, fields, int(c.fields_pixel));
     ptx::end_group();
-    shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, lane, image,
-                                 c.stride);
+    shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, image, c.stride);
     ptx::end_group();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
@@ -199,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
         }
         __syncwarp();
         if (next.row < next.last)
-            shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, lane, image,
+            shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, image,
                                        c.stride);
         ptx::end_group();
         first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;

@@ -35,12 +35,27 @@ constexpr int PATCH_H = KERNEL_H + 2 * REACH;
 constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1, PATCH_W = 2 * PAIRS;
 constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
 constexpr int SAMPLED_W = TILE_W - 1 + KERNEL_W + 2 * REACH;  // columns of them that are sampled
-constexpr int MOST_FAR = 16;
 constexpr int CHUNKS = DEPTH / 16;  // of channels, as many as a product sums at once
 
 static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W * DILATION_H * DILATION_W == 1,
               "a patch must fit");
 static_assert(DEPTH % 16 == 0 && sizeof(VALUE) == 2 && sizeof(FIELDS) == 2, "halves alone");
+
+// Of the warps of a block, that share a window.
+DCNV4_DEVICE void meet_block() {
+    if constexpr (WARPS == 1)
+        __syncwarp();
+    else
+        __syncthreads();
+}
+DCNV4_DEVICE bool any_of_block(bool one) {
+    if constexpr (WARPS == 1) {
+        __syncwarp();
+        return one;
+    } else {
+        return __syncthreads_or(one);
+    }
+}
 
 // Whether either half of any word is infinite or NaN.
 template <int N>
@@ -60,14 +75,16 @@ struct Tile {
     unsigned strip;
 
     // A part is a group, or some channels of one.
-    DCNV4_DEVICE Tile(const Strips& strips, unsigned strip, int parts, int height, int width)
-        : lane(threadIdx.x % 32), height(height), width(width), strip(strip) {
-        part = strip % parts;
-        strip /= parts;
-        column = strip % strips.across * TILE_W;
-        strip /= strips.across;
-        row = strip % strips.down * strips.tiles * TILE_H;
-        image = strip / strips.down;
+    DCNV4_DEVICE Tile(const Strips& strips, int parts, int height, int width)
+        : lane(threadIdx.x % 32), height(height), width(width) {
+        strip = blockIdx.x * WARPS + threadIdx.x / 32;
+        unsigned rest = strip;
+        part = rest % parts;
+        rest /= parts;
+        column = rest % strips.across * TILE_W;
+        rest /= strips.across;
+        row = rest % strips.down * strips.tiles * TILE_H;
+        image = rest / strips.down;
         last = min(height, row + strips.tiles * TILE_H);
     }
     DCNV4_DEVICE bool has(int c, int r) const { return column + c < width && row + r < height; }
@@ -87,8 +104,11 @@ struct Staged {
     // Halves of the first piece that come before the group's.
     static DCNV4_DEVICE int shift(int group) { return group * COUNT % 4; }
 
-    // `visit(pixel, offset, there)` for what a lane moves of each pixel in turn, where lanes share
-    // one by SHARE: the pixel, its offset from the tile's first, and whether the image has it.
+    // Where a pixel's numbers are, in the order of the lanes that own them.
+    static DCNV4_DEVICE int at(int c, int r) { return (4 * c + r) * PITCH; }
+
+    // `visit(at, offset, there)` for what a lane moves of each pixel in turn, where SHARE lanes have
+    // one: where it is, its offset in memory from the tile's first, and whether the image has it.
     template <int SHARE, typename Visit>
     static DCNV4_DEVICE void each(const Tile& tile, int stride, Visit visit) {
         constexpr int AT_ONCE = 32 / SHARE;
@@ -97,7 +117,8 @@ struct Staged {
 #pragma unroll
         for (int pixel = 0; pixel < PIXELS; pixel += AT_ONCE) {
             const int c = pixel % TILE_W, r = pixel / TILE_W;
-            visit(pixel + own, (c + r * tile.width) * stride + own * stride, tile.has(c + own, r));
+            visit(at(c, r) + at(own, 0), (c + r * tile.width) * stride + own * stride,
+                  tile.has(c + own, r));
         }
     }
     // `image`: the image's first number; `stride`: from pixel to pixel.
@@ -106,15 +127,15 @@ struct Staged {
         const FIELDS* first =
             image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece;
         if (piece >= LEAST) return;
-        each<PIECES>(tile, stride, [&](int pixel, int offset, bool there) {
-            ptx::copy_async<8>(bytes + pixel * PITCH + 8 * piece, first + offset,
+        each<PIECES>(tile, stride, [&](int at, int offset, bool there) {
+            ptx::copy_async<8>(bytes + at + 8 * piece, first + offset,
                                there && piece <= last);
         });
     }
     // Of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
-        const int own = lane % 4 * TILE_W + lane / 4, before = shift(group);
-        const uint2* from = (const uint2*)(bytes + own * PITCH);
+        const int before = shift(group);
+        const uint2* from = (const uint2*)(bytes + lane * PITCH);
         unsigned raw[2 * LEAST];
 #pragma unroll
         for (int i = 0; i < LEAST; ++i) {
@@ -130,14 +151,14 @@ struct Staged {
     }
     // One of the numbers of any pixel.
     DCNV4_DEVICE Sum read(int c, int r, int group, int which) const {
-        const FIELDS* of_pixel = (const FIELDS*)(bytes + (r * TILE_W + c) * PITCH);
+        const FIELDS* of_pixel = (const FIELDS*)(bytes + at(c, r));
         const unsigned word = *(const unsigned short*)(of_pixel + shift(group) + which);
         return Number<FIELDS>::get(&word, 0);
     }
     // Of the lane's own pixel, as `store` reads them: whole words are whole in memory too.
     DCNV4_DEVICE void write(int lane, int group, const unsigned (&words)[WORDS]) {
-        const int own = lane % 4 * TILE_W + lane / 4, by = group * COUNT % 2 * 16;
-        unsigned* to = (unsigned*)(bytes + own * PITCH);
+        const int by = group * COUNT % 2 * 16;
+        unsigned* to = (unsigned*)(bytes + lane * PITCH);
 #pragma unroll
         for (int i = 0; i <= WORDS; ++i) {
             const unsigned low = i ? words[i ? i - 1 : 0] : 0;
@@ -150,15 +171,15 @@ struct Staged {
         const int before = group * COUNT % 2, end = (before + COUNT) / 2;  // end: of whole words
         const int word = tile.lane % SHARE;
         FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
-        each<SHARE>(tile, stride, [&](int pixel, int offset, bool there) {
-            const unsigned both = *(const unsigned*)(bytes + pixel * PITCH + 4 * word);
+        each<SHARE>(tile, stride, [&](int at, int offset, bool there) {
+            const unsigned both = *(const unsigned*)(bytes + at + 4 * word);
             if (there && word >= before && word < end) *(unsigned*)(first + offset + 2 * word) = both;
         });
         if (COUNT % 2 == 0) return;
         // A half that shares its word with the group before or after.
         const int half = before ? 1 : COUNT - 1;
-        each<4>(tile, stride, [&](int pixel, int offset, bool there) {
-            const FIELDS alone = *((const FIELDS*)(bytes + pixel * PITCH) + half);
+        each<4>(tile, stride, [&](int at, int offset, bool there) {
+            const FIELDS alone = *((const FIELDS*)(bytes + at) + half);
             if (there && tile.lane % 4 == 0) first[offset + half] = alone;
         });
     }
@@ -184,15 +205,16 @@ struct Window {
         const int slot = first + row;
         return (slot < WINDOW_H ? slot : slot - WINDOW_H) * ROW;
     }
-    // COUNT_ROWS rows of it, the first at row `top` of the image.
+    // COUNT_ROWS rows of it, the first at row `top` of the image, by all threads of the block.
     // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
     template <int COUNT_ROWS>
-    DCNV4_DEVICE void load(int first, int left, int top, int height, int width, int lane,
+    DCNV4_DEVICE void load(int first, int left, int top, int height, int width,
                            const VALUE* image, Index stride) {
         const long long line = (long long)width * stride;
 #pragma unroll
-        for (int i = 0; i < WINDOW_W * PIECES / 32; ++i) {
-            const int index = i * 32 + lane, column = index / PIECES, piece = index % PIECES;
+        for (int i = 0; i < WINDOW_W * PIECES / (32 * WARPS); ++i) {
+            const int index = i * (32 * WARPS) + threadIdx.x;
+            const int column = index / PIECES, piece = index % PIECES;
             const int x = left + column;
             const bool there = x >= 0 && x < width && column < SAMPLED_W;
             const char* from = (const char*)(image + 8 * piece) + top * line + x * (long long)stride;
