@@ -88,6 +88,10 @@ inline void add_if(bool wanted, float* at, const float (&terms)[4]) {
     if (wanted) add(at, terms[0], terms[1], terms[2], terms[3]);
 }
 
+inline void store_if(bool wanted, void* at, unsigned word) {
+    if (wanted) aligned(at, 4), *(unsigned*)at = word;
+}
+
 template <typename T>
 void hold(T*&) {}
 

@@ -67,22 +67,24 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
+    const long long line = c.width * (long long)(GROUPS * DEPTH);
+    Sum* const first_position = grad_image + x * (long long)(GROUPS * DEPTH);
     const bool legal[2] = {x >= 0 && x < c.width, x + 8 >= 0 && x + 8 < c.width};
     const auto add_to = [&](int y, int chunk, const Row& row) {
-        if (y < 0 || y >= c.height) return;
-        Sum* to = grad_image + ((long long)y * c.width + x) * (GROUPS * DEPTH) + 16 * chunk;
+        Sum* to = first_position + y * line + 16 * chunk;
+        const bool there = y >= 0 && y < c.height;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
                                  row[1][2 * half + 1]};
             const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
-            ptx::add_if(any && legal[half], to + half * (8 * GROUPS * DEPTH), term);
+            ptx::add_if(there && any && legal[half], to + half * (8 * GROUPS * DEPTH), term);
         }
     };
     int first = 0;  // row of the ring
     Row kept[KEPT ? KEPT : 1] = {};
 
-    shared.fields.load(tile, group, fields, int(c.fields_pixel));
+    shared.fields.load(tile, group, fields, c.fields_pixel);
     ptx::end_group();
     shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, image, c.stride);
     ptx::end_group();
@@ -113,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
         next.row += TILE_H;
         // Far points are read again below.
         if (next.row < next.last && !own.count)
-            shared.fields.load(next, group, fields, int(c.fields_pixel));
+            shared.fields.load(next, group, fields, c.fields_pixel);
         ptx::end_group();
 
         // The value's gradient, S T.
@@ -293,13 +295,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
             Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
         __syncwarp();
         if (next.row < next.last && own.count) {
-            shared.fields.load(next, group, fields, int(c.fields_pixel));
+            shared.fields.load(next, group, fields, c.fields_pixel);
             ptx::end_group();
             ptx::wait_for_groups<0>();
         }
-        shared.gradients.write(lane, group, words);
-        __syncwarp();
-        shared.gradients.store(tile, group, grad_fields, int(a.channels));
+        shared.gradients.store(tile, group, words, grad_fields, a.channels);
         if (group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
             for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
                 store(grad_fields + tile.pixel(g, t) * a.channels + i, Sum(0));

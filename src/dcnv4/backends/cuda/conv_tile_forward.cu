@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
         values[i] = shared.window.bytes +
                     Window<WIDE * WARPS>::at(lane % 16, warp * (WIDE / 8) + 2 * i + lane / 16);
 
-    staged.load(tile, group, fields, int(c.fields_pixel));
+    staged.load(tile, group, fields, c.fields_pixel);
     ptx::end_group();
     shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, window_image,
                                  c.stride);
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
             __syncwarp();
             Tile next = tile;
             next.row += TILE_H;
-            if (next.row < limit) staged.load(next, group, fields, int(c.fields_pixel));
+            if (next.row < limit) staged.load(next, group, fields, c.fields_pixel);
             build(patches, own, lane);
         }
         ptx::end_group();

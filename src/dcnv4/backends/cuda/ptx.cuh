@@ -126,6 +126,12 @@ DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4]) {
 #endif
 }
 
+DCNV4_DEVICE void store_if(bool wanted, void* at, unsigned word) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(at),
+                 "r"(word), "r"(int(wanted))
+                 : "memory");
+}
+
 // The pointer in one register pair, lest its parts be added anew at every use.
 template <typename T>
 DCNV4_DEVICE void hold(T*& pointer) {

@@ -107,29 +107,33 @@ struct Staged {
     // Where a pixel's numbers are, in the order of the lanes that own them.
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + r) * PITCH; }
 
-    // `visit(at, offset, there)` for what a lane moves of each pixel in turn, where SHARE lanes have
-    // one: where it is, its offset in memory from the tile's first, and whether the image has it.
-    template <int SHARE, typename Visit>
-    static DCNV4_DEVICE void each(const Tile& tile, int stride, Visit visit) {
+    // `visit(at, pixel, there)` for what a lane moves of each pixel in turn, where SHARE lanes have
+    // one: where it is, where in memory, and whether the image has it. `first`: of the tile's first.
+    template <int SHARE, typename T, typename Visit>
+    static DCNV4_DEVICE void each(const Tile& tile, T* first, long long stride, Visit visit) {
         constexpr int AT_ONCE = 32 / SHARE;
         static_assert(AT_ONCE <= TILE_W, "rows begin together");
         const int own = tile.lane / SHARE;
+        T* line = first + own * stride;
 #pragma unroll
-        for (int pixel = 0; pixel < PIXELS; pixel += AT_ONCE) {
-            const int c = pixel % TILE_W, r = pixel / TILE_W;
-            visit(at(c, r) + at(own, 0), (c + r * tile.width) * stride + own * stride,
-                  tile.has(c + own, r));
+        for (int r = 0; r < TILE_H; ++r) {
+            T* pixel = line;
+#pragma unroll
+            for (int c = 0; c < TILE_W; c += AT_ONCE) {
+                visit(at(c, r) + at(own, 0), pixel, tile.has(c + own, r));
+                pixel += AT_ONCE * stride;
+            }
+            line += tile.width * stride;
         }
     }
     // `image`: the image's first number; `stride`: from pixel to pixel.
-    DCNV4_DEVICE void load(const Tile& tile, int group, const FIELDS* image, int stride) {
+    DCNV4_DEVICE void load(const Tile& tile, int group, const FIELDS* image, long long stride) {
         const int piece = tile.lane % PIECES, last = (shift(group) + COUNT - 1) / 4;
-        const FIELDS* first =
-            image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece;
         if (piece >= LEAST) return;
-        each<PIECES>(tile, stride, [&](int at, int offset, bool there) {
-            ptx::copy_async<8>(bytes + at + 8 * piece, first + offset,
-                               there && piece <= last);
+        const bool wanted = piece <= last;
+        each<PIECES>(tile, image + tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece,
+                     stride, [&](int at, const FIELDS* pixel, bool there) {
+            ptx::copy_async<8>(bytes + at + 8 * piece, pixel, there && wanted);
         });
     }
     // Of the lane's own pixel.
@@ -155,33 +159,29 @@ struct Staged {
         const unsigned word = *(const unsigned short*)(of_pixel + shift(group) + which);
         return Number<FIELDS>::get(&word, 0);
     }
-    // Of the lane's own pixel, as `store` reads them: whole words are whole in memory too.
-    DCNV4_DEVICE void write(int lane, int group, const unsigned (&words)[WORDS]) {
-        const int by = group * COUNT % 2 * 16;
-        unsigned* to = (unsigned*)(bytes + lane * PITCH);
+    // Writes those of the lane's own pixel to memory, with the warp.
+    DCNV4_DEVICE void store(const Tile& tile, int group, const unsigned (&words)[WORDS],
+                            FIELDS* image, long long stride) {
+        constexpr int SHARE = WORDS < 16 ? 16 : 32;
+        // In memory too the words are whole, but for a half shared with the group before or after.
+        const int before = group * COUNT % 2, end = (before + COUNT) / 2;
+        unsigned* own = (unsigned*)(bytes + tile.lane * PITCH);
 #pragma unroll
         for (int i = 0; i <= WORDS; ++i) {
             const unsigned low = i ? words[i ? i - 1 : 0] : 0;
             const unsigned high = i < WORDS ? words[i < WORDS ? i : 0] : 0;
-            to[i] = COUNT % 2 ? __funnelshift_l(low, high, by) : high;
+            own[i] = COUNT % 2 ? __funnelshift_l(low, high, before * 16) : high;
         }
-    }
-    DCNV4_DEVICE void store(const Tile& tile, int group, FIELDS* image, int stride) const {
-        constexpr int SHARE = WORDS < 16 ? 16 : 32;
-        const int before = group * COUNT % 2, end = (before + COUNT) / 2;  // end: of whole words
+        __syncwarp();
+        FIELDS* first = image + tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
         const int word = tile.lane % SHARE;
-        FIELDS* first = image + (long long)tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
-        each<SHARE>(tile, stride, [&](int at, int offset, bool there) {
-            const unsigned both = *(const unsigned*)(bytes + at + 4 * word);
-            if (there && word >= before && word < end) *(unsigned*)(first + offset + 2 * word) = both;
+        const bool whole = word >= before && word < end;
+        each<SHARE>(tile, first + 2 * word, stride, [&](int at, FIELDS* pixel, bool there) {
+            ptx::store_if(there && whole, pixel, *(const unsigned*)(bytes + at + 4 * word));
         });
-        if (COUNT % 2 == 0) return;
-        // A half that shares its word with the group before or after.
-        const int half = before ? 1 : COUNT - 1;
-        each<4>(tile, stride, [&](int at, int offset, bool there) {
-            const FIELDS alone = *((const FIELDS*)(bytes + at) + half);
-            if (there && tile.lane % 4 == 0) first[offset + half] = alone;
-        });
+        const int c = tile.lane / 4, r = tile.lane % 4, half = before ? 1 : COUNT - 1;
+        if (COUNT % 2 && tile.has(c, r))
+            first[(r * tile.width + c) * stride + half] = ((const FIELDS*)own)[half];
     }
 };
 
