@@ -60,9 +60,10 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
     monkeypatch.setattr(backend, "TILED", TILED)
-    for case in cases.CONV:
-        if case.depth in (16, 64):
-            _plan(case, torch.float16, case.batch)
+    for case in (*cases.CONV, *tile_cases()):
+        for dtype in (torch.float16, torch.bfloat16):
+            _plan(case, dtype, case.batch)
+        _plan(case, torch.float16, case.batch, deterministic=True)
     return list(found)
 
 
@@ -138,6 +139,33 @@ def test_block_size() -> None:
         assert load[size] <= 1.1 * min(load.values())
     assert backend.block_size(10**7, 132) == 256
     assert backend.block_size(132 * 64, 132) == 64
+
+
+def test_strip_height() -> None:
+    for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
+        height = backend.strip_height(columns, tiles, 12 * 132)
+        assert 1 <= height <= min(tiles, 64)
+    assert backend.strip_height(1792, 14, 12 * 132) == 7  # two strips a column, two rounds of warps
+    assert backend.strip_height(160, 50, 12 * 132) == 6  # one round, hardly a warp idle
+    assert backend.strip_height(4, 8, 12 * 132) == 1  # few pixels: as many warps as there are tiles
+
+
+def test_tiles_take_what_they_can() -> None:
+    def fits(depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any) -> bool:
+        window = functional.window(**{"groups": 4, **settings})
+        value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
+        fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
+        layouts = backend._layout(value), backend._layout(fields)
+        return backend.fits_tiles(window, depth, *layouts, 16, 9)
+
+    assert all(fits(depth) for depth in (16, 32, 48, 64))
+    assert fits(dtype=torch.bfloat16)
+    assert fits(remove_center=True, softmax=True, padding=0)
+    assert not any(fits(depth) for depth in (8, 24, 80))
+    assert not fits(dtype=torch.float32)
+    assert not fits(extra=1)  # pixels of offset_mask must begin on whole 8 bytes
+    for setting in ({"stride": 2}, {"dilation": 2}, {"kernel_size": 5}, {"offset_scale": 2.0}):
+        assert not fits(**setting)
 
 
 @pytest.fixture

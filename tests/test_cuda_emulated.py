@@ -165,3 +165,14 @@ def test_deterministic(name: str, dtype: torch.dtype, deterministic: None) -> No
     with emulated(backwards=True):
         for result_name, result in case.run(dtype, "cpu", "cuda").items():
             assert torch.equal(result, results[result_name]), result_name
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.9, 3.0])
+def test_deterministic_tiles(sigma: float, deterministic: None) -> None:
+    case = replace(tile_cases()[0], sigma=sigma)
+    with emulated(TILED=TILED):
+        results = case.run(torch.float16, "cpu", "cuda")
+    case.check(results, torch.float16)
+    with emulated(TILED=TILED, backwards=True):
+        for name, result in case.run(torch.float16, "cpu", "cuda").items():
+            assert torch.equal(result, results[name]), name

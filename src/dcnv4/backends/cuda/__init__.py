@@ -479,7 +479,6 @@ def _conv_plan(
     tiled = (
         name in TILED
         and slices >= TILED[name]
-        and not deterministic
         and not wide
         and fits_tiles(window, depth, value, fields, alignment, major)
     )

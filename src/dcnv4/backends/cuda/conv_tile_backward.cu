@@ -14,9 +14,9 @@ struct Arguments {
     const VALUE* value;
     const FIELDS* fields;
     const VALUE* grad;
-    Sum* grad_value;      // [B, H, W, C], to be added to
+    Total* grad_value;    // [B, H, W, C], to be added to
     FIELDS* grad_fields;  // [B, Ho, Wo, fields]
-    const Sum* units;     // not used
+    const Sum* units;     // [B], see unit_of_total
     int* limits;
     long long grad_image, grad_pixel;  // strides
     long long channels;                // of offset_mask, padding included
@@ -60,25 +60,26 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
     const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
     const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
     const FIELDS* fields = a.fields + tile.image * c.fields_image;
-    Sum* grad_image = a.grad_value + (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
+    Total* grad_image = a.grad_value + (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
                       group * DEPTH + 4 * t;
     FIELDS* grad_fields =
         a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
+    const Sum unit = unit_of_total(a.units, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
     const long long line = c.width * (long long)(GROUPS * DEPTH);
-    Sum* const first_position = grad_image + x * (long long)(GROUPS * DEPTH);
+    Total* const first_position = grad_image + x * (long long)(GROUPS * DEPTH);
     const bool legal[2] = {x >= 0 && x < c.width, x + 8 >= 0 && x + 8 < c.width};
     const auto add_to = [&](int y, int chunk, const Row& row) {
-        Sum* to = first_position + y * line + 16 * chunk;
+        Total* to = first_position + y * line + 16 * chunk;
         const bool there = y >= 0 && y < c.height;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
                                  row[1][2 * half + 1]};
             const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
-            ptx::add_if(there && any && legal[half], to + half * (8 * GROUPS * DEPTH), term);
+            add_if(there && any && legal[half], to + half * (8 * GROUPS * DEPTH), term, unit);
         }
     };
     int first = 0;  // row of the ring
@@ -246,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
                     if (!(at.legal >> i & 1)) continue;
                     const int where = (at.row + i / 2) * c.width + at.column + i % 2;
                     const VALUE* corner = dcnv4::at(image + 4 * t, where, c.stride);
-                    Sum* to = grad_image + (long long)where * (GROUPS * DEPTH);
+                    Total* to = grad_image + (long long)where * (GROUPS * DEPTH);
 #pragma unroll
                     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                         const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
@@ -259,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
                         for (int v = 0; v < 4; ++v) {
                             const Sum grad = Number<VALUE>::get(here, v);
                             dot[i] += grad * four[v];
-                            term[v] = share[i] * grad;
+                            term[v] = share[i] * grad * unit;
                         }
                         add(to + 16 * chunk, term);
                     }

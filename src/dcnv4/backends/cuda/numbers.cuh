@@ -183,4 +183,14 @@ DCNV4_DEVICE void add(long long* at, const float (&terms)[N]) {
     for (int i = 0; i < N; ++i) ptx::add(at + i, __float2ll_rn(terms[i]));
 }
 
+// Four of them, times `unit` where sums are integers, or none.
+DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4], float) {
+    ptx::add_if(wanted, at, terms);
+}
+DCNV4_DEVICE void add_if(bool wanted, long long* at, const float (&terms)[4], float unit) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (wanted) ptx::add(at + i, __float2ll_rn(terms[i] * unit));
+}
+
 }  // namespace dcnv4
