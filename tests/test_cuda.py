@@ -83,7 +83,8 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
         locations, weights = coordinates
         coordinates = locations, weights.reshape(locations.shape[:-1])
     first, *layouts = (backend._layout(prepare(tensor)) for tensor in (value, *coordinates))
-    first = first._replace(shape=(batch, *first.shape[1:]))
+    (_, *shape), *where = first
+    first = ((batch, *shape), *where)
     plan(f"{name}_forward", first, *layouts, None, *rest, False, 0)
     gradient = backend._layout(prepare(grad))
     plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
