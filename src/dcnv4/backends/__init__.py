@@ -82,6 +82,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@cache
 def load(name: str) -> Backend:
     """The module of one backend. Its imports of kernels and compilers happen at first use."""
     return cast(Backend, import_module(f"{__name__}.{name}"))
@@ -112,8 +113,8 @@ def choose(
     """
     name = requested(device.type) if backend is None else known("backend", backend)
     if not deterministic or not torch.is_deterministic_algorithms_warn_only_enabled():
-        return _choose(Call(op, device, dtype, deterministic), name)
-    chosen = _choose(Call(op, device, dtype), name)
+        return _choose(op, device, dtype, deterministic, name)
+    chosen = _choose(op, device, dtype, False, name)
     reason = why_not(chosen, Call(op, device, dtype, True))
     if reason is not None:
         warnings.warn(f"backend {chosen} of {op} {reason}", stacklevel=2)
@@ -160,7 +161,10 @@ def known(what: str, name: str) -> str:
 
 
 @cache
-def _choose(call: Call, name: str) -> str:
+def _choose(
+    op: str, device: torch.device, dtype: torch.dtype, deterministic: bool, name: str
+) -> str:
+    call = Call(op, device, dtype, deterministic)
     # Triton's interpreter takes CPU tensors when it is asked to, but it is no backend to prefer.
     fit = [n for n in NAMES if n != "triton" or call.device.type != "cpu"]
     for candidate in fit if name == "auto" else (name,):
