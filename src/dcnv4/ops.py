@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import forward_ad
 
 from .backends import Backend, choose, load, reference
@@ -303,8 +304,11 @@ def _is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     if not _HAS_COMPILER or torch.compiler.is_compiling():
         return False
     for i in inputs:
-        kind = type(call[i])
+        tensor = call[i]
+        kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:
+            return False
+        if _unwrap_if_dead(tensor) is not tensor:  # it was left over by a transform
             return False
     return not (
         call[1].is_meta

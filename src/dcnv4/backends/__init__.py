@@ -125,8 +125,17 @@ def choose(
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# `os.environ` takes a microsecond to say that these are not set, its dictionary a tenth of that.
+_REQUESTS = [
+    getattr(os.environ, "encodekey", str)(name) for name in ("DCNV4_BACKEND", "DCNV4_USE_TRITON")
+]
+
+
 def requested(device_type: str) -> str:
     """What the environment asks for on this kind of device: a backend's name or "auto"."""
+    variables = getattr(os.environ, "_data", _REQUESTS)
+    if _REQUESTS[0] not in variables and _REQUESTS[1] not in variables:
+        return "auto"
     name = known("DCNV4_BACKEND", os.environ.get("DCNV4_BACKEND", "auto"))
     if name != "auto":
         return name
