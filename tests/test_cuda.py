@@ -84,7 +84,8 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
         locations, weights = coordinates
         coordinates = locations, weights.reshape(locations.shape[:-1])
     first, *layouts = (backend._layout(prepare(tensor)) for tensor in (value, *coordinates))
-    first = first._replace(shape=(batch, *first.shape[1:]))
+    (_, *shape), *where = first
+    first = ((batch, *shape), *where)
     plan(f"{name}_forward", first, *layouts, None, *rest, False, 0)
     gradient = backend._layout(prepare(grad))
     plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
@@ -151,11 +152,16 @@ def test_strip_height() -> None:
 
 
 def test_tiles_take_what_they_can() -> None:
-    def fits(depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any) -> bool:
+    def fits(
+        depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any
+    ) -> bool:
         window = functional.window(**{"groups": 4, **settings})
         value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
         fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
-        layouts = backend._layout(value), backend._layout(fields)
+        layouts = (
+            backend._Layout(*backend._layout(value)),
+            backend._Layout(*backend._layout(fields)),
+        )
         return backend.fits_tiles(window, depth, *layouts, 16, 9)
 
     assert all(fits(depth) for depth in (16, 32, 48, 64))

@@ -240,3 +240,22 @@ def test_a_transform_leaves_nothing_behind() -> None:
     assert modules._kept_sizes.cache_info().currsize == 0
     layer(*inputs)
     assert modules._kept_sizes.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_tensor_that_outlives_its_transform(recorded: bool) -> None:
+    """It counts as the tensor that it wrapped."""
+    case = CASES[0]
+    (value, *rest), seed = arguments(case)
+    kept: list[Tensor] = []
+    grad(lambda value: kept.append(value) or value.sum())(value)  # type: ignore[func-returns-value]
+    coordinates = [tensor.requires_grad_(recorded) for tensor in rest]
+    with torch.set_grad_enabled(recorded):
+        output = case.call(kept[0], *coordinates)
+        torch.testing.assert_close(output, case.call(value, *coordinates))
+    if recorded:
+        got, expected = (
+            torch.autograd.grad((case.call(v, *coordinates) * seed).sum(), coordinates)
+            for v in (kept[0], value)
+        )
+        torch.testing.assert_close(got, expected)

@@ -103,7 +103,7 @@ def window(
         _flag("remove_center", remove_center),
         _flag("softmax", softmax),
     )
-    if settings.points() == 0:
+    if remove_center and settings.points() == 0:
         raise ValueError(
             "remove_center must leave a point; got kernel_size (1, 1), whose one it is"
         )
@@ -129,18 +129,20 @@ def windowed_conv(
             f"{width + 2 * window.padding[1]}; got {window.kernel_size} with dilation "
             f"{window.dilation}"
         )
-    shape = [batch, max(rows, 0), max(columns, 0)]
+    shape = batch, max(rows, 0), max(columns, 0)
     fields = window.fields()
-    if list(offset_mask.shape[:3]) != shape or offset_mask.shape[3] < fields:
+    found = offset_mask.shape
+    if found[:3] != shape or found[3] < fields:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
-            f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(offset_mask.shape)}"
+            f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(found)}"
         )
     deterministic = ops.must_be_deterministic(value, offset_mask)
     chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
     dtype = value.dtype
-    value, (offset_mask,) = _promote(value, offset_mask)
-    output: Tensor = ops.deform_conv(value, offset_mask, *window, chosen)
+    if offset_mask.dtype != dtype:
+        value, (offset_mask,) = _promote(value, offset_mask)
+    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
     return output if value.dtype == dtype else output.to(dtype)
 
 
@@ -212,21 +214,21 @@ def ms_deform_attn(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
             f"got {list(attention_weights.shape)}"
         )
-    shapes, sizes = _levels(spatial_shapes, levels, length, value.device)
+    shapes = _levels(spatial_shapes, levels, length, value.device)
     deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)
     chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
     dtype = value.dtype
-    value, (locations, weights) = _promote(value, sampling_locations, attention_weights)
-    output: Tensor = ops.ms_deform_attn(
-        value, shapes, sizes, locations, weights.reshape(shape), softmax, chosen
-    )
+    locations, weights = sampling_locations, attention_weights
+    if not locations.dtype == weights.dtype == dtype:
+        value, (locations, weights) = _promote(value, locations, weights)
+    if weights.dim() == 4:
+        weights = weights.reshape(shape)
+    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
     return output if value.dtype == dtype else output.to(dtype)
 
 
 def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Dtypes that every backend takes, nothing rounded down: the value may become float64."""
-    if all(c.dtype == value.dtype for c in coordinates):
-        return value, coordinates
     if any(c.dtype == torch.float64 for c in coordinates):
         value = value.double()
     return value, ops.exact_coordinates(value, *coordinates)
@@ -234,8 +236,8 @@ def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor,
 
 def _levels(
     spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
-) -> tuple[Tensor | None, list[int]]:
-    """The level sizes as the operator takes them: a tensor left where it is, or H₀, W₀, H₁, …"""
+) -> Tensor | list[tuple[int, int]]:
+    """The level sizes as backends take them: a tensor left where it is, or pairs (H, W)."""
     rule = f"spatial_shapes must be L = {levels} pairs (H, W)"
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dtype not in _INTEGERS:
@@ -245,21 +247,23 @@ def _levels(
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
             raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
         if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
-            return spatial_shapes, []
+            return spatial_shapes
         spatial_shapes = spatial_shapes.tolist()
     try:
         pairs = [(height, width) for height, width in spatial_shapes]
     except (TypeError, ValueError):
         raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
-    sizes = [_integer("spatial_shapes", size, 0) for pair in pairs for size in pair]
+    total = 0
+    for height, width in pairs:
+        total += _integer("spatial_shapes", height, 0) * _integer("spatial_shapes", width, 0)
     if len(pairs) != levels:
         raise ValueError(f"{rule}, as in sampling_locations; got {len(pairs)}")
-    if sum(height * width for height, width in pairs) != length:
+    if total != length:
         raise ValueError(
             f"spatial_shapes must add up to S = {length} pixels, as in value; got {pairs}, "
-            f"which is {sum(height * width for height, width in pairs)}"
+            f"which is {total}"
         )
-    return None, sizes
+    return pairs
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -306,7 +310,7 @@ def check_tensor(
 
 
 def _integer(name: str, argument: Any, least: int) -> int:
-    if type(argument) is int and argument >= least:  # what follows costs microseconds
+    if type(argument) is int and argument >= least:
         return argument
     if not isinstance(argument, (int, torch.SymInt, Integral)) or isinstance(argument, bool):
         raise TypeError(f"{name} must be an integer >= {least}; got {argument!r}")
@@ -316,6 +320,8 @@ def _integer(name: str, argument: Any, least: int) -> int:
 
 
 def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
+    if type(argument) is int and argument >= least:  # what follows costs microseconds
+        return argument, argument
     if isinstance(argument, (tuple, list)):
         if len(argument) != 2:
             raise ValueError(f"{name} must be an int or (height, width); got {argument!r}")
@@ -324,6 +330,8 @@ def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
 
 
 def _finite(name: str, argument: Any) -> float:
+    if type(argument) is float and -math.inf < argument < math.inf:
+        return argument
     if not isinstance(argument, Real) or isinstance(argument, bool):
         raise TypeError(f"{name} must be a number; got {argument!r}")
     number = float(argument)

@@ -147,12 +147,14 @@ class _DeformConv(WindowedLayer):
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
-        x = x.to(autocast_dtype(x))  # once, not for each projection
-        value = x if self.value_proj is None else self.value_proj(x)
+        if (dtype := autocast_dtype(x)) != x.dtype:
+            x = x.to(dtype)  # once, not for each projection
+        value_proj, output_proj = self.value_proj, self.output_proj
+        value = x if value_proj is None else value_proj(x)
         y = windowed_conv(value, self._fields(x), self.window, self.backend)
         if self.center_feature_scale:
             y = self._blend(y, value, y)
-        return y if self.output_proj is None else self.output_proj(y)
+        return y if output_proj is None else output_proj(y)
 
     def _fields(self, x: Tensor) -> Tensor:
         """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
@@ -288,8 +290,7 @@ class DCNv4(_DeformConv):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        image: Tensor = x.unflatten(1, (height, width))
-        return image
+        return x.view(x.shape[0], height, width, self.channels)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
@@ -586,8 +587,9 @@ class FlashDeformAttn(nn.Module):
             )
         heads = (self.n_heads, self.n_levels, self.n_points)
         offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
-        centers = _wide(reference_points)[:, :, None, :, None]
-        if reference_points.shape[-1] == 2:
+        size = reference_points.shape[3]
+        centers = _wide(reference_points).reshape(batch, queries, 1, self.n_levels, 1, size)
+        if size == 2:
             locations = centers + offsets / self._sizes(shapes, offsets)
         else:
             locations = centers[..., :2] + offsets * (centers[..., 2:] * (0.5 / self.n_points))
@@ -617,7 +619,8 @@ class FlashDeformAttn(nn.Module):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(sum_dtype(tensor.dtype))
+    dtype = sum_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _make_sizes(

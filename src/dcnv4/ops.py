@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import forward_ad
 
 from .backends import Backend, choose, load, reference
@@ -31,6 +32,12 @@ _ATTENTION = (
 _HALVES = (torch.float16, torch.bfloat16)
 _HAS_COMPILER = hasattr(torch, "compiler")
 _HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
+_HAS_AUTOCAST_ANYWHERE = hasattr(torch._C, "_is_any_autocast_enabled")
+_AUTOCAST_KEYS = {
+    device: key
+    for device in ("cpu", "cuda", "mps", "xpu")
+    if (key := getattr(torch._C.DispatchKey, f"Autocast{device.upper()}", None)) is not None
+}
 
 
 def exact_coordinates(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
@@ -47,6 +54,9 @@ def must_be_deterministic(*inputs: Tensor) -> bool:
     if not torch.are_deterministic_algorithms_enabled():
         return False
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+# A call is a backend's name and the arguments that this backend takes; operators take them flat.
 
 
 def unpack(settings: Sequence[Any]) -> tuple[Window, str]:
@@ -71,6 +81,28 @@ def unpack_attention(
     return (value, shapes, locations, weights, softmax), backend
 
 
+def _unflatten_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> tuple[Any, ...]:
+    window, backend = unpack(settings)
+    return backend, value, offset_mask, window
+
+
+def _flatten_conv(
+    backend: str, value: Tensor, offset_mask: Tensor, window: Window
+) -> tuple[Any, ...]:
+    return value, offset_mask, *window, backend
+
+
+def _unflatten_attn(*flat: Any) -> tuple[Any, ...]:
+    arguments, backend = unpack_attention(*flat)
+    return backend, *arguments
+
+
+def _flatten_attn(backend: str, value: Tensor, spatial_shapes: Any, *rest: Any) -> tuple[Any, ...]:
+    if isinstance(spatial_shapes, Tensor):
+        return value, spatial_shapes, [], *rest, backend
+    return value, None, [size for pair in spatial_shapes for size in pair], *rest, backend
+
+
 def _for_backward(op: str, value: Tensor, backend: str) -> Backend:
     """The backend, unless determinism was asked for after it was chosen, and it has none."""
     if torch.are_deterministic_algorithms_enabled():
@@ -78,8 +110,7 @@ def _for_backward(op: str, value: Tensor, backend: str) -> Backend:
     return load(backend)
 
 
-def _conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
-    window, backend = unpack(settings)
+def _conv(backend: str, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     return load(backend).conv_forward(value, offset_mask, window)
 
 
@@ -88,21 +119,20 @@ def _conv_meta(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
 
 
 def _conv_backward(
-    grad: Tensor, value: Tensor, offset_mask: Tensor, *settings: Any
+    grad: Tensor, backend: str, value: Tensor, offset_mask: Tensor, window: Window
 ) -> tuple[Tensor, Tensor]:
-    window, backend = unpack(settings)
     run = _for_backward("deform_conv", value, backend).conv_backward
     return run(grad, value, offset_mask, window)
 
 
-def _conv_differentiable(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
-    window, _ = unpack(settings)
+def _conv_differentiable(
+    backend: str, value: Tensor, offset_mask: Tensor, window: Window
+) -> Tensor:
     return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
-def _attn(*arguments: Any) -> Tensor:
-    unpacked, backend = unpack_attention(*arguments)
-    return load(backend).attn_forward(*unpacked)
+def _attn(backend: str, *arguments: Any) -> Tensor:
+    return load(backend).attn_forward(*arguments)
 
 
 def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
@@ -110,30 +140,31 @@ def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
     return value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
 
 
-def _attn_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    unpacked, backend = unpack_attention(*arguments)
+def _attn_backward(grad: Tensor, backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     run = _for_backward("ms_deform_attn", arguments[0], backend).attn_backward
-    return run(grad, *unpacked)
+    return run(grad, *arguments)
 
 
-def _attn_differentiable(*arguments: Any) -> Tensor:
-    unpacked, _ = unpack_attention(*arguments)
-    return reference.attn_forward(*unpacked, differentiable=True)
+def _attn_differentiable(backend: str, *arguments: Any) -> Tensor:
+    return reference.attn_forward(*arguments, differentiable=True)
 
 
 def _define(
     name: str,
     arguments: str,
     inputs: tuple[int, ...],
+    flatten: Callable[..., tuple[Any, ...]],
+    unflatten: Callable[..., tuple[Any, ...]],
     forward: Callable[..., Tensor],
     meta: Callable[..., Tensor],
     backward: Callable[..., tuple[Tensor, ...]],
     differentiable: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
-    """Register operator `name` and its backward; return what calls it.
+    """Register operator `name` and its backward; return what runs a call.
 
-    The operator is differentiable in the arguments at `inputs`. `backward` takes the output's
-    gradient before the same arguments. `differentiable` is the forward made of PyTorch's own
+    A call is differentiable in its arguments at `inputs`. `flatten` makes the operator's arguments
+    of a call and `unflatten` a call of them. `forward` and `differentiable` take a call, `backward`
+    the output's gradient before one. `differentiable` is the forward made of PyTorch's own
     operations: the derivatives of the backward come from it, and it runs under `torch.func`
     transforms and in forward mode.
     """
@@ -146,87 +177,113 @@ def _define(
     operator = getattr(torch.ops.dcnv4, name).default
     operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
 
-    def meta_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        tensors = (arguments[i] for i in inputs)
+    def compute(*flat: Any) -> Tensor:
+        return forward(*unflatten(*flat))
+
+    def compute_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        return backward(grad, *unflatten(*flat))
+
+    def meta_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        call = unflatten(*flat)
+        tensors = (call[i] for i in inputs)
         return tuple(t.new_empty(t.shape) for t in tensors)
 
-    def below_autograd(*arguments: Any) -> Tensor:
+    def below_autograd(*call: Any) -> Tensor:
         guard = torch._C._AutoDispatchBelowAutograd()
         try:
-            output: Tensor = operator(*arguments)
+            output: Tensor = operator(*flatten(*call))
         finally:
             del guard  # which an exception's frames would keep, and autograd off with it
         return output
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in arguments])
-            ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
-            return run(*arguments)
+        def forward(ctx: Any, run: Callable[..., Tensor], *call: Any) -> Tensor:
+            ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in call])
+            ctx.call = [None if isinstance(a, Tensor) else a for a in call]
+            return run(*call)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            saved = zip(ctx.saved_tensors, ctx.arguments, strict=True)
-            arguments = [other if tensor is None else tensor for tensor, other in saved]
-            plain = not torch.is_grad_enabled() and _is_plain(arguments, inputs)
-            run = backward if plain else operator_backward
-            grads: list[Tensor | None] = [None] * (1 + len(arguments))
-            for i, result in zip(inputs, run(grad, *arguments), strict=True):
+            saved = zip(ctx.saved_tensors, ctx.call, strict=True)
+            call = [other if tensor is None else tensor for tensor, other in saved]
+            if torch.is_grad_enabled() or not _is_plain(call, inputs) or _is_autocast_anywhere():
+                results = operator_backward(grad, *flatten(*call))
+            else:
+                results = backward(grad, *call)
+            grads: list[Tensor | None] = [None] * (1 + len(call))
+            for i, result in zip(inputs, results, strict=True):
                 grads[1 + i] = result
             return tuple(grads)
 
-    def needs_grad(arguments: Sequence[Any]) -> bool:
-        return torch.is_grad_enabled() and any(arguments[i].requires_grad for i in inputs)
-
-    def autograd(*arguments: Any) -> Any:
-        if needs_grad(arguments):
-            return Differentiable.apply(below_autograd, *arguments)  # type: ignore[no-untyped-call]
-        return below_autograd(*arguments)
-
-    def autograd_backward(grad: Tensor, *arguments: Any) -> Any:
-        tensors = [arguments[i] for i in inputs]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (grad, *tensors)):
-            replaced = list(arguments)
+    def needs_grad(call: Sequence[Any]) -> bool:
+        if torch.is_grad_enabled():
             for i in inputs:
-                if not arguments[i].requires_grad:
-                    replaced[i] = arguments[i].detach().requires_grad_()
-            wanted = [replaced[i] for i in inputs]
-            output = differentiable(*replaced)
+                if call[i].requires_grad:
+                    return True
+        return False
+
+    def autograd(*flat: Any) -> Any:
+        call = unflatten(*flat)
+        if needs_grad(call):
+            return Differentiable.apply(below_autograd, *call)  # type: ignore[no-untyped-call]
+        return below_autograd(*call)
+
+    # `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
+    apply = super(torch.autograd.Function, Differentiable).apply
+
+    def eager(*call: Any) -> Any:
+        if needs_grad(call):
+            return apply(forward, *call)  # type: ignore[no-untyped-call]
+        return forward(*call)
+
+    def autograd_backward(grad: Tensor, *flat: Any) -> Any:
+        call = list(unflatten(*flat))
+        tensors = [call[i] for i in inputs]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (grad, *tensors)):
+            for i in inputs:
+                if not call[i].requires_grad:
+                    call[i] = call[i].detach().requires_grad_()
+            wanted = [call[i] for i in inputs]
+            output = differentiable(*call)
             return torch.autograd.grad(output, wanted, grad, create_graph=True)
         guard = torch._C._AutoDispatchBelowAutograd()
         try:
-            grads = operator_backward(grad, *arguments)
+            grads = operator_backward(grad, *flat)
         finally:
             del guard
         return grads
 
-    _library.impl(name, forward, "CompositeExplicitAutograd")
+    def autocast(*flat: Any, device: str) -> Any:
+        call = _as_autocast(unflatten(*flat), device, inputs)
+        return _without_autocast(device, operator, *flatten(*call))
+
+    _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, meta, "Meta")
     _library.impl(name, autograd, "Autograd")
-    _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    _library.impl(f"{name}_backward", compute_backward, "CompositeExplicitAutograd")
     _library.impl(f"{name}_backward", meta_backward, "Meta")
     _library.impl(f"{name}_backward", autograd_backward, "Autograd")
-    for device in ("cpu", "cuda", "mps", "xpu"):
-        _define_autocast(name, operator, partial(_as_autocast, inputs=inputs), device)
-        _define_autocast(f"{name}_backward", operator_backward, lambda given, device: given, device)
+    for device, key in _AUTOCAST_KEYS.items():
+        _library.impl(name, partial(autocast, device=device), key.name)
+        run_backward = partial(_without_autocast, device, operator_backward)
+        _library.impl(f"{name}_backward", run_backward, key.name)
 
-    def call(*arguments: Any) -> Tensor:
-        if _is_transformed():
-            device = arguments[inputs[0]].device.type
+    def run(*call: Any) -> Any:
+        if _is_plain(call, inputs):
+            if not _is_autocast_anywhere() or not is_autocast(device := call[1].device.type):
+                return eager(*call)
+            if device in _AUTOCAST_KEYS:
+                return _without_autocast(device, eager, *_as_autocast(call, device, inputs))
+        elif _is_transformed():
+            device = call[1].device.type
             if not is_autocast(device):
-                return differentiable(*arguments)
+                return differentiable(*call)
             with torch.autocast(device, enabled=False):
-                return differentiable(*_as_autocast(arguments, device, inputs))
-        if not _is_plain(arguments, inputs):
-            output: Tensor = operator(*arguments)
-        elif needs_grad(arguments):
-            output = Differentiable.apply(forward, *arguments)  # type: ignore[no-untyped-call]
-        else:
-            output = forward(*arguments)
-        return output
+                return differentiable(*_as_autocast(call, device, inputs))
+        return operator(*flatten(*call))
 
-    return call
+    return run
 
 
 def _is_transformed() -> bool:
@@ -238,26 +295,29 @@ def _is_transformed() -> bool:
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_plain(arguments: Sequence[Any], inputs: tuple[int, ...]) -> bool:
-    """Whether nothing but a backend is interested in a call, which then skips the dispatcher.
+def _is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+    """Whether nothing but autograd, autocast and a backend is interested in a call.
 
-    The dispatcher costs about 10 µs a call; it is there for tracing, autocast, profilers, tensor
-    subclasses and modes.
+    It then skips the dispatcher, which costs about 10 µs a call and is there for tracing,
+    profilers, tensor subclasses, modes and transforms.
     """
     if not _HAS_COMPILER or torch.compiler.is_compiling():
         return False
     for i in inputs:
-        kind = type(arguments[i])
+        tensor = call[i]
+        kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:
             return False
-    value = arguments[inputs[0]]
-    return (
-        not value.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        and not is_autocast(value.device.type)
+        if _unwrap_if_dead(tensor) is not tensor:  # it was left over by a transform
+            return False
+    return not (
+        call[1].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -281,35 +341,29 @@ def is_autocast(device: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
-def _define_autocast(
-    name: str,
-    operator: Callable[..., Any],
-    prepare: Callable[[Sequence[Any], str], Sequence[Any]],
-    device: str,
-) -> None:
-    """Under autocast run `operator` without it, on the arguments that `prepare` makes."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}", None)
-    if key is None:
-        return
-
-    def autocast(*arguments: Any) -> Any:
-        prepared = prepare(arguments, device)
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-        try:
-            return operator(*prepared)
-        finally:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-
-    _library.impl(name, autocast, key.name)
+def _is_autocast_anywhere() -> bool:
+    if _HAS_AUTOCAST_ANYWHERE:
+        return torch._C._is_any_autocast_enabled()
+    return torch.is_autocast_cpu_enabled() or torch.is_autocast_enabled()
 
 
-def _as_autocast(arguments: Sequence[Any], device: str, inputs: tuple[int, ...]) -> list[Any]:
+def _without_autocast(device: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run` makes of the arguments, autocast being off. It must be on."""
+    key = _AUTOCAST_KEYS[device]
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+    try:
+        return run(*arguments)
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+
+
+def _as_autocast(call: Sequence[Any], device: str, inputs: tuple[int, ...]) -> list[Any]:
     """The value in autocast's dtype unless it is float64; coordinates as precise as they came."""
-    replaced = list(arguments)
+    replaced = list(call)
     first, *rest = inputs
-    if arguments[first].dtype != torch.float64:
-        replaced[first] = arguments[first].to(autocast_dtype(device))
-    exact = exact_coordinates(replaced[first], *(arguments[i] for i in rest))
+    if call[first].dtype != torch.float64:
+        replaced[first] = call[first].to(autocast_dtype(device))
+    exact = exact_coordinates(replaced[first], *(call[i] for i in rest))
     for i, coordinate in zip(rest, exact, strict=True):
         replaced[i] = coordinate
     return replaced
@@ -324,7 +378,9 @@ def autocast_dtype(device: str) -> torch.dtype:
 deform_conv = _define(
     "deform_conv",
     f"Tensor value, Tensor offset_mask, {_WINDOW}",
-    (0, 1),
+    (1, 2),
+    _flatten_conv,
+    _unflatten_conv,
     _conv,
     _conv_meta,
     _conv_backward,
@@ -333,7 +389,9 @@ deform_conv = _define(
 ms_deform_attn = _define(
     "ms_deform_attn",
     _ATTENTION,
-    (0, 3, 4),
+    (1, 3, 4),
+    _flatten_attn,
+    _unflatten_attn,
     _attn,
     _attn_meta,
     _attn_backward,

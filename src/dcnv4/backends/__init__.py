@@ -82,6 +82,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@cache
 def load(name: str) -> Backend:
     """The module of one backend. Its imports of kernels and compilers happen at first use."""
     return cast(Backend, import_module(f"{__name__}.{name}"))
@@ -112,8 +113,8 @@ def choose(
     """
     name = requested(device.type) if backend is None else known("backend", backend)
     if not deterministic or not torch.is_deterministic_algorithms_warn_only_enabled():
-        return _choose(Call(op, device, dtype, deterministic), name)
-    chosen = _choose(Call(op, device, dtype), name)
+        return _choose(op, device, dtype, deterministic, name)
+    chosen = _choose(op, device, dtype, False, name)
     reason = why_not(chosen, Call(op, device, dtype, True))
     if reason is not None:
         warnings.warn(f"backend {chosen} of {op} {reason}", stacklevel=2)
@@ -124,8 +125,17 @@ def choose(
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# `os.environ` takes a microsecond to say that these are not set, its dictionary a tenth of that.
+_REQUESTS = [
+    getattr(os.environ, "encodekey", str)(name) for name in ("DCNV4_BACKEND", "DCNV4_USE_TRITON")
+]
+
+
 def requested(device_type: str) -> str:
     """What the environment asks for on this kind of device: a backend's name or "auto"."""
+    variables = getattr(os.environ, "_data", _REQUESTS)
+    if _REQUESTS[0] not in variables and _REQUESTS[1] not in variables:
+        return "auto"
     name = known("DCNV4_BACKEND", os.environ.get("DCNV4_BACKEND", "auto"))
     if name != "auto":
         return name
@@ -160,7 +170,10 @@ def known(what: str, name: str) -> str:
 
 
 @cache
-def _choose(call: Call, name: str) -> str:
+def _choose(
+    op: str, device: torch.device, dtype: torch.dtype, deterministic: bool, name: str
+) -> str:
+    call = Call(op, device, dtype, deterministic)
     # Triton's interpreter takes CPU tensors when it is asked to, but it is no backend to prefer.
     fit = [n for n in NAMES if n != "triton" or call.device.type != "cpu"]
     for candidate in fit if name == "auto" else (name,):

@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,21 +160,23 @@ class _Plan(NamedTuple):
     blocks: int
     threads: int
     pack: Callable[..., bytes]
-    """The tensors' addresses, the structure's first fields, as bytes."""
+    """Makes the structure of the tensors' addresses, its first fields, and the tail."""
     tail: bytes
     """The other fields."""
     device: int
+    output: tuple[tuple[int, ...], tuple[int, ...]]
+    """Shape and strides of the forward's result."""
     strips: int = 0
     """Of tiles, see tile.cuh: numbers that this launch tells the next."""
     rest: _Plan | None = None
     """Launched next, with the same tensors."""
 
-    def limits(self, device: torch.device) -> Tensor | None:
+    def limits(self, beside: Tensor) -> Tensor | None:
         """Where the launch says what it leaves to the next."""
-        return torch.empty(self.strips, dtype=torch.int32, device=device) if self.strips else None
+        return beside.new_empty(self.strips, dtype=torch.int32) if self.strips else None
 
     def __call__(self, *addresses: int) -> None:
-        arguments = self.pack(*addresses) + self.tail
+        arguments = self.pack(*addresses, self.tail)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if torch._C._cuda_getDevice() == self.device:
             self.kernel(self.blocks, self.threads, stream, arguments)
@@ -200,6 +202,8 @@ class _Problem(NamedTuple):
     slices: int
     deterministic: bool
     device: int
+    output: tuple[int, ...]
+    """Shape of the forward's result."""
     macros: dict[str, int | str]
     """The operator's own."""
 
@@ -228,8 +232,9 @@ class _Layout(NamedTuple):
         return bits & -bits
 
 
-def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """What makes a `_Layout`, which a call that has a plan can do without."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15
 
 
 def _pixels(tensor: Tensor) -> Tensor:
@@ -266,11 +271,10 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
         False,
         value.get_device(),
     )
-    shape = *offset_mask.shape[:3], value.shape[3]
     if plan is None:
-        return value.new_zeros(shape)
-    output = torch.empty(shape, dtype=value.dtype, device=value.device)
-    limits = plan.limits(value.device)
+        return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
+    output = value.new_empty_strided(*plan.output)
+    limits = plan.limits(value)
     plan(
         value.data_ptr(),
         offset_mask.data_ptr(),
@@ -290,8 +294,8 @@ def conv_backward(
     plan = _conv_plan("conv_backward", *layouts, window, deterministic, value.get_device())
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = torch.empty(offset_mask.shape, dtype=offset_mask.dtype, device=value.device)
-    limits = plan.limits(value.device)
+    grad_mask = torch.empty_like(offset_mask, memory_format=torch.contiguous_format)
+    limits = plan.limits(value)
 
     def run(total: Tensor, units: int) -> None:
         plan(
@@ -325,10 +329,9 @@ def attn_forward(
     sizes, shapes = _sizes(spatial_shapes)
     layouts = _layout(value), _layout(locations), _layout(weights)
     plan = _attn_plan("attn_forward", *layouts, None, sizes, softmax, False, value.get_device())
-    shape = *locations.shape[:2], value.shape[2] * value.shape[3]
     if plan is None:
-        return value.new_zeros(shape)
-    output = torch.empty(shape, dtype=value.dtype, device=value.device)
+        return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
+    output = value.new_empty_strided(*plan.output)
     plan(
         value.data_ptr(),
         locations.data_ptr(),
@@ -358,8 +361,8 @@ def attn_backward(
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return grads[0], grads[1], grads[2]
-    grad_locations = torch.empty(locations.shape, dtype=locations.dtype, device=value.device)
-    grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=value.device)
+    grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     def run(total: Tensor, units: int) -> None:
         plan(
@@ -383,9 +386,10 @@ def attn_backward(
 
 def _summed(value: Tensor, run: Callable[[Tensor, int], None]) -> Tensor:
     """The gradient of `value`, which `run` adds to zeros."""
-    total = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+    dtype = sum_dtype(value.dtype)
+    total = torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
     run(total, 0)
-    return total.to(value.dtype)
+    return total.type_as(value)
 
 
 def _summed_in_any_order(
@@ -432,19 +436,20 @@ def _sizes(
         if spatial_shapes.device.type == "cuda":
             return None, spatial_shapes.to(torch.int64).contiguous()
         spatial_shapes = spatial_shapes.tolist()
-    return tuple(size for pair in spatial_shapes for size in pair), None
+    return tuple([size for pair in spatial_shapes for size in pair]), None
 
 
 @lru_cache(_PLANS)
 def _conv_plan(
     name: str,
-    value: _Layout,
-    fields: _Layout,
-    grad: _Layout | None,
+    value: _Layout | tuple[Any, ...],
+    fields: _Layout | tuple[Any, ...],
+    grad: _Layout | tuple[Any, ...] | None,
     window: Window,
     deterministic: bool,
     device: int,
 ) -> _Plan | None:
+    value, fields = _Layout(*value), _Layout(*fields)
     batch, image_height, width, channels = value.shape
     rows, columns = fields.shape[1:3]
     depth, slices = channels // window.groups, batch * rows * columns * window.groups
@@ -455,6 +460,7 @@ def _conv_plan(
     head = ""
     numbers: tuple[float, ...] = ()
     if grad is not None:
+        grad = _Layout(*grad)
         alignment = min(alignment, grad.alignment(*grad.pixels))
         head, numbers = "3q", (*grad.pixels, fields.shape[3])
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window[:4]
@@ -507,6 +513,7 @@ def _conv_plan(
             slices,
             deterministic,
             device,
+            (batch, rows, columns, channels),
             {**macros, "AFTER_TILES": int(tiled)},
         )
         return _plan(name, problem, alignment, addresses, layout, numbers, strips)
@@ -521,15 +528,16 @@ def _conv_plan(
 @lru_cache(_PLANS)
 def _attn_plan(
     name: str,
-    value: _Layout,
-    locations: _Layout,
-    weights: _Layout,
-    grad: _Layout | None,
+    value: _Layout | tuple[Any, ...],
+    locations: _Layout | tuple[Any, ...],
+    weights: _Layout | tuple[Any, ...],
+    grad: _Layout | tuple[Any, ...] | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     device: int,
 ) -> _Plan | None:
+    value, locations, weights = _Layout(*value), _Layout(*locations), _Layout(*weights)
     batch, length, groups, depth = value.shape
     queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
     slices = batch * queries * groups
@@ -539,6 +547,7 @@ def _attn_plan(
     head = ""
     numbers: tuple[float, ...] = ()
     if grad is not None:
+        grad = _Layout(*grad)
         alignment = min(alignment, grad.alignment(*grad.pixels))
         head, numbers = "2q", grad.pixels
     pair = 2 * _bytes(locations.dtype)
@@ -565,6 +574,7 @@ def _attn_plan(
             slices,
             deterministic,
             device,
+            (batch, queries, groups * depth),
             macros,
         ),
         alignment,
@@ -591,7 +601,8 @@ def _plan(
     if problem.deterministic:
         alignment = itemsize  # a number a thread: neighbours then add to whole sectors
     vector, lanes = launch_shape(depth, points, itemsize, alignment, "backward" in name)
-    pack, tail = struct.Struct(f"{addresses}P").pack, struct.pack(f"{fields}0q", *numbers)
+    tail = struct.pack(f"{fields}0q", *numbers)
+    structure = struct.Struct(f"{addresses}P{len(tail)}s")
     macros = {
         "VALUE": _NUMBERS[problem.dtype],
         "INDEX": "unsigned long long" if problem.wide else "unsigned",
@@ -603,7 +614,7 @@ def _plan(
         "VECTOR": vector,
         "LANES": lanes,
         "MAX_THREADS": MAX_THREADS,
-        "ARGUMENT_BYTES": struct.calcsize(f"{addresses}P") + len(tail),
+        "ARGUMENT_BYTES": structure.size,
         **problem.macros,
     }
     device = problem.device
@@ -613,7 +624,9 @@ def _plan(
     if not strips:
         threads = block_size(problem.slices * lanes, _device(device)[1])
         blocks = -(-problem.slices * lanes // threads)
-    return _Plan(kernel, blocks, threads, pack, tail, device, strips)
+    strides = tuple(math.prod(problem.output[i + 1 :]) for i in range(len(problem.output)))
+    output = problem.output, strides
+    return _Plan(kernel, blocks, threads, structure.pack, tail, device, output, strips)
 
 
 def _device(index: int) -> tuple[int, int]:

@@ -86,13 +86,14 @@ class Kernel:
 
     def __call__(self, blocks: int, threads: int, stream: int, arguments: bytes) -> None:
         """Start it on a stream of its GPU, which must be the current one."""
-        pointer = (c_char_p * 1)(arguments)
-        launch = blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0
-        result = self._start(self._kernel, *launch)
-        if result[0] and result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
-            _make_current(self._index)  # a thread in which nothing has used CUDA yet
-            result = self._start(self._kernel, *launch)
+        pointer = c_char_p(arguments)
+        parameters = addressof(pointer)
+        launch = self._kernel, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+        result = self._start(*launch)
         if result[0]:
+            if result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
+                _make_current(self._index)  # a thread in which nothing has used CUDA yet
+                result = self._start(*launch)
             _check(result)
 
 
