@@ -32,6 +32,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of the output pixels that a warp of a tile kernel owns."""
 _TILE_THREADS = 64
+_QUERIES = {8: (16, 16), 16: (16, 8), 32: (8, 8), 64: (8, 4)}
+"""By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
+owns: _SORTING_THREADS threads, one for each query and eight channels."""
+_SORTING_THREADS = 256
+_RESIDENT_THREADS = 1024
+"""Threads of that kernel which a processor must have registers for."""
 TILED: frozenset[str] = frozenset()
 """Kernels that have one for tiles and use it, see tile.cuh. It has yet to be timed on a GPU."""
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
@@ -172,6 +178,8 @@ class _Problem(NamedTuple):
     macros: dict[str, int | str]
     """The operator's own."""
     tiles: int = 0
+    grid: tuple[int, int] | None = None
+    """Blocks and threads, where they do not follow from slices or tiles."""
 
 
 class _Layout(NamedTuple):
@@ -514,6 +522,32 @@ def _attn_plan(
     wide = max(slices >> 2, length, stride >> 2) >= 1 << 29
     numbers += (value.strides[0], *locations.strides[:2], *weights.strides[:2], length)
     numbers += (stride, slices, queries, *(sizes or (0,) * 2 * levels))
+    grid = None
+    if (
+        name in TILED
+        and queries == length
+        and not deterministic
+        and not wide
+        and value.dtype != torch.float64
+        and depth in _QUERIES
+        and length * math.prod(_QUERIES[depth]) < 1 << 32
+        and alignment >= 4 * _bytes(value.dtype)
+        and torch.cuda.get_device_properties(device).major >= 8
+    ):
+        name = name.replace("attn", "attn_tile")
+        columns, rows = _QUERIES[depth]
+        macros |= {
+            "TILE_WIDTH": columns,
+            "TILE_HEIGHT": rows,
+            "RESIDENT_THREADS": _RESIDENT_THREADS,
+            "LANES": depth // 8,
+            "VECTOR": 4,
+        }
+        # Sizes that only the GPU knows make more tiles or fewer: blocks stride over them.
+        known = sizes or (length // columns + 1, columns)
+        pairs = zip(known[::2], known[1::2], strict=True)
+        tiles = sum(-(-height // rows) * -(-width // columns) for height, width in pairs)
+        grid = batch * groups * max(1, tiles), _SORTING_THREADS
     return _plan(
         name,
         _Problem(
@@ -527,6 +561,7 @@ def _attn_plan(
             deterministic,
             device,
             macros,
+            grid=grid,
         ),
         alignment,
         5 if grad is None else 9,
@@ -565,7 +600,9 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    if "tile" in name:
+    if problem.grid:
+        blocks, threads = problem.grid
+    elif "tile" in name:
         threads = _TILE_THREADS
         blocks = -(-problem.tiles * _WARP // threads)
     else:

@@ -1,0 +1,341 @@
+// Gradients of a block's slices, what they add to one pixel summed before it goes to memory.
+//
+// A block holds SLICES neighbouring slices of one image and group, LANES threads each. The legal
+// corners of all their points are sorted by pixel, in shared memory:
+//   1. every corner counts itself in the bucket of its pixel, and learns how many came before;
+//   2. every bucket gets as many places in the list as it counted;
+//   3. every corner writes what it counts, its pixel and its slice to its place;
+//   4. LANES threads at a time walk an equal part of the list. Within a run of one pixel they hold the
+//      pixel's channels and the sum of its gradient in registers, so that both cross memory once a
+//      run. Each corner costs them one read of its slice's output gradient, from shared memory; its
+//      dot product with the pixel takes the corner's place in the list, where
+//   5. the threads that know the point find it, and make the point's gradients of it.
+// Buckets are pixels modulo a few rows and columns: pixels that share one cost time, being runs that
+// interrupt each other, and nothing else. So no window is cut out and no point is too far, sums are
+// in float32 whatever they are of, and what is not finite goes where it goes in `scatter`.
+//
+// Of the operator it asks besides what `scatter` does
+//     int level(int k)      which of several images point k lies in
+#pragma once
+
+#include "points.cuh"
+
+namespace dcnv4 {
+
+constexpr int SLICES = TILE_WIDTH * TILE_HEIGHT;  // a power of two
+constexpr int THREADS = SLICES * LANES;
+constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
+constexpr int BUCKET_ROWS = 16, BUCKET_COLUMNS = 32, BUCKET_LEVELS = LEVELS < 4 ? LEVELS : 4;
+constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
+constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
+
+constexpr int BATCH = 2;  // corners that a thread has under way at once
+// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else.
+constexpr int MOST_CORNERS = sizeof(VALUE) == 2 ? 4096 : 2048;
+constexpr int FITTING = MOST_CORNERS / (4 * THREADS);
+constexpr int PASS = ROUNDS < FITTING ? ROUNDS : FITTING < 1 ? 1 : FITTING;
+constexpr int CORNERS = PASS * 4 * THREADS;
+
+static_assert((SLICES & (SLICES - 1)) == 0 && THREADS % 32 == 0, "whole warps, keys by shifts");
+static_assert(CHANNELS * LANES == DEPTH && CHANNELS % VECTOR == 0, "no lane may be idle");
+static_assert(BUCKETS % THREADS == 0 && CORNERS < 1 << 15, "as the code below assumes");
+
+// A thread's channels of a pixel or slice, as they are stored: the first words of its vectors, then
+// the second ones.
+struct Held {
+    static constexpr int vectors = CHANNELS / VECTOR;
+    static constexpr int words = vectors * Channels::words, quads = words / 4;
+    unsigned word[words];
+
+    DCNV4_DEVICE Sum operator[](int c) const {
+        Channels vector;
+#pragma unroll
+        for (int w = 0; w < Channels::words; ++w) vector.word[w] = word[w * vectors + c / VECTOR];
+        return vector[c % VECTOR];
+    }
+    // `first`: of the thread's channels.
+    static DCNV4_DEVICE Held load(const VALUE* first) {
+        Held out;
+#pragma unroll
+        for (int v = 0; v < vectors; ++v) {
+            const Channels vector = Channels::load(first + v * (LANES * VECTOR));
+#pragma unroll
+            for (int w = 0; w < Channels::words; ++w) out.word[w * vectors + v] = vector.word[w];
+        }
+        return out;
+    }
+};
+static_assert(Held::words % 4 == 0, "whole vectors of 16 bytes");
+
+struct alignas(8) Corner {
+    Sum share;     // what it counts; once the list is walked, its dot product
+    unsigned key;  // pixel * SLICES + slice
+};
+
+// Two numbers to a word: where a point's corners lie in the list.
+struct Places {
+    unsigned word[2] = {0, 0};
+    DCNV4_DEVICE unsigned operator[](int i) const { return word[i / 2] >> i % 2 * 16 & 0xffff; }
+    DCNV4_DEVICE void set(int i, unsigned place) {
+        const int shift = i % 2 * 16;
+        word[i / 2] = word[i / 2] & 0xffff0000u >> shift | place << shift;
+    }
+};
+
+// What a block shares.
+struct Sorted {
+    static constexpr int stretch = 64;  // corners, with two to spare lest all walk in the same banks
+
+    uint4 grad[Held::quads][THREADS];  // the output's gradient
+    alignas(16) Corner list[CORNERS / stretch * (stretch + 2) + stretch + 2];
+    unsigned bucket[BUCKETS];  // how many it holds, then where they begin
+    unsigned total;
+
+    static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / stretch * 2; }
+
+    DCNV4_DEVICE void clear_buckets() {
+#pragma unroll
+        for (int i = 0; i < BUCKETS; i += THREADS) bucket[i + threadIdx.x] = 0;
+    }
+    // Before the first pass; the block must meet afterwards.
+    DCNV4_DEVICE void clear() {
+        clear_buckets();
+        if (threadIdx.x == 0) total = 0;
+    }
+
+    // Give each bucket its part of the list. Which comes first does not matter.
+    DCNV4_DEVICE void allocate() {
+        unsigned count[BUCKETS / THREADS], own = 0;
+#pragma unroll
+        for (int i = 0; i < BUCKETS / THREADS; ++i)
+            own += count[i] = bucket[i * THREADS + threadIdx.x];
+        unsigned upto = own;  // of this thread and those of its warp before it
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const unsigned other = __shfl_up_sync(~0u, upto, step);
+            upto += lane >= step ? other : 0;
+        }
+        unsigned next = lane == 31 ? atomicAdd(&total, upto) : 0;
+        next = __shfl_sync(~0u, next, 31) + upto - own;
+#pragma unroll
+        for (int i = 0; i < BUCKETS / THREADS; ++i) {
+            bucket[i * THREADS + threadIdx.x] = next;
+            next += count[i];
+        }
+    }
+};
+
+// The corners of a point that are to be sorted.
+struct PointCorners {
+    int legal;
+    int bucket[4];
+
+    DCNV4_DEVICE PointCorners(const Corners<Sum>& c, int level, bool active)
+        : legal(active ? c.legal : 0) {
+        const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            bucket[i] = first | (c.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
+                        c.column + i % 2 & (BUCKET_COLUMNS - 1);
+    }
+    DCNV4_DEVICE bool has(int i) const { return legal >> i & 1; }
+};
+
+// The dot products of a pixel's channels with those of output gradients.
+//
+// Where four threads hold 32 halves, tensor cores multiply the 8 output gradients of a warp with its 8
+// pixels. Of those products the diagonal is wanted: a slice's is with the thread whose lane is half
+// the slice's number in the warp. Elsewhere every thread has a part until they are summed, and one in
+// LANES of the batch's after that.
+struct Dots {
+    static constexpr bool matrix = Number<VALUE>::packed && LANES == 4;
+    static constexpr int kept = matrix || LANES > BATCH ? 1 : BATCH / LANES;
+    Sum dot[BATCH];
+
+    template <typename T = VALUE>
+    DCNV4_DEVICE void multiply(int j, const Held& pixel, const Held& grad) {
+        if constexpr (matrix) {
+            // The upper rows hold one half of a slice's channels, the lower ones the other.
+            float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
+            Number<T>::mma(upper, grad.word, pixel.word[0], pixel.word[2]);
+            Number<T>::mma(lower, grad.word, pixel.word[1], pixel.word[3]);
+            dot[j] = threadIdx.x / LANES % 2 ? upper[1] + lower[3] : upper[0] + lower[2];
+        } else {
+            dot[j] = 0;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; ++c) dot[j] += pixel[c] * grad[c];
+        }
+    }
+    DCNV4_DEVICE void store(Corner* list, int lane, bool there) {
+        if constexpr (matrix) {
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j)
+                if (there && lane == threadIdx.x % 32 / (2 * LANES)) list[j].share = dot[j];
+            return;
+        }
+        int left = BATCH;
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) {
+            if (left == 1) {
+                dot[0] += __shfl_xor_sync(~0u, dot[0], step);
+                continue;
+            }
+            left /= 2;
+#pragma unroll
+            for (int i = 0; i < BATCH / 2; ++i) {
+                if (i >= left) break;
+                const bool odd = lane & step;
+                const Sum kept = odd ? dot[2 * i + 1] : dot[2 * i];
+                const Sum given = odd ? dot[2 * i] : dot[2 * i + 1];
+                dot[i] = kept + __shfl_xor_sync(~0u, given, step);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kept; ++i)
+            if (there && lane < BATCH) list[i * LANES + lane].share = dot[i];
+    }
+};
+
+// Step 4. `image` and `grad_image` are the first of a thread's channels at the first pixel.
+DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* grad_image,
+                       Index grad_stride, int lane) {
+    const unsigned total = shared.total;
+    const unsigned part = (total + SLICES * BATCH - 1) / (SLICES * BATCH) * BATCH;
+    const unsigned first = threadIdx.x / LANES * part;
+    unsigned pixel = first < total ? shared.list[Sorted::padded(first)].key / SLICES : 0;
+    Held value = Held::load(at(image, pixel, stride));
+    Sum sum[CHANNELS];
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
+    const auto finish_run = [&] {
+        Sum* to = at(grad_image, pixel, grad_stride);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c += VECTOR) {
+            Sum term[VECTOR];
+#pragma unroll
+            for (int v = 0; v < VECTOR; ++v) term[v] = sum[c + v];
+            add(to + c * LANES, term);
+        }
+    };
+#pragma unroll 1
+    for (unsigned begin = first; begin < first + part; begin += BATCH) {
+        const bool there = begin < total;  // or past the end, which a warp must reach together
+        Corner* list = shared.list + Sorted::padded(there ? begin : 0);
+        Corner corner[BATCH];
+        Held fresh[BATCH], grad[BATCH];
+        bool begins[BATCH];
+        static_assert(BATCH % 2 == 0 && Sorted::stretch % BATCH == 0, "two corners are read at once");
+#pragma unroll
+        for (int j = 0; j < BATCH; j += 2) {
+            const uint4 two = *(const uint4*)(list + j);
+            corner[j] = {there ? __uint_as_float(two.x) : 0, there ? two.y : pixel * SLICES};
+            corner[j + 1] = {there ? __uint_as_float(two.z) : 0, there ? two.w : pixel * SLICES};
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            const unsigned here = corner[j].key / SLICES;
+            begins[j] = here != (j ? corner[j - 1].key / SLICES : pixel);
+            if (begins[j]) fresh[j] = Held::load(at(image, here, stride));
+            const unsigned slice = corner[j].key % SLICES;
+#pragma unroll
+            for (int q = 0; q < Held::quads; ++q) {
+                const uint4 quad = shared.grad[q][slice * LANES + lane];
+                grad[j].word[4 * q] = quad.x, grad[j].word[4 * q + 1] = quad.y;
+                grad[j].word[4 * q + 2] = quad.z, grad[j].word[4 * q + 3] = quad.w;
+            }
+        }
+        Dots dots;
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+#pragma unroll
+            for (int w = 0; w < Held::words; ++w)
+                value.word[w] = begins[j] ? fresh[j].word[w] : value.word[w];
+            dots.multiply(j, value, grad[j]);
+        }
+        dots.store(list, lane, there);
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            if (begins[j]) finish_run();
+            pixel = corner[j].key / SLICES;
+            // What counts nothing is not added, were it infinite.
+            const Sum share = corner[j].share;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; ++c) {
+                const Sum before = begins[j] ? Sum(0) : sum[c], after = before + share * grad[j][c];
+                sum[c] = share != 0 ? after : before;
+            }
+        }
+    }
+    if (first < total) finish_run();
+}
+
+// As `scatter`, for all slices of a block at once: all its threads must come here.
+template <typename Points>
+DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
+                                 const Weights<Points>& weights, const VALUE* image, Index stride,
+                                 const VALUE* grad, Sum* grad_image, Index grad_stride,
+                                 const Slice& slice) {
+    const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
+    {
+        const Held out = Held::load(grad + channel);
+#pragma unroll
+        for (int q = 0; q < Held::quads; ++q)
+            shared.grad[q][threadIdx.x] = make_uint4(out.word[4 * q], out.word[4 * q + 1],
+                                                    out.word[4 * q + 2], out.word[4 * q + 3]);
+    }
+    Sum slope[ROUNDS], mean = 0;
+#pragma unroll
+    for (int first = 0; first < ROUNDS; first += PASS) {
+        Places places[PASS];
+        const auto each_point = [&](const auto& visit) {
+#pragma unroll
+            for (int r = 0; r < PASS; ++r) {
+                if (first + r >= ROUNDS) break;
+                const int k = (first + r) * LANES + slice.lane, legal = k < POINTS ? k : POINTS - 1;
+                const Place place = points.locate(legal);
+                visit(first + r, k, place, places[r],
+                      PointCorners(place.corners, points.level(legal), slice.active && k < POINTS));
+            }
+        };
+        each_point([&](int, int, const Place&, Places& place, const PointCorners& corners) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                place.set(i, corners.has(i) ? atomicAdd(&shared.bucket[corners.bucket[i]], 1u) : 0);
+        });
+        __syncthreads();
+        shared.allocate();
+        __syncthreads();
+        each_point([&](int, int k, const Place& at, Places& place, const PointCorners& corners) {
+            Sum share[4];
+            coefficients(weights[k < POINTS ? k : POINTS - 1], at.corners.fraction_x,
+                         at.corners.fraction_y, share);
+            const unsigned pixel = at.first + at.corners.row * at.width + at.corners.column;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (!corners.has(i)) continue;
+                place.set(i, Sorted::padded(shared.bucket[corners.bucket[i]] + place[i]));
+                shared.list[place[i]] = {
+                    share[i], (pixel + i / 2 * at.width + i % 2) * SLICES + own};
+            }
+        });
+        if (threadIdx.x < BATCH)  // Batches are whole.
+            shared.list[Sorted::padded(shared.total + threadIdx.x)] = {0, 0};
+        __syncthreads();
+        shared.clear_buckets();
+        walk(shared, image + channel, stride, grad_image + channel, grad_stride, slice.lane);
+        __syncthreads();
+        if (threadIdx.x == 0) shared.total = 0;
+        each_point([&](int round, int k, const Place& at, Places& place, const PointCorners& corners) {
+            if (!(slice.active && k < POINTS)) return;
+            Sum dot[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                dot[i] = corners.has(i) ? shared.list[place[i]].share : Sum(0);
+            point_gradients(points, k, at, weights[k], dot, slope[round], mean);
+        });
+    }
+    logit_gradients(points, weights, slope, mean, slice);
+}
+
+}  // namespace dcnv4
