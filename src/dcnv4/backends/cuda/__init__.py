@@ -32,7 +32,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of the output pixels that a warp of a tile kernel owns."""
 _TILE_THREADS = 64
-_QUERIES = {8: (16, 16), 16: (16, 8), 32: (8, 8), 64: (8, 4)}
+_QUERIES = {16: (16, 8), 32: (8, 8), 64: (8, 4)}
 """By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
 owns: _SORTING_THREADS threads, one for each query and eight channels."""
 _SORTING_THREADS = 256
@@ -530,6 +530,7 @@ def _attn_plan(
         and not wide
         and value.dtype != torch.float64
         and depth in _QUERIES
+        and levels * points <= depth  # more would sort in many passes
         and length * math.prod(_QUERIES[depth]) < 1 << 32
         and alignment >= 4 * _bytes(value.dtype)
         and torch.cuda.get_device_properties(device).major >= 8

@@ -30,15 +30,16 @@ constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
 constexpr int BATCH = 2;  // corners that a thread has under way at once
-// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else.
-constexpr int MOST_CORNERS = sizeof(VALUE) == 2 ? 4096 : 2048;
-constexpr int FITTING = MOST_CORNERS / (4 * THREADS);
-constexpr int PASS = ROUNDS < FITTING ? ROUNDS : FITTING < 1 ? 1 : FITTING;
-constexpr int CORNERS = PASS * 4 * THREADS;
+// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else. It ends in
+// corners that count nothing, so that the parts into which it is cut are alike.
+constexpr int MOST_CORNERS = sizeof(VALUE) == 2 ? 4352 : 2304, MOST_SPARE = SLICES * BATCH;
+constexpr int FITTING = (MOST_CORNERS - MOST_SPARE) / (4 * THREADS);
+constexpr int PASS = ROUNDS < FITTING ? ROUNDS : FITTING;
+constexpr int CORNERS = PASS * 4 * THREADS + MOST_SPARE;
 
 static_assert((SLICES & (SLICES - 1)) == 0 && THREADS % 32 == 0, "whole warps, keys by shifts");
 static_assert(CHANNELS * LANES == DEPTH && CHANNELS % VECTOR == 0, "no lane may be idle");
-static_assert(BUCKETS % THREADS == 0 && CORNERS < 1 << 15, "as the code below assumes");
+static_assert(PASS > 0 && BUCKETS % THREADS == 0, "as the code below assumes");
 
 // A thread's channels of a pixel or slice, as they are stored: the first words of its vectors, then
 // the second ones.
@@ -72,26 +73,33 @@ struct alignas(8) Corner {
     unsigned key;  // pixel * SLICES + slice
 };
 
-// Two numbers to a word: where a point's corners lie in the list.
+// Where a point's corners lie in the list, two to a word.
 struct Places {
-    unsigned word[2] = {0, 0};
+    unsigned word[2];
     DCNV4_DEVICE unsigned operator[](int i) const { return word[i / 2] >> i % 2 * 16 & 0xffff; }
-    DCNV4_DEVICE void set(int i, unsigned place) {
-        const int shift = i % 2 * 16;
-        word[i / 2] = word[i / 2] & 0xffff0000u >> shift | place << shift;
-    }
 };
+static_assert(CORNERS < 1 << 15, "places of 16 bits");
 
 // What a block shares.
 struct Sorted {
     static constexpr int stretch = 64;  // corners, with two to spare lest all walk in the same banks
 
     uint4 grad[Held::quads][THREADS];  // the output's gradient
-    alignas(16) Corner list[CORNERS / stretch * (stretch + 2) + stretch + 2];
+    alignas(16) Corner list[(CORNERS + stretch - 1) / stretch * (stretch + 2)];
     unsigned bucket[BUCKETS];  // how many it holds, then where they begin
     unsigned total;
 
     static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / stretch * 2; }
+
+    // Of the list, for the LANES threads of a slice.
+    DCNV4_DEVICE unsigned part() const {
+        return (total + SLICES * BATCH - 1) / (SLICES * BATCH) * BATCH;
+    }
+    // After `allocate`: what counts nothing, at the first pixel.
+    DCNV4_DEVICE void fill_up() {
+        const unsigned whole = SLICES * part();
+        for (unsigned i = total + threadIdx.x; i < whole; i += THREADS) list[padded(i)] = {0, 0};
+    }
 
     DCNV4_DEVICE void clear_buckets() {
 #pragma unroll
@@ -126,20 +134,19 @@ struct Sorted {
     }
 };
 
-// The corners of a point that are to be sorted.
-struct PointCorners {
-    int legal;
+// Those of a point's corners.
+struct Buckets {
     int bucket[4];
 
-    DCNV4_DEVICE PointCorners(const Corners<Sum>& c, int level, bool active)
-        : legal(active ? c.legal : 0) {
+    DCNV4_DEVICE Buckets(const Place& place, int level) {
         const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            bucket[i] = first | (c.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
-                        c.column + i % 2 & (BUCKET_COLUMNS - 1);
+            bucket[i] = first |
+                        (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
+                        place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
     }
-    DCNV4_DEVICE bool has(int i) const { return legal >> i & 1; }
+    DCNV4_DEVICE int operator[](int i) const { return bucket[i]; }
 };
 
 // The dot products of a pixel's channels with those of output gradients.
@@ -167,11 +174,11 @@ struct Dots {
             for (int c = 0; c < CHANNELS; ++c) dot[j] += pixel[c] * grad[c];
         }
     }
-    DCNV4_DEVICE void store(Corner* list, int lane, bool there) {
+    DCNV4_DEVICE void store(Corner* list, int lane) {
         if constexpr (matrix) {
 #pragma unroll
             for (int j = 0; j < BATCH; ++j)
-                if (there && lane == threadIdx.x % 32 / (2 * LANES)) list[j].share = dot[j];
+                if (lane == threadIdx.x % 32 / (2 * LANES)) list[j].share = dot[j];
             return;
         }
         int left = BATCH;
@@ -193,17 +200,16 @@ struct Dots {
         }
 #pragma unroll
         for (int i = 0; i < kept; ++i)
-            if (there && lane < BATCH) list[i * LANES + lane].share = dot[i];
+            if (lane < BATCH) list[i * LANES + lane].share = dot[i];
     }
 };
 
 // Step 4. `image` and `grad_image` are the first of a thread's channels at the first pixel.
 DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* grad_image,
                        Index grad_stride, int lane) {
-    const unsigned total = shared.total;
-    const unsigned part = (total + SLICES * BATCH - 1) / (SLICES * BATCH) * BATCH;
-    const unsigned first = threadIdx.x / LANES * part;
-    unsigned pixel = first < total ? shared.list[Sorted::padded(first)].key / SLICES : 0;
+    const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
+    if (part == 0) return;
+    unsigned pixel = shared.list[Sorted::padded(first)].key / SLICES;
     Held value = Held::load(at(image, pixel, stride));
     Sum sum[CHANNELS];
 #pragma unroll
@@ -220,8 +226,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
     };
 #pragma unroll 1
     for (unsigned begin = first; begin < first + part; begin += BATCH) {
-        const bool there = begin < total;  // or past the end, which a warp must reach together
-        Corner* list = shared.list + Sorted::padded(there ? begin : 0);
+        Corner* list = shared.list + Sorted::padded(begin);
         Corner corner[BATCH];
         Held fresh[BATCH], grad[BATCH];
         bool begins[BATCH];
@@ -229,8 +234,8 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
 #pragma unroll
         for (int j = 0; j < BATCH; j += 2) {
             const uint4 two = *(const uint4*)(list + j);
-            corner[j] = {there ? __uint_as_float(two.x) : 0, there ? two.y : pixel * SLICES};
-            corner[j + 1] = {there ? __uint_as_float(two.z) : 0, there ? two.w : pixel * SLICES};
+            corner[j] = {__uint_as_float(two.x), two.y};
+            corner[j + 1] = {__uint_as_float(two.z), two.w};
         }
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
@@ -253,7 +258,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
                 value.word[w] = begins[j] ? fresh[j].word[w] : value.word[w];
             dots.multiply(j, value, grad[j]);
         }
-        dots.store(list, lane, there);
+        dots.store(list, lane);
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             if (begins[j]) finish_run();
@@ -267,7 +272,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
             }
         }
     }
-    if (first < total) finish_run();
+    finish_run();
 }
 
 // As `scatter`, for all slices of a block at once: all its threads must come here.
@@ -287,52 +292,54 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll
     for (int first = 0; first < ROUNDS; first += PASS) {
+        Place at[PASS];
+        unsigned before[PASS][4];
         Places places[PASS];
         const auto each_point = [&](const auto& visit) {
 #pragma unroll
-            for (int r = 0; r < PASS; ++r) {
-                if (first + r >= ROUNDS) break;
-                const int k = (first + r) * LANES + slice.lane, legal = k < POINTS ? k : POINTS - 1;
-                const Place place = points.locate(legal);
-                visit(first + r, k, place, places[r],
-                      PointCorners(place.corners, points.level(legal), slice.active && k < POINTS));
-            }
+            for (int r = 0; r < PASS; ++r)
+                if (first + r < ROUNDS) visit(r, (first + r) * LANES + slice.lane);
         };
-        each_point([&](int, int, const Place&, Places& place, const PointCorners& corners) {
+        each_point([&](int r, int k) {
+            at[r] = points.locate(k < POINTS ? k : POINTS - 1);
+            if (!(slice.active && k < POINTS)) at[r].corners.legal = 0;
+            const Buckets buckets(at[r], points.level(k));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                place.set(i, corners.has(i) ? atomicAdd(&shared.bucket[corners.bucket[i]], 1u) : 0);
+                if (at[r].corners.legal >> i & 1)
+                    before[r][i] = atomicAdd(&shared.bucket[buckets[i]], 1u);
         });
         __syncthreads();
         shared.allocate();
         __syncthreads();
-        each_point([&](int, int k, const Place& at, Places& place, const PointCorners& corners) {
+        shared.fill_up();
+        each_point([&](int r, int k) {
+            const Corners<Sum>& c = at[r].corners;
             Sum share[4];
-            coefficients(weights[k < POINTS ? k : POINTS - 1], at.corners.fraction_x,
-                         at.corners.fraction_y, share);
-            const unsigned pixel = at.first + at.corners.row * at.width + at.corners.column;
+            coefficients(weights[k < POINTS ? k : POINTS - 1], c.fraction_x, c.fraction_y, share);
+            const Buckets buckets(at[r], points.level(k));
+            const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
+            unsigned place[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (!corners.has(i)) continue;
-                place.set(i, Sorted::padded(shared.bucket[corners.bucket[i]] + place[i]));
-                shared.list[place[i]] = {
-                    share[i], (pixel + i / 2 * at.width + i % 2) * SLICES + own};
+                place[i] = Sorted::padded(shared.bucket[buckets[i]] + before[r][i]);
+                if (c.legal >> i & 1)
+                    shared.list[place[i]] = {share[i], key + (i % 2 + i / 2 * at[r].width) * SLICES};
             }
+            places[r] = {place[0] & 0xffff | place[1] << 16, place[2] & 0xffff | place[3] << 16};
         });
-        if (threadIdx.x < BATCH)  // Batches are whole.
-            shared.list[Sorted::padded(shared.total + threadIdx.x)] = {0, 0};
         __syncthreads();
         shared.clear_buckets();
         walk(shared, image + channel, stride, grad_image + channel, grad_stride, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;
-        each_point([&](int round, int k, const Place& at, Places& place, const PointCorners& corners) {
+        each_point([&](int r, int k) {
             if (!(slice.active && k < POINTS)) return;
             Sum dot[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                dot[i] = corners.has(i) ? shared.list[place[i]].share : Sum(0);
-            point_gradients(points, k, at, weights[k], dot, slope[round], mean);
+                dot[i] = at[r].corners.legal >> i & 1 ? shared.list[places[r][i]].share : Sum(0);
+            point_gradients(points, k, at[r], weights[k], dot, slope[first + r], mean);
         });
     }
     logit_gradients(points, weights, slope, mean, slice);
