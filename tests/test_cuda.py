@@ -361,7 +361,7 @@ def test_random_calls() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [*tile_cases(), *sorted_cases()], ids=lambda case: case.id)
 def test_tiles(case: cases.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "TILED", TILED)

@@ -36,7 +36,7 @@ _QUERIES = {16: (16, 8), 32: (8, 8), 64: (8, 4)}
 """By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
 owns: _SORTING_THREADS threads, one for each query and eight channels."""
 _SORTING_THREADS = 256
-_RESIDENT_THREADS = 1024
+_RESIDENT_THREADS = 768
 """Threads of that kernel which a processor must have registers for."""
 TILED: frozenset[str] = frozenset()
 """Kernels that have one for tiles and use it, see tile.cuh. It has yet to be timed on a GPU."""

@@ -8,8 +8,8 @@
 // deviation of 2 pixels, has 56 legal corners a slice, and 10 runs of corners at one pixel. So many
 // times a pixel's channels are read and its gradient is added to. A corner moves DEPTH output
 // gradients and 28 bytes of list through shared memory. Locations and weights are read once.
-// Limit: to be measured. Instructions, it is expected: for 8 slices of 32 halves, those of a warp, 64
-// a corner and 1700 besides; fewer than `attn_backward` has, which waits for L2 most of the time.
+// Limit: to be measured. Instructions, it is expected: a warp has 8 slices of 32 halves, and needs 67
+// for a corner of each and 1700 besides.
 #include "attn_backward.cuh"
 #include "sorted.cuh"
 

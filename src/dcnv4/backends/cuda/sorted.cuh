@@ -71,6 +71,7 @@ static_assert(Held::words % 4 == 0, "whole vectors of 16 bytes");
 struct alignas(8) Corner {
     Sum share;     // what it counts; once the list is walked, its dot product
     unsigned key;  // pixel * SLICES + slice
+    DCNV4_DEVICE unsigned pixel() const { return key / SLICES; }
 };
 
 // Where a point's corners lie in the list, two to a word.
@@ -151,10 +152,10 @@ struct Buckets {
 
 // The dot products of a pixel's channels with those of output gradients.
 //
-// Where four threads hold 32 halves, tensor cores multiply the 8 output gradients of a warp with its 8
-// pixels. Of those products the diagonal is wanted: a slice's is with the thread whose lane is half
-// the slice's number in the warp. Elsewhere every thread has a part until they are summed, and one in
-// LANES of the batch's after that.
+// Where four threads hold 32 halves, tensor cores multiply the 8 output gradients of a warp by its 8
+// pixels. Of these products the diagonal is wanted: the first four threads have the first two, and so
+// on. Elsewhere a thread multiplies its own channels, and the sums over LANES threads are made for the
+// whole batch at once: every step halves the numbers that a thread still sums, if there are two.
 struct Dots {
     static constexpr bool matrix = Number<VALUE>::packed && LANES == 4;
     static constexpr int kept = matrix || LANES > BATCH ? 1 : BATCH / LANES;
@@ -204,17 +205,37 @@ struct Dots {
     }
 };
 
+// Corners that a thread has under way: they are read, and the pixels where runs begin, while it still
+// computes with those before.
+struct Batch {
+    Corner corner[BATCH];
+    Held fresh[BATCH];
+    bool begins[BATCH];
+
+    static_assert(BATCH % 2 == 0 && Sorted::stretch % BATCH == 0, "two corners are read at once");
+
+    // `pixel`: of the corner before.
+    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index stride) {
+#pragma unroll
+        for (int j = 0; j < BATCH; j += 2) {
+            const uint4 two = *(const uint4*)(list + j);
+            corner[j] = {__uint_as_float(two.x), two.y};
+            corner[j + 1] = {__uint_as_float(two.z), two.w};
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            begins[j] = corner[j].pixel() != (j ? corner[j - 1].pixel() : pixel);
+            if (begins[j]) fresh[j] = Held::load(at(image, corner[j].pixel(), stride));
+        }
+    }
+};
+
 // Step 4. `image` and `grad_image` are the first of a thread's channels at the first pixel.
 DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* grad_image,
                        Index grad_stride, int lane) {
     const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
     if (part == 0) return;
-    unsigned pixel = shared.list[Sorted::padded(first)].key / SLICES;
-    Held value = Held::load(at(image, pixel, stride));
-    Sum sum[CHANNELS];
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
-    const auto finish_run = [&] {
+    const auto finish_run = [&](unsigned pixel, const Sum(&sum)[CHANNELS]) {
         Sum* to = at(grad_image, pixel, grad_stride);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c += VECTOR) {
@@ -224,25 +245,25 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
             add(to + c * LANES, term);
         }
     };
-#pragma unroll 1
-    for (unsigned begin = first; begin < first + part; begin += BATCH) {
-        Corner* list = shared.list + Sorted::padded(begin);
-        Corner corner[BATCH];
-        Held fresh[BATCH], grad[BATCH];
-        bool begins[BATCH];
-        static_assert(BATCH % 2 == 0 && Sorted::stretch % BATCH == 0, "two corners are read at once");
+    Corner* list = shared.list + Sorted::padded(first);
+    unsigned pixel = list->pixel();
+    Held value = Held::load(at(image, pixel, stride));
+    Sum sum[CHANNELS];
 #pragma unroll
-        for (int j = 0; j < BATCH; j += 2) {
-            const uint4 two = *(const uint4*)(list + j);
-            corner[j] = {__uint_as_float(two.x), two.y};
-            corner[j + 1] = {__uint_as_float(two.z), two.w};
-        }
+    for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
+    Batch batch;
+    batch.load(list, pixel, image, stride);
+#pragma unroll 1
+    for (unsigned place = first; place < first + part; place += BATCH) {
+        Held grad[BATCH];
+        unsigned run[BATCH];
+        Sum share[BATCH];
+        bool begins[BATCH];
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-            const unsigned here = corner[j].key / SLICES;
-            begins[j] = here != (j ? corner[j - 1].key / SLICES : pixel);
-            if (begins[j]) fresh[j] = Held::load(at(image, here, stride));
-            const unsigned slice = corner[j].key % SLICES;
+            const unsigned slice = batch.corner[j].key % SLICES;
+            run[j] = batch.corner[j].pixel(), share[j] = batch.corner[j].share;
+            begins[j] = batch.begins[j];
 #pragma unroll
             for (int q = 0; q < Held::quads; ++q) {
                 const uint4 quad = shared.grad[q][slice * LANES + lane];
@@ -255,24 +276,25 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
         for (int j = 0; j < BATCH; ++j) {
 #pragma unroll
             for (int w = 0; w < Held::words; ++w)
-                value.word[w] = begins[j] ? fresh[j].word[w] : value.word[w];
+                value.word[w] = begins[j] ? batch.fresh[j].word[w] : value.word[w];
             dots.multiply(j, value, grad[j]);
         }
-        dots.store(list, lane);
+        Corner* done = list;  // The last batch is read again, for nothing: cheaper than a branch.
+        list = shared.list + Sorted::padded(min(place + BATCH, first + part - BATCH));
+        batch.load(list, run[BATCH - 1], image, stride);
+        dots.store(done, lane);
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-            if (begins[j]) finish_run();
-            pixel = corner[j].key / SLICES;
-            // What counts nothing is not added, were it infinite.
-            const Sum share = corner[j].share;
+            if (begins[j]) finish_run(pixel, sum);
+            pixel = run[j];
 #pragma unroll
             for (int c = 0; c < CHANNELS; ++c) {
-                const Sum before = begins[j] ? Sum(0) : sum[c], after = before + share * grad[j][c];
-                sum[c] = share != 0 ? after : before;
+                const Sum before = begins[j] ? Sum(0) : sum[c], after = before + share[j] * grad[j][c];
+                sum[c] = share[j] != 0 ? after : before;  // 0 * inf is not added.
             }
         }
     }
-    finish_run();
+    finish_run(pixel, sum);
 }
 
 // As `scatter`, for all slices of a block at once: all its threads must come here.
