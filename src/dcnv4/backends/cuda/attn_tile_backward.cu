@@ -9,7 +9,7 @@
 // times a pixel's channels are read and its gradient is added to. A corner moves DEPTH output
 // gradients and 28 bytes of list through shared memory. Locations and weights are read once.
 // Limit: to be measured. Instructions, it is expected: a warp has 8 slices of 32 halves, and needs 67
-// for a corner of each and 1700 besides.
+// for a corner of each and 1600 besides.
 #include "attn_backward.cuh"
 #include "sorted.cuh"
 
