@@ -26,7 +26,7 @@ import fuzz_cuda
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import compile
-from test_cuda_emulated import TILED, tile_cases
+from test_cuda_emulated import TILED, sorted_cases, tile_cases
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
@@ -61,9 +61,12 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
     monkeypatch.setattr(backend, "TILED", TILED)
     for case in (*cases.CONV, *tile_cases()):
-        for dtype in (torch.float16, torch.bfloat16):
-            _plan(case, dtype, case.batch)
+        _plan(case, torch.float16, case.batch)
+    for case in tile_cases()[:4]:
+        _plan(case, torch.bfloat16, case.batch)
         _plan(case, torch.float16, case.batch, deterministic=True)
+    for i, encoder in enumerate(sorted_cases()):
+        _plan(encoder, cases.DTYPES[1:][i % 3], encoder.batch)
     return list(found)
 
 
@@ -393,15 +396,18 @@ def test_random_calls() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", tile_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [*tile_cases(), *sorted_cases()], ids=lambda case: case.id)
 def test_tiles(case: cases.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "TILED", TILED)
-    backend._conv_plan.cache_clear()
+    plans = backend._conv_plan, backend._attn_plan
+    for plan in plans:
+        plan.cache_clear()
     try:
         case.check(case.run(dtype, "cuda", "cuda"), dtype)
     finally:
-        backend._conv_plan.cache_clear()
+        for plan in plans:
+            plan.cache_clear()
 
 
 @pytest.mark.gpu

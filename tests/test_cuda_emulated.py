@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 import cases
 import fuzz_cuda
 from dcnv4 import functional
+from dcnv4.backends import cuda
+from dcnv4.backends.cuda import compile
 from emulated import emulated, why_not
 
-TILED = {"conv_forward": 0, "conv_backward": 0}
+TILED = {"conv_forward": 0, "conv_backward": 0, "attn_backward": 0}
 NAMED = [name for name, _ in cases.CASES]
 HALVES = torch.float16, torch.bfloat16
 
@@ -76,6 +79,177 @@ def test_tiles(number: int) -> None:
     for name in ("output", "grad_offset_mask"):
         assert torch.equal(results[name], backwards[name]), name
     case.check(backwards, dtype)
+
+
+def sorted_cases() -> list[cases.AttnCase]:
+    """Encoders: as many queries as pixels."""
+
+    def case(name: str, *shapes: tuple[int, int], **settings: object) -> cases.AttnCase:
+        shapes = shapes or ((9, 11), (5, 6))
+        queries = sum(height * width for height, width in shapes)
+        settings = {"batch": 2, "depth": 32, "softmax": True, "queries": queries, **settings}
+        return cases.AttnCase(name, shapes=shapes, **settings)  # type: ignore[arg-type]
+
+    half, single, double = torch.float16, torch.float32, torch.float64
+    detr = (13, 17), (7, 9), (4, 5), (2, 3)
+    return [
+        case("plain"),
+        case("weights", softmax=False),
+        case("four_levels", *detr, batch=1, sigma=2.0),
+        case("far", *detr, batch=1, groups=1, sigma=9.0),
+        case("far_weights", sigma=40.0, softmax=False),
+        case("five_levels", (3, 5), (2, 2), (1, 9), (4, 1), (1, 1), per_level=3),
+        case("three_levels", (5, 5), (3, 3), (2, 2), per_level=1, groups=8),
+        case("empty_level", (0, 5), (3, 4), (0, 0), (2, 7)),
+        case("one_pixel", (1, 1), batch=3, groups=1, per_level=1),
+        case("one_row", (1, 70), batch=1, coordinates=(single, half)),
+        case("one_column", (70, 1), batch=1, coordinates=(single, half)),
+        case("two_passes", *detr[1:], (1, 2), per_level=8, groups=1),
+        case("depth_16", *detr, depth=16, batch=1, groups=1),
+        case("depth_64", depth=64, groups=1),
+        case("integer", (8, 16), (4, 4), integer=True, sigma=2.0),
+        case("float_locations", coordinates=(single, half)),
+        case("float_coordinates", coordinates=(single, single), softmax=False),
+        case("double_locations", coordinates=(double, single)),
+        case("sliced", layout="sliced", groups=4),
+        case("permuted", layout="permuted"),
+        case("expanded", layout="expanded", groups=1),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(sorted_cases())), ids=lambda i: sorted_cases()[i].id)
+def test_sorted(number: int) -> None:
+    """Against the oracle; points' gradients in the same bits whichever thread runs first."""
+    case, dtype = sorted_cases()[number], cases.DTYPES[1:][number % 3]
+    with emulated(TILED=TILED):
+        results = case.run(dtype, "cpu", "cuda")
+    case.check(results, dtype)
+    with emulated(TILED=TILED, backwards=True):
+        backwards = case.run(dtype, "cpu", "cuda")
+    for name in ("grad_locations", "grad_weights"):
+        assert torch.equal(results[name], backwards[name]), name
+    case.check(backwards, dtype)
+
+
+@pytest.mark.parametrize("number", [0, 2, 7])
+def test_sorted_with_sizes_that_the_host_does_not_know(number: int) -> None:
+    case = sorted_cases()[number]
+    with emulated(TILED=TILED, _sizes=lambda shapes: (None, torch.tensor(shapes))):
+        case.check(case.run(torch.float16, "cpu", "cuda"), torch.float16)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((9, 11), (5, 7)),
+        ((5, 6), (9, 11)),
+        ((-1, -1), (9, 11)),
+        ((2, 3), (4, -5), (1, 2)),
+        ((0, 0),),
+    ],
+)
+def test_sorted_whatever_the_sizes(shapes: tuple[tuple[int, int], ...]) -> None:
+    """Every query is of one tile even if the levels are not what the value holds."""
+    inputs = _attention(((9, 11), (5, 6)), levels=len(shapes))
+    sizes = None, torch.tensor(shapes)
+    results = [
+        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes)
+        for tiled in (TILED, frozenset[str]())
+    ]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9)
+
+
+def _attention(shapes: tuple[tuple[int, int], ...], levels: int) -> list[Tensor]:
+    """value, locations, weights and the output's gradient, in float16."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = sum(height * width for height, width in shapes)
+    sizes = (2, pixels, 2, 32), (2, pixels, 2, levels, 4, 2), (2, pixels, 2, levels, 4)
+    value, locations, weights = (torch.randn(size, generator=generator).half() for size in sizes)
+    grad = torch.randn(2, pixels, 64, generator=generator).half()
+    return [value, locations * 0.1 + 0.5, weights, grad]
+
+
+def _attention_gradients(
+    inputs: list[Tensor], tiled: frozenset[str], softmax: bool = True, **patches: object
+) -> tuple[Tensor, ...]:
+    value, locations, weights, grad = inputs
+    with emulated(TILED=tiled, **patches) as backend:
+        gradients = backend.attn_backward(
+            grad, value, ((9, 11), (5, 6)), locations, weights, softmax
+        )
+    return tuple(gradients)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 65_504.0])
+@pytest.mark.parametrize("where", range(4))
+def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
+    where: int, bad: float, softmax: bool
+) -> None:
+    inputs = _attention(((9, 11), (5, 6)), levels=2)
+    locations, weights = inputs[1:3]
+    weights[:, 40:50] *= 0.0 if not softmax else 1.0  # 0 * inf is not to be added
+    locations[:, :8] = torch.tensor([5.5 / 11, 4.5 / 9])  # nor where a corner's share is 0
+    inputs[where].view(-1)[5::997] = bad
+    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (TILED, frozenset[str]())]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 60_000.0])
+def test_sorted_gradients_of_any_scale(scale: float) -> None:
+    inputs = _attention(((9, 11), (5, 6)), levels=2)
+    inputs[3] *= scale / inputs[3].abs().max()
+    results = [_attention_gradients(inputs, tiled) for tiled in (TILED, frozenset[str]())]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12 * scale)
+
+
+def test_which_calls_are_sorted() -> None:
+    plain = sorted_cases()[0]
+    calls = {
+        plain: True,
+        replace(plain, queries=40): False,
+        replace(plain, depth=24): False,
+        replace(plain, per_level=17): False,
+        replace(plain, depth=128): False,
+    }
+    for case, expected in calls.items():
+        for dtype in (torch.float16, torch.float64):
+            names: list[str] = []
+            with (
+                emulated(TILED=TILED),
+                mock.patch.object(
+                    compile,
+                    "kernel",
+                    lambda name, *rest: names.append(name),  # noqa: B023
+                ),
+            ):
+                value, locations, weights, grad = (
+                    cuda._layout(tensor.detach()) for tensor in case.inputs(dtype)
+                )
+                sizes = tuple(size for pair in case.shapes for size in pair)
+                arguments = value, locations, weights, grad, sizes, True
+                cuda._attn_plan("attn_backward", *arguments, False, 0)
+                cuda._attn_plan("attn_backward", *arguments, True, 0)
+            sorts = expected and dtype == torch.float16
+            assert names == ["attn_tile_backward" if sorts else "attn_backward", "attn_backward"]
+
+
+def test_random_encoders() -> None:
+    rng = random.Random(7)
+    for i in range(12):
+        case = fuzz_cuda.sized(rng, fuzz_cuda.attention(rng))
+        assert isinstance(case, cases.AttnCase)
+        queries = sum(height * width for height, width in case.shapes)
+        depth, sigma = rng.choice((16, 32, 32, 64)), rng.choice((0.0, 0.5, 2.0, 9.0))
+        case = replace(
+            case, id=f"encoder-{i}", queries=queries, depth=depth, sigma=sigma, flat=False
+        )
+        dtype = rng.choice(cases.DTYPES)
+        with emulated(TILED=TILED, backwards=i % 2 == 0):
+            case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
 def _tiled_call(value: Tensor, offset_mask: Tensor) -> dict[str, Tensor]:

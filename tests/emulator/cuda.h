@@ -102,7 +102,7 @@ inline std::vector<Fiber> fibers;
 inline int current;
 inline bool backwards;
 inline jmp_buf scheduler;
-inline Index thread_index, block_index, block_size;
+inline Index thread_index, block_index, block_size, grid_size;
 inline void (*body)();
 
 inline void fail(const char* what) {
@@ -197,7 +197,7 @@ inline void run_block(unsigned threads) {
 inline void run(void (*kernel)(), unsigned blocks, unsigned threads) {
     constexpr size_t stack = 1 << 16;
     body = kernel;
-    block_size.x = threads;
+    block_size.x = threads, grid_size.x = blocks;
     for (block_index.x = 0; block_index.x < blocks; ++block_index.x) {
         fibers.resize(threads);
         for (Fiber& fiber : fibers) {
@@ -217,6 +217,7 @@ inline void run(void (*kernel)(), unsigned blocks, unsigned threads) {
 #define threadIdx emulated::thread_index
 #define blockIdx emulated::block_index
 #define blockDim emulated::block_size
+#define gridDim emulated::grid_size
 
 // A different address wherever it is written.
 #define EMULATED_PLACE         \
@@ -246,6 +247,11 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T number, int with) {
     return emulated_shuffle(EMULATED_PLACE, number, (emulated::current & 31) ^ with, 32);
 }
+template <typename T>
+T __shfl_up_sync(unsigned, T number, int by) {
+    const int lane = emulated::current & 31;
+    return emulated_shuffle(EMULATED_PLACE, number, lane < by ? lane : lane - by, 32);
+}
 inline int __reduce_min_sync(unsigned, int number) {
     return emulated_reduce(EMULATED_PLACE, number, [](int a, int b) { return min(a, b); });
 }
@@ -257,6 +263,12 @@ inline int __reduce_add_sync(unsigned, int number) {
 }
 inline int __any_sync(unsigned, int number) {
     return emulated_reduce(EMULATED_PLACE, int(number != 0), [](int a, int b) { return a | b; });
+}
+template <typename T>
+T atomicAdd(T* at, T number) {
+    const T before = *at;
+    *at += number;
+    return before;
 }
 inline void __syncwarp() { emulated::meet(EMULATED_PLACE, false); }
 inline void __syncthreads() { emulated::meet(EMULATED_PLACE, true); }

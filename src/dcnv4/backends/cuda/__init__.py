@@ -31,10 +31,16 @@ _WARP = 32
 _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of output pixels in a tile, see tile.cuh."""
-TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13}
-"""Kernels that have one for tiles, and from how many slices on it comes first."""
 _STRIPS = 12  # warps of tile kernels that a processor runs at once, about
 _SHARES = 2  # blocks of a direct kernel for what the strips at one place leave
+_QUERIES = {16: (16, 8), 32: (8, 8), 64: (8, 4)}
+"""By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
+owns: _SORTING_THREADS threads, one for each query and eight channels."""
+_SORTING_THREADS = 256
+_RESIDENT_THREADS = 768
+"""Threads of that kernel which a processor must have registers for."""
+TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13, "attn_backward": 1 << 13}
+"""Kernels that have one for tiles, and from how many slices on it is used."""
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
@@ -206,6 +212,8 @@ class _Problem(NamedTuple):
     """Shape of the forward's result."""
     macros: dict[str, int | str]
     """The operator's own."""
+    grid: tuple[int, int] | None = None
+    """Blocks and threads, where they do not follow from slices."""
 
 
 class _Layout(NamedTuple):
@@ -502,7 +510,7 @@ def _conv_plan(
     addresses = 4 if grad is None else 7
     layout = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
 
-    def launch(name: str, strips: int = 0) -> _Plan:
+    def launch(name: str, grid: tuple[int, int] | None = None) -> _Plan:
         problem = _Problem(
             window.groups,
             depth,
@@ -515,14 +523,16 @@ def _conv_plan(
             device,
             (batch, rows, columns, channels),
             {**macros, "AFTER_TILES": int(tiled)},
+            grid,
         )
-        return _plan(name, problem, alignment, addresses, layout, numbers, strips)
+        return _plan(name, problem, alignment, addresses, layout, numbers)
 
     if not tiled:
         return launch(name)
     strips = parts * down
-    rest = launch(name)._replace(blocks=batch * across * down * _SHARES, threads=MAX_THREADS)
-    return launch(name.replace("conv", "conv_tile"), strips)._replace(rest=rest)
+    first = launch(name.replace("conv", "conv_tile"), (strips // warps, _WARP * warps))
+    rest = launch(name, (batch * across * down * _SHARES, MAX_THREADS))
+    return first._replace(strips=strips, rest=rest)
 
 
 @lru_cache(_PLANS)
@@ -562,6 +572,33 @@ def _attn_plan(
     wide = max(slices >> 2, length, stride >> 2) >= 1 << 29
     numbers += (value.strides[0], *locations.strides[:2], *weights.strides[:2], length)
     numbers += (stride, slices, queries, *(sizes or (0,) * 2 * levels))
+    grid = None
+    if (
+        name in TILED
+        and queries == length
+        and not deterministic
+        and not wide
+        and value.dtype != torch.float64
+        and depth in _QUERIES
+        and levels * points <= depth  # more would sort in many passes
+        and length * math.prod(_QUERIES[depth]) < 1 << 32
+        and alignment >= 4 * _bytes(value.dtype)
+        and torch.cuda.get_device_properties(device).major >= 8
+    ):
+        name = name.replace("attn", "attn_tile")
+        columns, rows = _QUERIES[depth]
+        macros |= {
+            "TILE_WIDTH": columns,
+            "TILE_HEIGHT": rows,
+            "RESIDENT_THREADS": _RESIDENT_THREADS,
+            "LANES": depth // 8,
+            "VECTOR": 4,
+        }
+        # Sizes that only the GPU knows make more tiles or fewer: blocks stride over them.
+        known = sizes or (length // columns + 1, columns)
+        pairs = zip(known[::2], known[1::2], strict=True)
+        tiles = sum(-(-height // rows) * -(-width // columns) for height, width in pairs)
+        grid = batch * groups * max(1, tiles), _SORTING_THREADS
     return _plan(
         name,
         _Problem(
@@ -576,6 +613,7 @@ def _attn_plan(
             device,
             (batch, queries, groups * depth),
             macros,
+            grid=grid,
         ),
         alignment,
         5 if grad is None else 9,
@@ -591,12 +629,8 @@ def _plan(
     addresses: int,
     fields: str,
     numbers: Sequence[float],
-    strips: int = 0,
 ) -> _Plan:
-    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses.
-
-    With `strips`, of a warp for each.
-    """
+    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
     depth, points, itemsize = problem.depth, problem.points, _bytes(problem.dtype)
     if problem.deterministic:
         alignment = itemsize  # a number a thread: neighbours then add to whole sectors
@@ -619,14 +653,14 @@ def _plan(
     }
     device = problem.device
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    warps = int(problem.macros.get("WARPS", 1))
-    blocks, threads = strips // warps, _WARP * warps
-    if not strips:
+    if problem.grid:
+        blocks, threads = problem.grid
+    else:
         threads = block_size(problem.slices * lanes, _device(device)[1])
         blocks = -(-problem.slices * lanes // threads)
     strides = tuple(math.prod(problem.output[i + 1 :]) for i in range(len(problem.output)))
     output = problem.output, strides
-    return _Plan(kernel, blocks, threads, structure.pack, tail, device, output, strips)
+    return _Plan(kernel, blocks, threads, structure.pack, tail, device, output)
 
 
 def _device(index: int) -> tuple[int, int]:

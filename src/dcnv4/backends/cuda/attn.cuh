@@ -50,8 +50,9 @@ struct AttnPoints {
     LOCATIONS* grad_locations;
     WEIGHTS* grad_weights;
 
+    DCNV4_DEVICE int level(int k) const { return k / LEVEL_POINTS; }
     DCNV4_DEVICE Place locate(int k) const {
-        const int level = k / LEVEL_POINTS;
+        const int level = this->level(k);
         const int height = levels.height[level], width = levels.width[level];
         const Vector<LOCATIONS, LOCATION_VECTOR> low =
             Vector<LOCATIONS, LOCATION_VECTOR>::load(locations + 2 * k);
@@ -62,7 +63,7 @@ struct AttnPoints {
     DCNV4_DEVICE Sum logit(int k) const { return load(weights + k); }
 
     DCNV4_DEVICE void store_gradient(int k, Sum grad_x, Sum grad_y) const {
-        const int level = k / LEVEL_POINTS;
+        const int level = this->level(k);
         store(grad_locations + 2 * k, grad_x * levels.width[level]);
         store(grad_locations + 2 * k + 1, grad_y * levels.height[level]);
     }

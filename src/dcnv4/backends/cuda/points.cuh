@@ -254,9 +254,43 @@ DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, c
     }
 }
 
+// Gives `points` the gradients of point k from the dot products of its corners with the output's
+// gradient; what is in `dot` for an illegal corner does not matter. With a softmax the weight's must
+// wait for those of all points: it is kept in `slope` and adds to `mean`.
+template <typename Points>
+DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& place, Sum weight,
+                                  Sum (&dot)[4], Sum& slope, Sum& mean) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dot[i] = place.corners.legal >> i & 1 ? dot[i] : Sum(0);
+    const PointGradient<Sum> gradient =
+        coefficients_backward(dot, weight, place.corners.fraction_x, place.corners.fraction_y);
+    points.store_gradient(k, gradient.x, gradient.y);
+    if constexpr (SOFTMAX) {
+        slope = gradient.weight;
+        mean += gradient.weight * weight;
+    } else {
+        points.store_weight_gradient(k, gradient.weight);
+    }
+}
+
+// The gradients of all logits; `slope` holds those of the weights, `mean` a lane's part of their sum.
+template <typename Points>
+DCNV4_DEVICE void logit_gradients(const Points& points, const Weights<Points>& weights,
+                                  const Sum (&slope)[ROUNDS], Sum mean, const Slice& slice) {
+    if constexpr (SOFTMAX) {
+        mean = add_lanes(mean);
+#pragma unroll UNROLLED
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int k = round * LANES + slice.lane;
+            if (slice.active && k < POINTS)
+                points.store_weight_gradient(k, softmax_backward(slope[round], weights[k], mean));
+        }
+    }
+}
+
 // The gradients of a slice from that of its output. Adds `unit` times the value's to `grad_value`, the
-// gradient at the first pixel's DEPTH channels of this group, and gives `points.store_gradient` those of its points:
-// each lane the points that it works out. `image` and `grad` are DEPTH channels too.
+// gradient at the first pixel's DEPTH channels of this group, and gives `points` those of its points.
+// `image` and `grad` are DEPTH channels too.
 template <typename Points>
 DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, const VALUE* image,
                           Index stride, const VALUE* grad, Total* grad_value, Index grad_stride,
@@ -304,27 +338,9 @@ DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, 
             }
         }
         if (!(slice.active && k < POINTS)) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dot[i] = place.corners.legal >> i & 1 ? dot[i] : Sum(0);
-        const PointGradient<Sum> gradient = coefficients_backward(
-            dot, weight, place.corners.fraction_x, place.corners.fraction_y);
-        points.store_gradient(k, gradient.x, gradient.y);
-        if constexpr (SOFTMAX) {
-            slope[round] = gradient.weight;
-            mean += gradient.weight * weight;
-        } else {
-            points.store_weight_gradient(k, gradient.weight);
-        }
+        point_gradients(points, k, place, weight, dot, slope[round], mean);
     }
-    if constexpr (SOFTMAX) {
-        mean = add_lanes(mean);
-#pragma unroll UNROLLED
-        for (int round = 0; round < ROUNDS; ++round) {
-            const int k = round * LANES + slice.lane;
-            if (slice.active && k < POINTS)
-                points.store_weight_gradient(k, softmax_backward(slope[round], weights[k], mean));
-        }
-    }
+    logit_gradients(points, weights, slope, mean, slice);
 }
 
 }  // namespace dcnv4
