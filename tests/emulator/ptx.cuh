@@ -93,7 +93,7 @@ inline void store_if(bool wanted, void* at, unsigned word) {
 }
 
 template <typename T>
-void hold(T*&) {}
+void hold(T&) {}
 
 // The fragments of mma.m16n8k16, as the PTX manual lays them out.
 struct Fragments {

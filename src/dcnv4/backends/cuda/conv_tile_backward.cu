@@ -125,7 +125,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) odd |= not_finite(out[r][i]);
+            for (int i = 0; i < CHUNKS; ++i) {
+                ptx::hold(out[r][i]);  // lest it be waited for earlier
+                odd |= not_finite(out[r][i]);
+            }
         if (__any_sync(~0u, odd)) break;
         ptx::wait_for_groups<1>();
         __syncwarp();

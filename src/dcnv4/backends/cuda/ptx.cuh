@@ -137,6 +137,10 @@ template <typename T>
 DCNV4_DEVICE void hold(T*& pointer) {
     asm("" : "+l"(pointer));
 }
+// Two words that nothing computes with before here.
+DCNV4_DEVICE void hold(unsigned (&words)[2]) {
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]));
+}
 
 // c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
 DCNV4_DEVICE void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -297,6 +297,14 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
     finish_run(pixel, sum);
 }
 
+// Calls `visit(r, k)` for a lane's points of a pass, which begins with round `first`.
+template <typename Visit>
+DCNV4_DEVICE void each_point(int first, int lane, const Visit& visit) {
+#pragma unroll
+    for (int r = 0; r < PASS; ++r)
+        if (first + r < ROUNDS) visit(r, (first + r) * LANES + lane);
+}
+
 // As `scatter`, for all slices of a block at once: all its threads must come here.
 template <typename Points>
 DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
@@ -317,12 +325,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         Place at[PASS];
         unsigned before[PASS][4];
         Places places[PASS];
-        const auto each_point = [&](const auto& visit) {
-#pragma unroll
-            for (int r = 0; r < PASS; ++r)
-                if (first + r < ROUNDS) visit(r, (first + r) * LANES + slice.lane);
-        };
-        each_point([&](int r, int k) {
+        each_point(first, slice.lane, [&](int r, int k) {
             at[r] = points.locate(k < POINTS ? k : POINTS - 1);
             if (!(slice.active && k < POINTS)) at[r].corners.legal = 0;
             const Buckets buckets(at[r], points.level(k));
@@ -335,7 +338,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         shared.allocate();
         __syncthreads();
         shared.fill_up();
-        each_point([&](int r, int k) {
+        each_point(first, slice.lane, [&](int r, int k) {
             const Corners<Sum>& c = at[r].corners;
             Sum share[4];
             coefficients(weights[k < POINTS ? k : POINTS - 1], c.fraction_x, c.fraction_y, share);
@@ -355,7 +358,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         walk(shared, image + channel, stride, grad_image + channel, grad_stride, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;
-        each_point([&](int r, int k) {
+        each_point(first, slice.lane, [&](int r, int k) {
             if (!(slice.active && k < POINTS)) return;
             Sum dot[4];
 #pragma unroll
