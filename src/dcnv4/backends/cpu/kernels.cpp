@@ -9,7 +9,8 @@
 // Work. Every thread takes pieces of output pixels from a counter. The K points of one (pixel,
 // group) are a unit; the points of a batch of units lie one after another in the lanes of vectors,
 // so that few lanes are idle: coordinates, corners and coefficients are computed lane by lane
-// (`place`), then the D channels are summed in registers, point after point (`gather`). Backwards,
+// (`place`), then the D channels are summed in registers, point after point (`gather`). A batch
+// with a corner outside the image reads zeros there, by other code than one without. Backwards,
 // `spread` leaves four partial sums of each dot product for `finish` to add lane by lane. The
 // gradient of the value has no atomics: a thread owns some groups of an image, or, where there are
 // fewer of those than threads, a band of the value's rows of one (image, group); it goes over the
@@ -23,9 +24,10 @@
 // memory. Bands go over the coordinates a second time, skipping runs of pixels that do not reach
 // them.
 //
-// Limits. The forward is bound by `place` and by the loads of corners and coefficients, 4 K rows of
-// D and 4 K numbers a (pixel, group); the backward by as many read-modify-writes. Points at the
-// image's border take a branch of their own, which a pattern that cannot be predicted makes slower.
+// Limits. The forward is bound half by `place`, half by the loads of corners and coefficients, 4 K
+// rows of D and 4 K numbers a (pixel, group); the backward by as many read-modify-writes. Corners
+// outside the image take no branch in the forward, where it would often be mispredicted, but a few
+// more instructions; backwards a branch costs less.
 //
 // Numbers. NaN and infinities are legal data: no flag that assumes them away. Sums are made in A:
 // double for double, float for everything else; half precision is converted in registers.
@@ -106,6 +108,8 @@ struct VectorOf {
 template <typename T, int N>
 using Vector = typename VectorOf<T, N>::type;
 
+constexpr Vector<int, 16> kLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 template <typename T, typename From>
 T bits_of(const From& from) {
     static_assert(sizeof(T) == sizeof(From), "same size");
@@ -114,9 +118,7 @@ T bits_of(const From& from) {
     return to;
 }
 
-float to_float(uint16_t bits, bfloat) { return bits_of<float>(uint32_t(bits) << 16); }
-
-float to_float(uint16_t bits, half) {
+float to_float(uint16_t bits) {
     // Exponent and mantissa moved into place are short of a factor 2^112, which also mends the
     // subnormals; what had the largest exponent is infinite or NaN.
     const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
@@ -167,6 +169,13 @@ Vector<float, N> load(const float* from) {
 }
 
 template <int N>
+Vector<int, N> load(const int* from) {
+    Vector<int, N> x;
+    std::memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+template <int N>
 Vector<float, N> load(const bfloat* from) {
 #ifdef DCNV4_X86
     if constexpr (N == 4) {
@@ -176,10 +185,12 @@ Vector<float, N> load(const bfloat* from) {
         const auto bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
         return (Vector<float, N>)_mm256_slli_epi32(bits, 16);
     }
-#ifdef __AVX512F__
+#ifdef DCNV4_AVX512
     if constexpr (N == 16) {
-        const auto bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-        return (Vector<float, N>)_mm512_slli_epi32(bits, 16);
+        // Every word to the upper half of its lane, in one shuffle.
+        const auto source = kLanes * 0x10001;
+        const auto words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+        return (Vector<float, N>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)source, words);
     }
 #endif
 #endif
@@ -203,16 +214,15 @@ Vector<float, N> load(const half* from) {
 #endif
 #endif
     float x[N];
-    for (int i = 0; i < N; ++i) x[i] = to_float(from[i].bits, half());
+    for (int i = 0; i < N; ++i) x[i] = to_float(from[i].bits);
     return load<N>(x);
 }
 
 // The first `count` of N channels; the others are 0, and are not read.
 template <int N, typename V>
-Vector<typename Accumulator<V>::type, N> load_part(const V* from, int64_t count) {
-    count = std::max<int64_t>(0, std::min<int64_t>(N, count));
+Vector<typename Accumulator<V>::type, N> load_part(const V* from, int count) {
 #ifdef DCNV4_AVX512
-    const auto there = uint32_t((uint64_t(1) << count) - 1);
+    const auto there = (uint32_t(1) << count) - 1;
     if constexpr (std::is_same<V, double>::value && N == 8) {
         return (Vector<double, N>)_mm512_maskz_loadu_pd(__mmask8(there), from);
     } else if constexpr (std::is_same<V, float>::value && N == 16) {
@@ -226,8 +236,12 @@ Vector<typename Accumulator<V>::type, N> load_part(const V* from, int64_t count)
         const auto words = _mm_maskz_loadu_epi16(__mmask8(there), from);
         return load<N>(reinterpret_cast<const V*>(&words));
     }
+#elif defined(DCNV4_X86)
+    if constexpr (std::is_same<V, float>::value && N == 8) {
+        const Vector<int, N> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+        return (Vector<float, N>)_mm256_maskload_ps(from, (__m256i)(lanes < count));
+    }
 #endif
-    if (count == N) return load<N>(from);
     V part[N] = {};
     for (int i = 0; i < count; ++i) part[i] = from[i];
     return load<N>(part);
@@ -260,6 +274,20 @@ void store(V* to, X x) {
     if constexpr (!std::is_floating_point<V>::value) {
         for (int i = 0; i < N; ++i) to[i].bits = from_float(x[i], V());
     }
+}
+
+template <int N, typename V, typename X>
+void store_part(V* to, X x, int count) {
+#ifdef DCNV4_AVX512
+    const auto there = (uint32_t(1) << count) - 1;
+    if constexpr (std::is_same<V, float>::value && N == 16)
+        return _mm512_mask_storeu_ps(to, __mmask16(there), (__m512)x);
+    if constexpr (std::is_same<V, float>::value && N == 8)
+        return _mm256_mask_storeu_ps(to, __mmask8(there), (__m256)x);
+#endif
+    V all[N];
+    store<N>(all, x);
+    for (int i = 0; i < count; ++i) to[i] = all[i];
 }
 
 #if defined(__has_builtin)
@@ -368,9 +396,11 @@ struct Grid {
 };
 
 // An output pixel's group: K points, which follow those of the unit before.
+template <typename A>
 struct Unit {
     int64_t row, column, group;
     int64_t value, offsets, weights, output;  // its first element in these; of the image in value
+    A x, y;                                   // where its window is
 };
 
 // A thread's scratch: the points of a batch.
@@ -385,12 +415,13 @@ struct Points {
         for (auto& sum : dot) sum = Array<A>(grid.size);
     }
 
-    Array<Unit> units;
+    Array<Unit<A>> units;
     Array<A> pairs;              // pixels, x and y in turn; then their gradients
     Array<A> weight;             // what each point counts
     Array<A> fraction_x, fraction_y;
     Array<int64_t> position;     // of the top left corner in the value, in pixels
     Array<int> legal;
+    bool whole;                  // whether all corners are
     Array<A> coefficient;        // [4]; 0 at illegal corners
     Array<A> partial;            // [4][4]: partial sums of the gradients of the coefficients
     Array<A> dot[4] = {Array<A>(0), Array<A>(0), Array<A>(0), Array<A>(0)};  // the sums
@@ -410,10 +441,11 @@ void copy(const T* from, int64_t count, T* to) {
     if (count & 1) *to = *from;
 }
 
-template <typename A, typename V, typename Convert>
-void convert(const V* from, int64_t count, A* to, Convert&& one) {
-    for (int64_t k = 0; k < count; k += kBlock)
-        for (int64_t i = k; i < k + kBlock; ++i) to[i] = one(from[i]);
+// Whole blocks from one dtype to the other.
+template <typename A, typename B>
+void convert(const A* from, int64_t count, B* to) {
+    constexpr int L = kBytes / int(sizeof(float));
+    for (int64_t k = 0; k < padded(count); k += L) store<L>(to + k, load<L>(from + k));
 }
 
 // `count` numbers as A: where they lie in memory, if their dtype and the tensor's end allow whole
@@ -421,31 +453,28 @@ void convert(const V* from, int64_t count, A* to, Convert&& one) {
 template <typename A>
 __attribute__((always_inline)) inline const A* read(const View& view, int64_t end, int64_t at,
                                                     int64_t count, double* raw, A* to) {
-    const int64_t size = view.dtype <= 1 ? sizeof(A) : 2, whole = padded(count);
+    const int64_t size = view.dtype <= 1 ? sizeof(A) : 2;
     const void* from = view.data + at * size;
-    if (__builtin_expect(at + whole > end, 0)) from = std::memcpy(raw, from, count * size);
-    if (view.dtype <= 1) return static_cast<const A*>(from);
-    const auto words = static_cast<const uint16_t*>(from);
-    if (view.dtype == 2) {
-        convert(words, whole, to, [](uint16_t x) { return to_float(x, bfloat()); });
-    } else {
-        convert(words, whole, to, [](uint16_t x) { return to_float(x, half()); });
+    if (__builtin_expect(at + padded(count) > end, 0)) from = std::memcpy(raw, from, count * size);
+    if constexpr (std::is_same<A, float>::value) {
+        if (view.dtype == 2) return convert(static_cast<const bfloat*>(from), count, to), to;
+        if (view.dtype == 3) return convert(static_cast<const half*>(from), count, to), to;
     }
-    return to;
+    return static_cast<const A*>(from);
 }
 
 // `from` holds whole blocks.
 template <typename A>
-__attribute__((always_inline)) inline void write(const View& view, int64_t at, const A* from,
-                                                 int64_t count, double* raw) {
+void write(const View& view, int64_t at, const A* from, int64_t count, double* raw) {
     if (view.dtype <= 1) return copy(from, count, reinterpret_cast<A*>(view.data) + at);
-    const auto words = reinterpret_cast<uint16_t*>(raw);
-    if (view.dtype == 2) {
-        convert(from, count, words, [](A x) { return from_float(float(x), bfloat()); });
-    } else {
-        convert(from, count, words, [](A x) { return from_float(float(x), half()); });
+    if constexpr (std::is_same<A, float>::value) {
+        if (view.dtype == 2) {
+            convert(from, count, reinterpret_cast<bfloat*>(raw));
+        } else {
+            convert(from, count, reinterpret_cast<half*>(raw));
+        }
+        copy(reinterpret_cast<uint16_t*>(raw), count, reinterpret_cast<uint16_t*>(view.data) + at);
     }
-    copy(words, count, reinterpret_cast<uint16_t*>(view.data) + at);
 }
 
 double exponential(double x) { return std::exp(x); }
@@ -512,6 +541,7 @@ X rounded(X x) {
 // counts nothing.
 template <typename A>
 void restrict_to(Points<A>& s, const Grid<A>& grid, int64_t points, int64_t first, int64_t last) {
+    s.whole = false;
     for (int64_t n = 0; n < points; ++n) {
         const int64_t top = s.position[n], below = top + grid.width[n];
         const int64_t corner[4] = {top, top + 1, below, below + 1};
@@ -521,6 +551,18 @@ void restrict_to(Points<A>& s, const Grid<A>& grid, int64_t points, int64_t firs
             s.coefficient[4 * n + i] = 0;
         }
     }
+}
+
+// Whether all corners of the first points are legal.
+bool are_whole(const int* legal, int64_t points) {
+    using Lanes = Vector<int, kBlock>;
+    Lanes bad = {};
+    for (int64_t block = 0; block < points; block += kBlock)
+        bad |= (load<kBlock>(legal + block) != 15) & (kLanes < int(points - block));
+    const auto half = bits_of<Vector<int64_t, kBlock / 2>>(bad);
+    int64_t any = 0;
+    for (int i = 0; i < kBlock / 2; ++i) any |= half[i];
+    return any == 0;
 }
 
 // The points of the first `units`.
@@ -536,12 +578,10 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
     for (int i = 0; i < L; ++i) odd[i] = -(i % 2);
     // Every unit writes whole blocks; what is beyond its points is the next unit's to overwrite.
     for (int64_t u = 0; u < units; ++u) {
-        const Unit& at = s.units[u];
+        const Unit<A>& at = s.units[u];
         const A* offsets =
             read<A>(p.offsets, grid.offsets_end, at.offsets, 2 * count, s.raw, s.numbers);
-        const A x = A(p.origin_x + p.step_x * double(at.column));
-        const A y = A(p.origin_y + p.step_y * double(at.row));
-        const Lanes origin = odd ? Lanes{} + y : Lanes{} + x;
+        const Lanes origin = odd ? Lanes{} + at.y : Lanes{} + at.x;
         // Coordinates are those of geometry.py to the bit.
         for (int64_t i = 0; i < 2 * count; i += L)
             store<L>(pairs + 2 * u * count + i,
@@ -572,12 +612,13 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
             position[n] = start[n] + int64_t(c.row) * int64_t(width[n]) + c.column;
             fraction_x[n] = c.fraction_x;
             fraction_y[n] = c.fraction_y;
-            coefficient[4 * n] = c.legal & 1 ? out[0] : A(0);
-            coefficient[4 * n + 1] = c.legal & 2 ? out[1] : A(0);
-            coefficient[4 * n + 2] = c.legal & 4 ? out[2] : A(0);
-            coefficient[4 * n + 3] = c.legal & 8 ? out[3] : A(0);
+            coefficient[4 * n] = c.inside & c.left & c.top ? out[0] : A(0);
+            coefficient[4 * n + 1] = c.inside & c.right & c.top ? out[1] : A(0);
+            coefficient[4 * n + 2] = c.inside & c.left & c.bottom ? out[2] : A(0);
+            coefficient[4 * n + 3] = c.inside & c.right & c.bottom ? out[3] : A(0);
         }
     }
+    s.whole = are_whole(legal, units * count);
     if (p.clipped) restrict_to(s, grid, units * count, 0, p.pixels);
 }
 
@@ -591,10 +632,12 @@ void for_batches(const Problem& p, const Grid<A>& grid, int64_t image, int64_t f
     for (int64_t left = (last - first) * (last_group - first_group); left > 0;) {
         const int64_t units = std::min(left, grid.units);
         for (int64_t u = 0; u < units;) {
-            Unit next{row, column, group, p.value.at(image, 0, 0, group),
-                      p.offsets.at(image, row, column, group),
-                      p.weights.at(image, row, column, group),
-                      p.output.at(image, row, column, group)};
+            Unit<A> next{row, column, group, p.value.at(image, 0, 0, group),
+                         p.offsets.at(image, row, column, group),
+                         p.weights.at(image, row, column, group),
+                         p.output.at(image, row, column, group),
+                         A(p.origin_x + p.step_x * double(column)),
+                         A(p.origin_y + p.step_y * double(row))};
             for (; u < units && next.group < last_group; ++next.group) {
                 s.units[u++] = next;
                 next.value += p.value.group;
@@ -626,20 +669,24 @@ struct Span {
     using Lanes = Vector<A, L>;
 
     Lanes load(const V* from, int v) const {
-        if constexpr (part) return load_part<L>(from + v * L, there - v * L);
+        if constexpr (part) return load_part<L>(from + v * L, there[v]);
         return ::load<L>(from + v * L);
     }
     void store(V* to, int v, Lanes x) const {
         if constexpr (part) {
-            V all[L];
-            ::store<L>(all, x);
-            for (int i = 0; i < std::min<int64_t>(L, there - v * L); ++i) to[v * L + i] = all[i];
+            store_part<L>(to + v * L, x, there[v]);
         } else {
             ::store<L>(to + v * L, x);
         }
     }
 
-    int64_t first, there;
+    Span(int64_t from, int64_t channels) : first(from) {
+        for (int v = 0; v < count; ++v)
+            there[v] = int(std::max<int64_t>(0, std::min<int64_t>(L, channels - v * L)));
+    }
+
+    int64_t first;
+    int there[count];  // of each vector's channels, so many
 };
 
 // Call f(span) for spans that make up all channels.
@@ -647,13 +694,13 @@ template <typename V, typename F>
 void for_spans(int64_t depth, F&& f) {
     int64_t c = 0;
     if constexpr (!std::is_same<V, double>::value) {
-        for (; depth - c >= 32; c += 32) f(Span<V, 32, false>{c, 32});
+        for (; depth - c >= 32; c += 32) f(Span<V, 32, false>(c, 32));
     }
-    for (; depth - c >= 16; c += 16) f(Span<V, 16, false>{c, 16});
+    for (; depth - c >= 16; c += 16) f(Span<V, 16, false>(c, 16));
     if (depth - c > 8) {
-        f(Span<V, 16, true>{c, depth - c});
+        f(Span<V, 16, true>(c, depth - c));
     } else if (depth - c > 0) {
-        f(Span<V, 8, true>{c, depth - c});
+        f(Span<V, 8, true>(c, depth - c));
     }
 }
 
@@ -661,15 +708,26 @@ void for_spans(int64_t depth, F&& f) {
 int64_t spanned(int64_t depth) { return (depth + 7) / 8 * 8; }
 
 // Call f with the rows of a point's corners; `none` is that of an illegal one.
-template <typename T, typename F>
+template <bool whole, typename T, typename F>
 __attribute__((always_inline)) inline void with_rows(T* top, int64_t stride, int64_t below,
                                                      int legal, T* none, F&& f) {
     T* const bottom = top + below;
-    if (__builtin_expect(legal == 15, 1)) {
+    if constexpr (whole) {
         f(top, top + stride, bottom, bottom + stride);
     } else {
         f(legal & 1 ? top : none, legal & 2 ? top + stride : none, legal & 4 ? bottom : none,
           legal & 8 ? bottom + stride : none);
+    }
+}
+
+// The same with a branch: where much is done with the rows, a wrong guess costs less than choosing.
+template <typename T, typename F>
+__attribute__((always_inline)) inline void likely_with_rows(T* top, int64_t stride, int64_t below,
+                                                            int legal, T* none, F&& f) {
+    if (__builtin_expect(legal == 15, 1)) {
+        with_rows<true>(top, stride, below, legal, none, f);
+    } else {
+        with_rows<false>(top, stride, below, legal, none, f);
     }
 }
 
@@ -689,30 +747,34 @@ __attribute__((always_inline)) inline void splat(const T* four, Vector<T, N> (&o
     for (int i = 0; i < 4; ++i) out[i] = four[i] - Vector<T, N>{};
 }
 
-// Sum the points of each of the first units.
-template <typename S, typename A>
+// Sum the points of each of the first units; `whole` where all their corners are legal.
+template <bool whole, typename S, typename A>
 __attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, const Points<A>& s,
                                       int64_t units, const S span) {
     using V = typename S::V;
     const auto zeros = reinterpret_cast<const V*>(kZeros);
-    const int64_t* const position = s.position;
-    const int* const legal = s.legal;
-    const int64_t* const below = grid.below;
-    const A* const coefficient = s.coefficient;
+    const int64_t* position = s.position;
+    const int* legal = s.legal;
+    const A* coefficient = s.coefficient;
     const int64_t stride = p.value.column, count = grid.count;
     // Sums that do not wait for each other.
     constexpr int chains = S::count < 4 ? 4 / S::count : 1;
     for (int64_t u = 0; u < units; ++u) {
-        const Unit& at = s.units[u];
+        const Unit<A>& at = s.units[u];
         const V* const channels = (const V*)p.value.data + at.value + span.first;
-        typename S::Lanes sum[chains][S::count] = {};
-        for (int64_t n = u * count; n < (u + 1) * count; ++n) {
-            with_rows(channels + position[n] * stride, stride, below[n], legal[n], zeros,
-                      [&](auto... rows) {
+        typename S::Lanes sum[chains][S::count];
+        for (auto& chain : sum)
+            for (auto& lanes : chain) lanes = typename S::Lanes{};
+        const int64_t* below = grid.below;
+        for (const int64_t* const end = position + count; position < end;
+             ++position, ++legal, ++below, coefficient += 4) {
+            with_rows<whole>(channels + *position * stride, stride, *below, *legal, zeros,
+                             [&](auto... rows) {
                 const V* const row[4] = {rows...};
                 typename S::Lanes c[4];
-                // Half precision takes shuffles to convert.
-                splat<S::L, std::is_same<V, A>::value>(coefficient + 4 * n, c);
+                // Half precision takes shuffles to convert, which are scarcer where a row is one
+                // vector.
+                splat<S::L, std::is_same<V, A>::value || (S::count > 1)>(coefficient, c);
                 for (int i = 0; i < 4; ++i)
                     for (int v = 0; v < S::count; ++v)
                         sum[i % chains][v] += c[i] * span.load(row[i], v);
@@ -752,7 +814,7 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
     const int64_t stride = p.value.column, count = grid.count;
     const int64_t sums_stride = sums ? sums->stride() : 0, low = sums ? sums->low : 0;
     for (int64_t u = 0; u < units; ++u) {
-        const Unit& at = s.units[u];
+        const Unit<A>& at = s.units[u];
         const V* const channels = (const V*)p.value.data + at.value + span.first;
         const V* const grad_out = (const V*)p.output.data + at.output + span.first;
         A* const to =
@@ -761,8 +823,8 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
         for (int v = 0; v < S::count; ++v) grad[v] = span.load(grad_out, v);
         for (int64_t n = u * count; n < (u + 1) * count; ++n) {
             if (want_dots) {
-                with_rows(channels + position[n] * stride, stride, below[n], legal[n], zeros,
-                          [&](auto... rows) {
+                likely_with_rows(channels + position[n] * stride, stride, below[n], legal[n], zeros,
+                                 [&](auto... rows) {
                     const V* const row[4] = {rows...};
                     typename S::Lanes product[4];
                     for (int i = 0; i < 4; ++i) {
@@ -774,8 +836,8 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
                 });
             }
             if (sums && legal[n]) {
-                with_rows(to + (position[n] - low) * sums_stride, sums_stride,
-                          width[n] * sums_stride, legal[n], unwanted, [&](auto... rows) {
+                likely_with_rows(to + (position[n] - low) * sums_stride, sums_stride,
+                                 width[n] * sums_stride, legal[n], unwanted, [&](auto... rows) {
                     A* const row[4] = {rows...};
                     for (int i = 0; i < 4; ++i) {
                         const A c = coefficient[4 * n + i];
@@ -833,7 +895,7 @@ __attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, int
         }
     }
     for (int64_t u = 0; u < units; ++u) {
-        const Unit& at = s.units[u];
+        const Unit<A>& at = s.units[u];
         const A* grads = grad_weight + u * count;
         if (p.softmax) {
             const A* const own = weight + u * count;
@@ -907,7 +969,10 @@ void forward(const Problem& p, const Level* levels, const double* base) {
         const int64_t image = task / pieces, first = task % pieces * size;
         const int64_t last = std::min(first + size, per_image);
         for_batches(p, grid, image, first, last, 0, p.groups, s, [&](int64_t units) {
-            for_spans<V>(p.depth, [&](auto span) { gather(p, grid, s, units, span); });
+            for_spans<V>(p.depth, [&](auto span) {
+                s.whole ? gather<true>(p, grid, s, units, span)
+                        : gather<false>(p, grid, s, units, span);
+            });
         });
     });
 }
