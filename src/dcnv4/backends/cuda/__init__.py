@@ -37,7 +37,7 @@ _QUERIES = {16: (16, 8), 32: (8, 8), 64: (8, 4)}
 """By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
 owns: _SORTING_THREADS threads, one for each query and eight channels."""
 _SORTING_THREADS = 256
-_RESIDENT_THREADS = 768
+_RESIDENT_THREADS = 512
 """Threads of that kernel which a processor must have registers for."""
 TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13, "attn_backward": 1 << 13}
 """Kernels that have one for tiles, and from how many slices on it is used."""
