@@ -14,6 +14,8 @@ from torch import Tensor
 
 import cases
 import fuzz_cuda
+import test_amp
+from conftest import Runner
 from dcnv4 import functional
 from dcnv4.backends import cuda
 from dcnv4.backends.cuda import compile
@@ -318,6 +320,14 @@ def test_random_calls() -> None:
         dtype = rng.choice(cases.DTYPES)
         with emulated(TILED=TILED, backwards=i % 2 == 0):
             case.check(case.run(dtype, "cpu", "cuda"), dtype)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("op", ["deform_conv", "ms_deform_attn"])
+def test_mixed_precision(op: str, half: torch.dtype) -> None:
+    with emulated():
+        test_amp.test_coordinates_are_never_rounded_down(op, half, Runner("cuda", "cpu"))
+        test_amp.test_mixed_inputs(op, half, Runner("cuda", "cpu"))
 
 
 @pytest.fixture

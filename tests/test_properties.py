@@ -95,7 +95,13 @@ def test_images_do_not_see_each_other(case: cases.Case, dtype: torch.dtype, runn
     other = [tensor.roll(1, -1) for tensor in one]
     both = [torch.cat(tensors) for tensors in zip(one, other, strict=True)]
     apart = [case.call(*arguments, backend=runner.backend) for arguments in (one, other)]
-    assert torch.equal(case.call(*both, backend=runner.backend), torch.cat(apart))
+    together = case.call(*both, backend=runner.backend)
+    if (runner.backend, runner.device) == ("reference", "cuda"):
+        # PyTorch's own kernels there sum in an order that depends on the size.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(together, torch.cat(apart), rtol=8 * eps, atol=8 * eps)
+    else:
+        assert torch.equal(together, torch.cat(apart))
 
 
 @law

@@ -221,11 +221,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
             const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
             const Sum x = Number<float16>::get(&own.offsets[k], 0);
             const Sum y = Number<float16>::get(&own.offsets[k], 1);
-            const int floor_x = __float2int_rd(x), floor_y = __float2int_rd(y);
-            const Sum fraction_x = x - floor_x, fraction_y = y - floor_y;
+            const int whole_x = integer_below(x), whole_y = integer_below(y);
+            const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
             const unsigned char* from = own_products +
-                                        (j + REACH + floor_y) * Products::ROW +
-                                        (i + REACH + floor_x) * Products::COLUMN;
+                                        (j + REACH + whole_y) * Products::ROW +
+                                        (i + REACH + whole_x) * Products::COLUMN;
             const Sum dot[4] = {*(const float*)from, *(const float*)(from + Products::COLUMN),
                                 *(const float*)(from + Products::ROW),
                                 *(const float*)(from + Products::ROW + Products::COLUMN)};

@@ -18,7 +18,7 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-constexpr int MOST_FAR = 8;
+constexpr int MOST_FAR = 2;
 
 // What a block keeps in shared memory; its warps have neighbouring channels, all in the window.
 struct __align__(128) Shared {

@@ -23,9 +23,9 @@ struct Corners {
     bool left, right, top, bottom;  // these columns and rows of corners are
 };
 
-// The largest integer that is not above x > -1.
+// The largest integer that is not above x, which an int must hold.
 template <typename T>
-DCNV4_HD int floor_above_minus_one(T x) {
+DCNV4_HD int integer_below(T x) {
 #ifdef __CUDA_ARCH__
     if (sizeof(T) == sizeof(float)) return __float2int_rd(float(x));
     return __double2int_rd(double(x));
@@ -42,7 +42,7 @@ DCNV4_HD Corners<T> corners(T x, T y, int height, int width) {
     const int inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
     x = inside ? x : T(0);
     y = inside ? y : T(0);
-    const int column = floor_above_minus_one(x), row = floor_above_minus_one(y);
+    const int column = integer_below(x), row = integer_below(y);
     const bool left = column >= 0, right = column < width - 1;
     const bool top = row >= 0, bottom = row < height - 1;
     const int legal = -inside & (left * 5 | right * 10) & (top * 3 | bottom * 12);
