@@ -32,9 +32,8 @@ struct Levels {
                 if (l == level) break;
                 start += rows * columns;
             }
-            const bool fits = rows > 0 && columns > 0 && start >= 0 &&
-                              rows <= a.length && columns <= a.length &&
-                              start + rows * columns <= a.length;
+            const bool fits = rows > 0 && columns > 0 && start >= 0 && rows <= a.length &&
+                              columns <= a.length && start + rows * columns <= a.length;
             height[level] = fits ? int(rows) : -1;
             width[level] = fits ? int(columns) : -1;
             first[level] = fits ? Index(start) : 0;

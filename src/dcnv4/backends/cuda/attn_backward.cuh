@@ -21,7 +21,8 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-// A slice's points, its channels in the output's gradient, and those of its head at the first pixel.
+// A slice's points, its channels in the output's gradient, and those of its head at the first
+// pixel.
 struct Head {
     AttnPoints points;
     const VALUE* image;

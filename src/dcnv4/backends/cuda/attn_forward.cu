@@ -25,13 +25,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments
     levels.fill(a, arguments.shapes);
     const Slice slice(a.slices);
     const Index image = slice.pixel / a.queries, query = slice.pixel - image * a.queries;
-    const AttnPoints points{
-        levels,
-        arguments.locations + image * a.locations_image + query * a.locations_query +
-            slice.group * (2 * POINTS),
-        arguments.weights + image * a.weights_image + query * a.weights_query +
-            slice.group * POINTS,
-        nullptr, nullptr};
+    const AttnPoints points{levels,
+                            arguments.locations + image * a.locations_image +
+                                query * a.locations_query + slice.group * (2 * POINTS),
+                            arguments.weights + image * a.weights_image + query * a.weights_query +
+                                slice.group * POINTS,
+                            nullptr, nullptr};
     const Weights<AttnPoints> weights(points, slice.lane);
     const VALUE* value = arguments.value + image * a.value_image + slice.group * DEPTH;
     VALUE* output = arguments.output + (slice.pixel * (long long)GROUPS + slice.group) * DEPTH;
@@ -41,8 +40,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments
         const int channel = start + slice.lane * VECTOR;
         const bool idle = channel >= DEPTH;
         Sum sum[VECTOR] = {};
-        gather(points, weights, value + (idle ? 0 : channel),
-               a.stride, slice.lane, sum);
+        gather(points, weights, value + (idle ? 0 : channel), a.stride, slice.lane, sum);
         Channels out;
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);

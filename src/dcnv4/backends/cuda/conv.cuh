@@ -25,6 +25,27 @@ struct Convolution {
     Strips strips;
 };
 
+struct ForwardArguments {
+    const VALUE* value;
+    const FIELDS* fields;
+    VALUE* output;
+    int* limits;  // of strips, see `each_left`
+    Convolution c;
+};
+
+struct BackwardArguments {
+    const VALUE* value;
+    const FIELDS* fields;
+    const VALUE* grad;
+    Total* grad_value;    // [B, H, W, C], to be added to
+    FIELDS* grad_fields;  // [B, Ho, Wo, fields]
+    const Sum* units;     // [B], see unit_of_total
+    int* limits;
+    long long grad_image, grad_pixel;  // strides
+    long long channels;                // of offset_mask, padding included
+    Convolution c;
+};
+
 // The cells of the undeformed window, from its centre: columns outermost. Tabulated, as a division
 // for every point costs more; but constant memory is small.
 constexpr int CELLS = KERNEL_H * KERNEL_W;

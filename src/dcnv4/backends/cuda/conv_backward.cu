@@ -4,38 +4,25 @@
 // gradient are summed over the threads of a slice by shuffles, then each offset and weight gets its
 // gradient in one store.
 // Memory: as the forward, and 4*K vectors of float32 additions a slice.
-// Limit: those additions, of which L2 took 91 sectors of 32 bytes a nanosecond on an H200, the issue
-// slots being 26 % busy. Hence vectors of four (sm_90 on), neighbouring threads on neighbouring
-// channels so that sectors are whole, and no addition where a corner counts nothing.
+// Limit: those additions, of which L2 took 91 sectors of 32 bytes a nanosecond on an H200, the
+// issue slots being 26 % busy. Hence vectors of four (sm_90 on), neighbouring threads on
+// neighbouring channels so that sectors are whole, and no addition where a corner counts nothing.
 #include "conv.cuh"
 
 using namespace dcnv4;
 
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    const VALUE* grad;
-    Total* grad_value;    // [B, H, W, C], to be added to
-    FIELDS* grad_fields;  // [B, Ho, Wo, fields]
-    const Sum* units;     // [B], see unit_of_total
-    const int* limits;
-    long long grad_image, grad_pixel;  // strides
-    long long channels;                // of offset_mask, padding included
-    Convolution c;
-};
-
+using Arguments = BackwardArguments;
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
 DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPixel& at) {
-    const FIELDS* fields = a.fields + at.image * a.c.fields_image +
-                           at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
+    const FIELDS* fields = a.fields + at.image * a.c.fields_image + at.in_image * a.c.fields_pixel +
+                           slice.group * (3 * POINTS);
     FIELDS* grad_fields = a.grad_fields + slice.pixel * a.channels;
     const ConvPoints points(a.c, fields, grad_fields + slice.group * (3 * POINTS), at.row,
                             at.column);
     const Weights<ConvPoints> weights(points, slice.lane);
     const long long first = at.image * (a.c.height * (long long)a.c.width) * (GROUPS * DEPTH);
-    scatter(points, weights, a.value + at.image * a.c.value_image + slice.group * DEPTH,
-            a.c.stride,
+    scatter(points, weights, a.value + at.image * a.c.value_image + slice.group * DEPTH, a.c.stride,
             a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel + slice.group * DEPTH,
             a.grad_value + first + slice.group * DEPTH, Index(GROUPS * DEPTH * sizeof(Total)),
             unit_of_total(a.units, at.image), slice);
@@ -47,9 +34,8 @@ DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPi
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
     if constexpr (AFTER_TILES) {
-        each_left(a.c, a.limits, [&](const Slice& slice, const OutputPixel& at) {
-            compute(a, slice, at);
-        });
+        each_left(a.c, a.limits,
+                  [&](const Slice& slice, const OutputPixel& at) { compute(a, slice, at); });
     } else {
         const Slice slice(a.c.slices);
         compute(a, slice, OutputPixel(a.c, slice.pixel));

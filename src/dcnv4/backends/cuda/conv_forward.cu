@@ -2,27 +2,20 @@
 //
 // Work: LANES threads a slice; slices of a block lie side by side, group after group, then pixel
 // after pixel, so that the windows of a block overlap. After the tile kernel, what that one left.
-// Memory: every offset and weight once, every output once, and 4*K vectors of channels a slice out of
-// L1 mostly, since the windows of neighbouring pixels overlap.
-// Limit: L1, which serves rows shorter than its 128-byte lines at about half its rate: its data pipe
-// is 87 % busy for 16 channels in float16 on an H200, the issue slots 63 %. Not device memory.
+// Memory: every offset and weight once, every output once, and 4*K vectors of channels a slice out
+// of L1 mostly, since the windows of neighbouring pixels overlap.
+// Limit: L1, which serves rows shorter than its 128-byte lines at about half its rate: its data
+// pipe is 87 % busy for 16 channels in float16 on an H200, the issue slots 63 %. Not device memory.
 #include "conv.cuh"
 
 using namespace dcnv4;
 
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    VALUE* output;
-    const int* limits;
-    Convolution c;
-};
-
+using Arguments = ForwardArguments;
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
 DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPixel& at) {
-    const FIELDS* fields = a.fields + at.image * a.c.fields_image +
-                           at.in_image * a.c.fields_pixel + slice.group * (3 * POINTS);
+    const FIELDS* fields = a.fields + at.image * a.c.fields_image + at.in_image * a.c.fields_pixel +
+                           slice.group * (3 * POINTS);
     const ConvPoints points(a.c, fields, nullptr, at.row, at.column);
     const Weights<ConvPoints> weights(points, slice.lane);
     const VALUE* image = a.value + at.image * a.c.value_image + slice.group * DEPTH;
@@ -33,8 +26,7 @@ DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPi
         const int channel = start + slice.lane * VECTOR;
         const bool idle = channel >= DEPTH;
         Sum sum[VECTOR] = {};
-        gather(points, weights, image + (idle ? 0 : channel),
-               a.c.stride, slice.lane, sum);
+        gather(points, weights, image + (idle ? 0 : channel), a.c.stride, slice.lane, sum);
         Channels out;
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
@@ -44,9 +36,8 @@ DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPi
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
     if constexpr (AFTER_TILES) {
-        each_left(a.c, a.limits, [&](const Slice& slice, const OutputPixel& at) {
-            compute(a, slice, at);
-        });
+        each_left(a.c, a.limits,
+                  [&](const Slice& slice, const OutputPixel& at) { compute(a, slice, at); });
     } else {
         const Slice slice(a.c.slices);
         compute(a, slice, OutputPixel(a.c, slice.pixel));

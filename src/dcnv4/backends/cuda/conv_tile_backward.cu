@@ -5,28 +5,18 @@
 // added tile after tile.
 // Memory: as the forward and the output's gradient once; WINDOW_W / TILE_W vectors of float32
 // additions for every pixel and channel.
+// Limit: the latency of its own instructions, at 11 warps a multiprocessor for want of registers;
+// L1 is 62 % busy, L2 70 %.
 #include "conv.cuh"
 #include "conv_tile.cuh"
 
 using namespace dcnv4;
 
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    const VALUE* grad;
-    Total* grad_value;    // [B, H, W, C], to be added to
-    FIELDS* grad_fields;  // [B, Ho, Wo, fields]
-    const Sum* units;     // [B], see unit_of_total
-    int* limits;
-    long long grad_image, grad_pixel;  // strides
-    long long channels;                // of offset_mask, padding included
-    Convolution c;
-};
-
+using Arguments = BackwardArguments;
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-// V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write columns
-// two apart, of eight pixels: to different banks.
+// V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write
+// columns two apart, of eight pixels: to different banks.
 struct Products {
     static constexpr int OF_ROW = TILE_W * 4, COLUMN = 36 * 4, ROW = 8 * COLUMN;
     unsigned char bytes[PATCH_H * ROW];
@@ -52,7 +42,8 @@ static_assert(WARPS == 1, "a warp has its own window");
 using Row = float[2][4];
 constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next tile adds to
 
-extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile_backward(Arguments a) {
+extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
+    conv_tile_backward(Arguments a) {
     __shared__ Shared shared;
     const Convolution& c = a.c;
     Tile tile(c.strips, GROUPS, c.out_height, c.out_width);
@@ -60,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
     const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
     const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
     const FIELDS* fields = a.fields + tile.image * c.fields_image;
-    Total* grad_image = a.grad_value + (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
-                      group * DEPTH + 4 * t;
+    Total* grad_image = a.grad_value +
+                        (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
+                        group * DEPTH + 4 * t;
     FIELDS* grad_fields =
         a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
@@ -197,8 +189,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
 #pragma unroll
             for (int r = 0; r < TILE_H; ++r) {
                 if (row < r || row >= r + PATCH_H) continue;
-                const float(&products)[2][4] = dot[r / 2];
-                unsigned char* to = lane_products + (row - r) * Products::ROW + r * Products::OF_ROW;
+                const float (&products)[2][4] = dot[r / 2];
+                unsigned char* to =
+                    lane_products + (row - r) * Products::ROW + r * Products::OF_ROW;
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                     *(float*)(to + i * Products::COLUMN) =
@@ -223,15 +216,15 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
             const Sum y = Number<float16>::get(&own.offsets[k], 1);
             const int whole_x = integer_below(x), whole_y = integer_below(y);
             const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
-            const unsigned char* from = own_products +
-                                        (j + REACH + whole_y) * Products::ROW +
+            const unsigned char* from = own_products + (j + REACH + whole_y) * Products::ROW +
                                         (i + REACH + whole_x) * Products::COLUMN;
             const Sum dot[4] = {*(const float*)from, *(const float*)(from + Products::COLUMN),
                                 *(const float*)(from + Products::ROW),
                                 *(const float*)(from + Products::ROW + Products::COLUMN)};
             gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
         }
-        // At the centre of a pixel just outside the image a point is outside, though one corner is not.
+        // At the centre of a pixel just outside the image a point is outside, though not all of its
+        // corners are.
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
@@ -240,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
                 const Sum y = top + t + j + REACH + Number<float16>::get(&own.offsets[k], 1);
                 if (x == -1 || y == -1) gradient[k] = {0, 0, 0};
             }
-        if (own.count) each_far(c, own, tile, group, shared.fields, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
+        const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum dot[4] = {0, 0, 0, 0};
             if (some) {
                 Sum share[4];
@@ -257,7 +250,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
                         unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
 #pragma unroll
                         for (int row = 1; row < TILE_H; ++row)
-                            if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
+                            if (r == row)
+                                here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
                         Sum term[4];
 #pragma unroll
                         for (int v = 0; v < 4; ++v) {
@@ -279,7 +273,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8) conv_tile
 #pragma unroll
             for (int own_k = 0; own_k < POINTS; ++own_k)
                 if (some && r == t && k == own_k) gradient[own_k] = found;
-        });
+        };
+        if (own.count) each_far(c, own, tile, group, shared.fields, visit);
         if constexpr (SOFTMAX) {
             Sum mean = 0;
 #pragma unroll

@@ -2,20 +2,15 @@
 //
 // Work: a warp a strip, WIDE channels of a group.
 // Memory: every offset and weight once, every output once, the value once and what neighbouring
-// strips share, (WINDOW_W / TILE_W) times in all.
+// strips share, WINDOW_W / TILE_W times in all.
+// Limit: the traffic of L1 and shared memory, 65 % of what they can on an H100, then L2 and latency:
+// 14 warps a multiprocessor.
 #include "conv.cuh"
 #include "conv_tile.cuh"
 
 using namespace dcnv4;
 
-struct Arguments {
-    const VALUE* value;
-    const FIELDS* fields;
-    VALUE* output;
-    int* limits;
-    Convolution c;
-};
-
+using Arguments = ForwardArguments;
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
 constexpr int MOST_FAR = 2;
@@ -77,30 +72,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
         if (tile.row < limit) {
             const Own own(staged, lane, group);
             if (!own.fits || own.count > MOST_FAR) limit = tile.row;
-            if (own.count && tile.row < limit)
-                each_far(c, own, tile, group, staged, [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
-                    if (!some) return;
-                    Sum share[4], term[WIDE / 8][2] = {};
-                    legal_coefficients(at, weight, share);
+            const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
+                if (!some) return;
+                Sum share[4], term[WIDE / 8][2] = {};
+                legal_coefficients(at, weight, share);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (!(at.legal >> i & 1)) continue;
-                        const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                        const VALUE* corner =
-                            dcnv4::at(image + tile.part * WIDE + 2 * t, where, c.stride);
+                for (int i = 0; i < 4; ++i) {
+                    if (!(at.legal >> i & 1)) continue;
+                    const int where = (at.row + i / 2) * c.width + at.column + i % 2;
+                    const VALUE* corner =
+                        dcnv4::at(image + tile.part * WIDE + 2 * t, where, c.stride);
 #pragma unroll
-                        for (int n = 0; n < WIDE / 8; ++n) {
-                            const auto pair = Vector<VALUE, 2>::load(corner + 8 * n);
+                    for (int n = 0; n < WIDE / 8; ++n) {
+                        const auto pair = Vector<VALUE, 2>::load(corner + 8 * n);
 #pragma unroll
-                            for (int v = 0; v < 2; ++v) term[n][v] += share[i] * pair[v];
-                        }
+                        for (int v = 0; v < 2; ++v) term[n][v] += share[i] * pair[v];
                     }
+                }
 #pragma unroll
-                    for (int n = 0; n < WIDE / 8; ++n)
+                for (int n = 0; n < WIDE / 8; ++n)
 #pragma unroll
-                        for (int i = 0; i < 8; ++i)
-                            if (r == i / 2) sum[i / 4][n][i % 4] += term[n][i % 2];
-                });
+                    for (int i = 0; i < 8; ++i)
+                        if (r == i / 2) sum[i / 4][n][i % 4] += term[n][i % 2];
+            };
+            if (own.count && tile.row < limit) each_far(c, own, tile, group, staged, visit);
             __syncwarp();
             Tile next = tile;
             next.row += TILE_H;
@@ -150,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
         if (tile.row < limit) {
             const long long pixel =
                 (long long)tile.image * c.out_height * c.out_width + tile.pixel(g, 0);
-            VALUE* output = a.output + (pixel * (GROUPS * PARTS) + tile.part) * WIDE + t % 2 * 8 +
-                            t / 2 * 4;
+            VALUE* output =
+                a.output + (pixel * (GROUPS * PARTS) + tile.part) * WIDE + t % 2 * 8 + t / 2 * 4;
 #pragma unroll
             for (int r = 0; r < TILE_H; ++r) {
 #pragma unroll

@@ -40,8 +40,9 @@ struct Number<double> {
     }
 };
 
-// `packed`: `multiply` and `multiply_add` work on both halves of a word at once. `mma` is the tensor
-// cores' c += a b, `as_f16` and `of_f16` convert a pair; `exponents` are the bits that are set where a half of a word is not finite.
+// `packed`: `multiply` and `multiply_add` work on both halves of a word at once. `mma` is the
+// tensor cores' c += a b, `as_f16` and `of_f16` convert a pair; `exponents` are the bits that are
+// set where a half of a word is not finite.
 template <>
 struct Number<float16> {
     using Sum = float;

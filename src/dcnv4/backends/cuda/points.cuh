@@ -211,8 +211,8 @@ struct Sample<T, true> {
     }
     DCNV4_DEVICE void add_to(Sum (&sum)[VECTOR], const Channels (&corner)[4]) const {
         using Pair = Number<T>;
-        const unsigned both[4] = {ptx::lower_twice(top), ptx::upper_twice(top), ptx::lower_twice(bottom),
-                                  ptx::upper_twice(bottom)};
+        const unsigned both[4] = {ptx::lower_twice(top), ptx::upper_twice(top),
+                                  ptx::lower_twice(bottom), ptx::upper_twice(bottom)};
         Channels mean;
 #pragma unroll
         for (int w = 0; w < Channels::words; ++w) {
@@ -247,16 +247,15 @@ DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, c
             sample.pixels.each(pixel);
             Channels corner[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                corner[i] = Channels::load(at(image, pixel[i], stride));
+            for (int i = 0; i < 4; ++i) corner[i] = Channels::load(at(image, pixel[i], stride));
             sample.add_to(sum, corner);
         }
     }
 }
 
 // Gives `points` the gradients of point k from the dot products of its corners with the output's
-// gradient; what is in `dot` for an illegal corner does not matter. With a softmax the weight's must
-// wait for those of all points: it is kept in `slope` and adds to `mean`.
+// gradient; what is in `dot` for an illegal corner does not matter. With a softmax the weight's
+// must wait for those of all points: it is kept in `slope` and adds to `mean`.
 template <typename Points>
 DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& place, Sum weight,
                                   Sum (&dot)[4], Sum& slope, Sum& mean) {
@@ -273,7 +272,8 @@ DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& plac
     }
 }
 
-// The gradients of all logits; `slope` holds those of the weights, `mean` a lane's part of their sum.
+// The gradients of all logits; `slope` holds those of the weights, `mean` a lane's part of their
+// sum.
 template <typename Points>
 DCNV4_DEVICE void logit_gradients(const Points& points, const Weights<Points>& weights,
                                   const Sum (&slope)[ROUNDS], Sum mean, const Slice& slice) {
@@ -288,9 +288,9 @@ DCNV4_DEVICE void logit_gradients(const Points& points, const Weights<Points>& w
     }
 }
 
-// The gradients of a slice from that of its output. Adds `unit` times the value's to `grad_value`, the
-// gradient at the first pixel's DEPTH channels of this group, and gives `points` those of its points.
-// `image` and `grad` are DEPTH channels too.
+// The gradients of a slice from that of its output. Adds `unit` times the value's to `grad_value`,
+// the gradient at the first pixel's DEPTH channels of this group, and gives `points` those of its
+// points. `image` and `grad` are DEPTH channels too.
 template <typename Points>
 DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, const VALUE* image,
                           Index stride, const VALUE* grad, Total* grad_value, Index grad_stride,

@@ -64,7 +64,8 @@ DCNV4_DEVICE unsigned pack_f16(float lower, float upper) {
 // max(0, 1 - |center - x|), of two halves.
 DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
     unsigned hat;
-    asm("{.reg .b32 from; sub.f16x2 from, %1, %2; abs.f16x2 from, from; sub.sat.f16x2 %0, %3, from;}"
+    asm("{.reg .b32 from; sub.f16x2 from, %1, %2; abs.f16x2 from, from; sub.sat.f16x2 %0, %3, "
+        "from;}"
         : "=r"(hat)
         : "r"(center), "r"(x), "r"(0x3c003c00u));
     return hat;
@@ -138,9 +139,7 @@ DCNV4_DEVICE void hold(T*& pointer) {
     asm("" : "+l"(pointer));
 }
 // Two words that nothing computes with before here.
-DCNV4_DEVICE void hold(unsigned (&words)[2]) {
-    asm volatile("" : "+r"(words[0]), "+r"(words[1]));
-}
+DCNV4_DEVICE void hold(unsigned (&words)[2]) { asm volatile("" : "+r"(words[0]), "+r"(words[1])); }
 
 // c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
 DCNV4_DEVICE void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -10,9 +10,9 @@
 //      run. Each corner costs them one read of its slice's output gradient, from shared memory; its
 //      dot product with the pixel takes the corner's place in the list, where
 //   5. the threads that know the point find it, and make the point's gradients of it.
-// Buckets are pixels modulo a few rows and columns: pixels that share one cost time, being runs that
-// interrupt each other, and nothing else. So no window is cut out and no point is too far, sums are
-// in float32 whatever they are of, and what is not finite goes where it goes in `scatter`.
+// Buckets are pixels modulo a few rows and columns: pixels that share one cost time, being runs
+// that interrupt each other, and nothing else. So no window is cut out and no point is too far,
+// sums are in float32 whatever they are of, and what is not finite goes where it goes in `scatter`.
 //
 // Of the operator it asks besides what `scatter` does
 //     int level(int k)      which of several images point k lies in
@@ -30,8 +30,8 @@ constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
 constexpr int BATCH = 2;  // corners that a thread has under way at once
-// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else. It ends in
-// corners that count nothing, so that the parts into which it is cut are alike.
+// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else. It ends
+// in corners that count nothing, so that the parts into which it is cut are alike.
 constexpr int MOST_CORNERS = sizeof(VALUE) == 2 ? 4352 : 2304, MOST_SPARE = SLICES * BATCH;
 constexpr int FITTING = (MOST_CORNERS - MOST_SPARE) / (4 * THREADS);
 constexpr int PASS = ROUNDS < FITTING ? ROUNDS : FITTING;
@@ -83,7 +83,8 @@ static_assert(CORNERS < 1 << 15, "places of 16 bits");
 
 // What a block shares.
 struct Sorted {
-    static constexpr int stretch = 64;  // corners, with two to spare lest all walk in the same banks
+    // Corners, with two to spare lest all walk in the same banks.
+    static constexpr int stretch = 64;
 
     uint4 grad[Held::quads][THREADS];  // the output's gradient
     alignas(16) Corner list[(CORNERS + stretch - 1) / stretch * (stretch + 2)];
@@ -143,8 +144,7 @@ struct Buckets {
         const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            bucket[i] = first |
-                        (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
+            bucket[i] = first | (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
                         place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
     }
     DCNV4_DEVICE int operator[](int i) const { return bucket[i]; }
@@ -152,10 +152,11 @@ struct Buckets {
 
 // The dot products of a pixel's channels with those of output gradients.
 //
-// Where four threads hold 32 halves, tensor cores multiply the 8 output gradients of a warp by its 8
-// pixels. Of these products the diagonal is wanted: the first four threads have the first two, and so
-// on. Elsewhere a thread multiplies its own channels, and the sums over LANES threads are made for the
-// whole batch at once: every step halves the numbers that a thread still sums, if there are two.
+// Where four threads hold 32 halves, tensor cores multiply the 8 output gradients of a warp by its
+// 8 pixels. Of these products the diagonal is wanted: the first four threads have the first two,
+// and so on. Elsewhere a thread multiplies its own channels, and the sums over LANES threads are
+// made for the whole batch at once: every step halves the numbers that a thread still sums, if
+// there are two.
 struct Dots {
     static constexpr bool matrix = Number<VALUE>::packed && LANES == 4;
     static constexpr int kept = matrix || LANES > BATCH ? 1 : BATCH / LANES;
@@ -205,8 +206,8 @@ struct Dots {
     }
 };
 
-// Corners that a thread has under way: they are read, and the pixels where runs begin, while it still
-// computes with those before.
+// Corners that a thread has under way: they are read, and the pixels where runs begin, while it
+// still computes with those before.
 struct Batch {
     Corner corner[BATCH];
     Held fresh[BATCH];
@@ -289,7 +290,8 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
             pixel = run[j];
 #pragma unroll
             for (int c = 0; c < CHANNELS; ++c) {
-                const Sum before = begins[j] ? Sum(0) : sum[c], after = before + share[j] * grad[j][c];
+                const Sum before = begins[j] ? Sum(0) : sum[c],
+                          after = before + share[j] * grad[j][c];
                 sum[c] = share[j] != 0 ? after : before;  // 0 * inf is not added.
             }
         }
@@ -317,7 +319,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
 #pragma unroll
         for (int q = 0; q < Held::quads; ++q)
             shared.grad[q][threadIdx.x] = make_uint4(out.word[4 * q], out.word[4 * q + 1],
-                                                    out.word[4 * q + 2], out.word[4 * q + 3]);
+                                                     out.word[4 * q + 2], out.word[4 * q + 3]);
     }
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll
@@ -349,7 +351,8 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
             for (int i = 0; i < 4; ++i) {
                 place[i] = Sorted::padded(shared.bucket[buckets[i]] + before[r][i]);
                 if (c.legal >> i & 1)
-                    shared.list[place[i]] = {share[i], key + (i % 2 + i / 2 * at[r].width) * SLICES};
+                    shared.list[place[i]] = {share[i],
+                                             key + (i % 2 + i / 2 * at[r].width) * SLICES};
             }
             places[r] = {place[0] & 0xffff | place[1] << 16, place[2] & 0xffff | place[3] << 16};
         });

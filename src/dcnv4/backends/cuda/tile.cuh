@@ -1,10 +1,10 @@
 // Tiles of output pixels as small dense products on tensor cores.
 //
-// A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel (column,
-// row) in lane 4 * column + row. Offsets are small: where both numbers of one are less than REACH
-// pixels, its point is NEAR, and all corners that near points sample lie in a window of WINDOW_W x
-// WINDOW_H pixels. Let S, of [window positions, pixels], hold at every corner its share of the
-// point's weight. Then
+// A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel
+// (column, row) in lane 4 * column + row. Offsets are small: where both numbers of one are less
+// than REACH pixels, its point is NEAR, and all corners that near points sample lie in a window of
+// WINDOW_W x WINDOW_H pixels. Let S, of [window positions, pixels], hold at every corner its share
+// of the point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
@@ -16,10 +16,10 @@
 //     weight * hat(y - row) * hat(x - column)        hat(d) = max(0, 1 - |d|)
 //
 // two columns at once, in float16. Patches begin at even columns of the window, so that they are
-// whole words there. From tile to tile the window moves down by TILE_H rows, and only those are read.
-// Points that are not near are added by four lanes each, straight from memory. A tile with more than
-// MOST_FAR of them, or with numbers that float16 or a product of zeros cannot take, ends the strip:
-// `limits` says where, and the direct kernel, launched next, computes the rest.
+// whole words there. From tile to tile the window moves down by TILE_H rows, and only those are
+// read. Points that are not near are added by four lanes each, straight from memory. A tile with
+// more than MOST_FAR of them, or with numbers that float16 or a product of zeros cannot take, ends
+// the strip: `limits` says where, and the direct kernel, launched next, computes the rest.
 //
 // The fragments of mma.m16n8k16: lane 4g+t holds rows g and g+8, columns 2t, 2t+1 and 8 more. So a
 // quad of lanes owns the pixels of a column, and holds products of the same pixels.
@@ -69,9 +69,9 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
 
 // Where a strip lies, and the tile of it that its warp is at.
 struct Tile {
-    int image, row, column;  // of the tile's first output pixel
-    int part, lane;          // part: of all channels, WIDE
-    int height, width, last; // of the output; last: one past the strip's last row
+    int image, row, column;   // of the tile's first output pixel
+    int part, lane;           // part: of all channels, WIDE
+    int height, width, last;  // of the output; last: one past the strip's last row
     unsigned strip;
 
     // A part is a group, or some channels of one.
@@ -97,7 +97,7 @@ struct Tile {
 template <int COUNT>
 struct Staged {
     static constexpr int WORDS = (COUNT + 1) / 2;
-    static constexpr int LEAST = (2 * COUNT + 6 + 7) / 8;          // pieces of 8 bytes
+    static constexpr int LEAST = (2 * COUNT + 6 + 7) / 8;  // pieces of 8 bytes
     static constexpr int PIECES = LEAST <= 4 ? 4 : LEAST <= 8 ? 8 : 16, PITCH = 8 * (LEAST | 1);
     unsigned char bytes[PIXELS * PITCH];
 
@@ -108,7 +108,8 @@ struct Staged {
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + r) * PITCH; }
 
     // `visit(at, pixel, there)` for what a lane moves of each pixel in turn, where SHARE lanes have
-    // one: where it is, where in memory, and whether the image has it. `first`: of the tile's first.
+    // one: where it is, where in memory, and whether the image has it. `first`: of the tile's
+    // first.
     template <int SHARE, typename T, typename Visit>
     static DCNV4_DEVICE void each(const Tile& tile, T* first, long long stride, Visit visit) {
         constexpr int AT_ONCE = 32 / SHARE;
@@ -133,8 +134,8 @@ struct Staged {
         const bool wanted = piece <= last;
         each<PIECES>(tile, image + tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece,
                      stride, [&](int at, const FIELDS* pixel, bool there) {
-            ptx::copy_async<8>(bytes + at + 8 * piece, pixel, there && wanted);
-        });
+                         ptx::copy_async<8>(bytes + at + 8 * piece, pixel, there && wanted);
+                     });
     }
     // Of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
@@ -208,8 +209,8 @@ struct Window {
     // COUNT_ROWS rows of it, the first at row `top` of the image, by all threads of the block.
     // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
     template <int COUNT_ROWS>
-    DCNV4_DEVICE void load(int first, int left, int top, int height, int width,
-                           const VALUE* image, Index stride) {
+    DCNV4_DEVICE void load(int first, int left, int top, int height, int width, const VALUE* image,
+                           Index stride) {
         const long long line = (long long)width * stride;
 #pragma unroll
         for (int i = 0; i < WINDOW_W * PIECES / (32 * WARPS); ++i) {
@@ -217,7 +218,8 @@ struct Window {
             const int column = index / PIECES, piece = index % PIECES;
             const int x = left + column;
             const bool there = x >= 0 && x < width && column < SAMPLED_W;
-            const char* from = (const char*)(image + 8 * piece) + top * line + x * (long long)stride;
+            const char* from =
+                (const char*)(image + 8 * piece) + top * line + x * (long long)stride;
 #pragma unroll
             for (int r = 0; r < COUNT_ROWS; ++r) {
                 ptx::copy_async<16>(bytes + at(column, piece) + row(first, r), from,
@@ -246,8 +248,8 @@ struct Patches {
 };
 static_assert(PAIRS == 3 || PAIRS == 4, "a patch must fit");
 
-// S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row in
-// two blocks of 8: for products that sum over pixels.
+// S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row
+// in two blocks of 8: for products that sum over pixels.
 struct Spread {
     static constexpr int PLANE = PIXELS * WINDOW_W * 2;
     unsigned char bytes[PATCH_H * PLANE];
@@ -266,7 +268,8 @@ struct Spread {
             unsigned char* to = bytes + at(c, r, where / 4) + where % 4 * 4;
 #pragma unroll
             for (int row = 0; row < PATCH_H; ++row)
-                *(unsigned*)(to + row * PLANE) = pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
+                *(unsigned*)(to + row * PLANE) =
+                    pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
         }
         if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
     }
@@ -313,8 +316,8 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
         for (int j = 0; j < KERNEL_H; ++j) {
             if (i * KERNEL_H + j == removed) continue;
             const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
-            const unsigned weight = k % 2 ? ptx::upper_twice(weights[k / 2])
-                                          : ptx::lower_twice(weights[k / 2]);
+            const unsigned weight =
+                k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
             unsigned rows[REACH + 1];
 #pragma unroll
             for (int r = 0; r <= REACH; ++r)
@@ -325,8 +328,8 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
                 const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
 #pragma unroll
                 for (int r = 0; r <= 2 * REACH; ++r) {
-                    const unsigned row = r % 2 ? ptx::upper_twice(rows[r / 2])
-                                               : ptx::lower_twice(rows[r / 2]);
+                    const unsigned row =
+                        r % 2 ? ptx::upper_twice(rows[r / 2]) : ptx::lower_twice(rows[r / 2]);
                     patch[j + r][q] = ptx::multiply_add_f16x2(row, column, patch[j + r][q]);
                 }
             }
