@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from dcnv4.backends import cuda
-from dcnv4.cli.bench import measure
+from dcnv4.cli.bench import measure, prepare
 from dcnv4.cli.bench.cases import Conv, floor_bytes
 from dcnv4.cli.bench.peers import CONTESTANTS, Expected
 
 SPREADS = 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0
+DIRECTIONS = "forward", "backward"
 CASE = Conv(64, 56, 56, 4, 16, "fp16")
 Curves = dict[str, tuple[list[float], list[float]]]
 
@@ -29,19 +30,11 @@ def times(name: str, case: Conv, inputs: tuple[Tensor, ...], expected: Expected)
     """µs of a forward and of a backward."""
     (contestant,) = (c for c in CONTESTANTS if c.op == case.op and c.name == name)
     job = contestant.make(case, inputs)
-    output = job.run()
-    expected.verify(expected.output_error(job, output))
-    grad = job.own_gradient(output, expected.grad)
-
-    def forward() -> None:
-        with torch.no_grad():
-            job.run()
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, job.leaves, grad, retain_graph=True)
-
-    expected.verify(expected.gradients_error(job, backward()))
-    calls = forward, backward
+    calls = []
+    for direction in DIRECTIONS:
+        call, error = prepare(job, direction, expected)
+        expected.verify(error(call()))
+        calls.append(call)
     return [measured.median for measured in measure.times(calls, inputs[0].device, 0.1)]
 
 
@@ -62,7 +55,7 @@ def main() -> None:
         expected = Expected(case, inputs)
         floors = [
             1e6 * floor_bytes(inputs, expected.grad, direction) / bandwidth
-            for direction in ("forward", "backward")
+            for direction in DIRECTIONS
         ]
         for label, name in contestants.items():
             tiles = {} if "direct" in label else cuda.TILED
@@ -91,7 +84,7 @@ def draw(file: str, curves: Curves, floors: list[float]) -> None:
         axis.minorticks_off()
         axis.set_ylim(0)
         axis.set_xlabel("deviation of offsets, pixels")
-        axis.set_title(("forward", "backward")[direction])
+        axis.set_title(DIRECTIONS[direction])
     axes[0].set_ylabel("µs")
     axes[1].legend(frameon=False)
     where = torch.cuda.get_device_name()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from unittest import mock
 
@@ -36,6 +36,21 @@ def test_oracle(name: str) -> None:
     case = dict(cases.CASES)[name]
     with emulated(backwards=number % 2 == 1):
         case.check(case.run(dtype, "cpu", "cuda"), dtype)
+
+
+def check_in_either_order(
+    case: cases.Case, dtype: torch.dtype, same: Sequence[str] = (), **patches: object
+) -> None:
+    """Against the oracle, whichever thread of a block runs first; these results (default: all) have
+    the same bits then."""
+    with emulated(**patches):
+        results = case.run(dtype, "cpu", "cuda")
+    case.check(results, dtype)
+    with emulated(backwards=True, **patches):
+        backwards = case.run(dtype, "cpu", "cuda")
+    for name in same or results:
+        assert torch.equal(results[name], backwards[name]), name
+    case.check(backwards, dtype)
 
 
 def tile_cases() -> list[cases.ConvCase]:
@@ -73,14 +88,7 @@ def tile_cases() -> list[cases.ConvCase]:
 def test_tiles(number: int) -> None:
     """Against the oracle, and the same bits whichever thread runs first."""
     case, dtype = tile_cases()[number], HALVES[number % 3 == 1]
-    with emulated(TILED=TILED):
-        results = case.run(dtype, "cpu", "cuda")
-    case.check(results, dtype)
-    with emulated(TILED=TILED, backwards=True):
-        backwards = case.run(dtype, "cpu", "cuda")
-    for name in ("output", "grad_offset_mask"):
-        assert torch.equal(results[name], backwards[name]), name
-    case.check(backwards, dtype)
+    check_in_either_order(case, dtype, ("output", "grad_offset_mask"), TILED=TILED)
 
 
 def sorted_cases() -> list[cases.AttnCase]:
@@ -123,14 +131,7 @@ def sorted_cases() -> list[cases.AttnCase]:
 def test_sorted(number: int) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     case, dtype = sorted_cases()[number], cases.DTYPES[1:][number % 3]
-    with emulated(TILED=TILED):
-        results = case.run(dtype, "cpu", "cuda")
-    case.check(results, dtype)
-    with emulated(TILED=TILED, backwards=True):
-        backwards = case.run(dtype, "cpu", "cuda")
-    for name in ("grad_locations", "grad_weights"):
-        assert torch.equal(results[name], backwards[name]), name
-    case.check(backwards, dtype)
+    check_in_either_order(case, dtype, ("grad_locations", "grad_weights"), TILED=TILED)
 
 
 @pytest.mark.parametrize("number", [0, 2, 7])
@@ -155,8 +156,7 @@ def test_sorted_whatever_the_sizes(shapes: tuple[tuple[int, int], ...]) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=len(shapes))
     sizes = None, torch.tensor(shapes)
     results = [
-        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes)
-        for tiled in (TILED, frozenset[str]())
+        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes) for tiled in (TILED, {})
     ]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9)
@@ -173,7 +173,7 @@ def _attention(shapes: tuple[tuple[int, int], ...], levels: int) -> list[Tensor]
 
 
 def _attention_gradients(
-    inputs: list[Tensor], tiled: frozenset[str], softmax: bool = True, **patches: object
+    inputs: list[Tensor], tiled: dict[str, int], softmax: bool = True, **patches: object
 ) -> tuple[Tensor, ...]:
     value, locations, weights, grad = inputs
     with emulated(TILED=tiled, **patches) as backend:
@@ -194,7 +194,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
     weights[:, 40:50] *= 0.0 if not softmax else 1.0  # 0 * inf is not to be added
     locations[:, :8] = torch.tensor([5.5 / 11, 4.5 / 9])  # nor where a corner's share is 0
     inputs[where].view(-1)[5::997] = bad
-    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (TILED, frozenset[str]())]
+    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (TILED, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9, equal_nan=True)
 
@@ -203,7 +203,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
 def test_sorted_gradients_of_any_scale(scale: float) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=2)
     inputs[3] *= scale / inputs[3].abs().max()
-    results = [_attention_gradients(inputs, tiled) for tiled in (TILED, frozenset[str]())]
+    results = [_attention_gradients(inputs, tiled) for tiled in (TILED, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12 * scale)
 
@@ -237,6 +237,19 @@ def test_which_calls_are_sorted() -> None:
                 cuda._attn_plan("attn_backward", *arguments, True, 0)
             sorts = expected and dtype == torch.float16
             assert names == ["attn_tile_backward" if sorts else "attn_backward", "attn_backward"]
+
+
+def test_small_encoders_are_not_sorted() -> None:
+    case = sorted_cases()[0]
+    names: list[str] = []
+    with (
+        emulated(),
+        mock.patch.object(compile, "kernel", lambda name, *rest: names.append(name)),
+    ):
+        layouts = [cuda._layout(tensor.detach()) for tensor in case.inputs(torch.float16)]
+        sizes = tuple(size for pair in case.shapes for size in pair)
+        cuda._attn_plan("attn_backward", *layouts, sizes, True, False, 0)
+    assert names == ["attn_backward"]
 
 
 def test_random_encoders() -> None:
@@ -343,20 +356,10 @@ def test_deterministic(name: str, dtype: torch.dtype, deterministic: None) -> No
     """The same bits whichever thread adds first, and right ones."""
     case = dict(cases.CASES)[name]
     assert torch.float64 not in case.dtypes(dtype)
-    with emulated():
-        results = case.run(dtype, "cpu", "cuda")
-    case.check(results, dtype)
-    with emulated(backwards=True):
-        for result_name, result in case.run(dtype, "cpu", "cuda").items():
-            assert torch.equal(result, results[result_name]), result_name
+    check_in_either_order(case, dtype)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 0.9, 3.0])
 def test_deterministic_tiles(sigma: float, deterministic: None) -> None:
     case = replace(tile_cases()[0], sigma=sigma)
-    with emulated(TILED=TILED):
-        results = case.run(torch.float16, "cpu", "cuda")
-    case.check(results, torch.float16)
-    with emulated(TILED=TILED, backwards=True):
-        for name, result in case.run(torch.float16, "cpu", "cuda").items():
-            assert torch.equal(result, results[name]), name
+    check_in_either_order(case, torch.float16, TILED=TILED)

@@ -38,12 +38,8 @@ struct uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct float2 {
-    float x, y;
-};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 
 template <typename To, typename From>
 To emulated_bits(From from) {
@@ -251,9 +247,6 @@ template <typename T>
 T __shfl_up_sync(unsigned, T number, int by) {
     const int lane = emulated::current & 31;
     return emulated_shuffle(EMULATED_PLACE, number, lane < by ? lane : lane - by, 32);
-}
-inline int __reduce_min_sync(unsigned, int number) {
-    return emulated_reduce(EMULATED_PLACE, number, [](int a, int b) { return min(a, b); });
 }
 inline int __reduce_max_sync(unsigned, int number) {
     return emulated_reduce(EMULATED_PLACE, number, [](int a, int b) { return max(a, b); });

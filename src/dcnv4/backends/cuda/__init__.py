@@ -154,6 +154,11 @@ def strip_height(columns: int, tiles: int, at_once: int) -> int:
     return min(range(1, min(tiles, 64) + 1), key=cost)
 
 
+def _pays(name: str, slices: int, wide: bool) -> bool:
+    """Whether a call is large enough for the kernel's tiles, and counts in 32 bits."""
+    return slices >= TILED.get(name, math.inf) and not wide
+
+
 def _lanes(wanted: int) -> int:
     """The power of two that holds them, of at most a warp."""
     return min(_WARP, 1 << (wanted - 1).bit_length())
@@ -490,12 +495,7 @@ def _conv_plan(
     stride = value_strides[1] * _bytes(value.dtype)
     wide = max(slices >> 2, image_height * width, stride >> 2) >= 1 << 29
     major, processors = _device(device)
-    tiled = (
-        name in TILED
-        and slices >= TILED[name]
-        and not wide
-        and fits_tiles(window, depth, value, fields, alignment, major)
-    )
+    tiled = _pays(name, slices, wide) and fits_tiles(window, depth, value, fields, alignment, major)
     part, warps = depth, 1  # channels of a strip, and strips of a block
     if tiled and grad is None:
         part = 32 if depth % 32 == 0 else 16
@@ -574,16 +574,15 @@ def _attn_plan(
     numbers += (stride, slices, queries, *(sizes or (0,) * 2 * levels))
     grid = None
     if (
-        name in TILED
+        _pays(name, slices, wide)
         and queries == length
         and not deterministic
-        and not wide
         and value.dtype != torch.float64
         and depth in _QUERIES
         and levels * points <= depth  # more would sort in many passes
         and length * math.prod(_QUERIES[depth]) < 1 << 32
         and alignment >= 4 * _bytes(value.dtype)
-        and torch.cuda.get_device_properties(device).major >= 8
+        and _device(device)[0] >= 8
     ):
         name = name.replace("attn", "attn_tile")
         columns, rows = _QUERIES[depth]

@@ -51,6 +51,10 @@ struct BackwardArguments {
 constexpr int CELLS = KERNEL_H * KERNEL_W;
 constexpr bool TABULATED = CELLS <= 2048;
 
+// The cell of point k.
+constexpr DCNV4_DEVICE int cell_of(int k) {
+    return k + (REMOVE_CENTER && k >= KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2);
+}
 constexpr DCNV4_DEVICE Sum grid_x(int cell) { return cell / KERNEL_H * DILATION_W - CENTER_W; }
 constexpr DCNV4_DEVICE Sum grid_y(int cell) { return cell % KERNEL_H * DILATION_H - CENTER_H; }
 
@@ -79,8 +83,7 @@ struct OwnWindow {
           width(c.width) {}
 
     DCNV4_DEVICE Corners<Sum> point(int k, Sum offset_x, Sum offset_y) const {
-        constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
-        const int cell = k + (k >= removed);
+        const int cell = cell_of(k);
         const Sum at_x = x + scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + offset_x);
         const Sum at_y = y + scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + offset_y);
         return corners(at_x, at_y, height, width);
@@ -157,6 +160,17 @@ DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit
         visit(Slice(active, Index(image) * c.out_height * c.out_width + at.in_image, group,
                     threadIdx.x % LANES),
               at);
+    }
+}
+
+// Calls `visit(slice, pixel)` for the thread's slice or, after tiles, for those that were left.
+template <typename Visit>
+DCNV4_DEVICE void each_slice(const Convolution& c, const int* limits, Visit visit) {
+    if constexpr (AFTER_TILES) {
+        each_left(c, limits, visit);
+    } else {
+        const Slice slice(c.slices);
+        visit(slice, OutputPixel(c, slice.pixel));
     }
 }
 

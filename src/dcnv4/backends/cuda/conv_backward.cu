@@ -33,11 +33,6 @@ DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPi
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
-    if constexpr (AFTER_TILES) {
-        each_left(a.c, a.limits,
-                  [&](const Slice& slice, const OutputPixel& at) { compute(a, slice, at); });
-    } else {
-        const Slice slice(a.c.slices);
-        compute(a, slice, OutputPixel(a.c, slice.pixel));
-    }
+    each_slice(a.c, a.limits,
+               [&](const Slice& slice, const OutputPixel& at) { compute(a, slice, at); });
 }

@@ -36,6 +36,7 @@ struct __align__(128) Shared {
 };
 
 constexpr int MOST_FAR = 48;
+constexpr int CHUNKS = DEPTH / 16;  // of channels, as many as a product sums at once
 static_assert(WARPS == 1, "a warp has its own window");
 
 // The value's gradient at a row of the window, [positions, 16 channels] in fragments.
@@ -203,15 +204,14 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, image,
                                        c.stride);
         ptx::end_group();
-        first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;
+        first = Window<DEPTH>::on(first, TILE_H);
 
-        constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : POINTS;
         PointGradient<Sum> gradient[POINTS];
         const unsigned char* own_products =
             shared.products.bytes + Products::at(g, t) + g % 2 * Products::COLUMN;
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
-            const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
+            const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
             const Sum x = Number<float16>::get(&own.offsets[k], 0);
             const Sum y = Number<float16>::get(&own.offsets[k], 1);
             const int whole_x = integer_below(x), whole_y = integer_below(y);
@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
-                const int cell = k + (k >= removed), i = cell / KERNEL_H, j = cell % KERNEL_H;
+                const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
                 const Sum x = left + g + i + REACH + Number<float16>::get(&own.offsets[k], 0);
                 const Sum y = top + t + j + REACH + Number<float16>::get(&own.offsets[k], 1);
                 if (x == -1 || y == -1) gradient[k] = {0, 0, 0};

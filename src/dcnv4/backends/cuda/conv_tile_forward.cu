@@ -3,8 +3,8 @@
 // Work: a warp a strip, WIDE channels of a group.
 // Memory: every offset and weight once, every output once, the value once and what neighbouring
 // strips share, WINDOW_W / TILE_W times in all.
-// Limit: the traffic of L1 and shared memory, 65 % of what they can on an H100, then L2 and latency:
-// 14 warps a multiprocessor.
+// Limit: the traffic of L1 and shared memory, 65 % of what they can on an H100, then L2 and
+// latency: 14 warps a multiprocessor.
 #include "conv.cuh"
 #include "conv_tile.cuh"
 
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
             shared.window.load<TILE_H>(first, left, tile.row - above + WINDOW_H - TILE_H, c.height,
                                        c.width, window_image, c.stride);
             ptx::end_group();
-            first = first + TILE_H < WINDOW_H ? first + TILE_H : first + TILE_H - WINDOW_H;
+            first = Window<WIDE * WARPS>::on(first, TILE_H);
         }
         ptx::wait_for_groups<1>();
         __syncwarp();

@@ -72,6 +72,7 @@ DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
 }
 
 // sm_80 on.
+
 // The larger magnitude of each half, or NaN.
 DCNV4_DEVICE unsigned largest_f16x2(unsigned a, unsigned b) {
     unsigned most;
@@ -95,6 +96,7 @@ DCNV4_DEVICE unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 }
+
 // Additions to memory that other threads add to. Relaxed: they order nothing and return nothing.
 DCNV4_DEVICE void add(float* at, float a) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(a));

@@ -10,8 +10,9 @@
 //     gradient of the value           S T         T: the output's gradient
 //     what a point's gradients need   V T'        at the point's corners
 //
-// A pixel's column of S is a patch of PATCH_H x PATCH_W positions about it. A lane builds it in
-// registers, without a branch or an address: every point adds to all positions that it can reach
+// A pixel's column of S is a patch of PATCH_H rows and PAIRS pairs of columns about it. A lane
+// builds it in registers, without a branch or an address: every point adds to all positions that it
+// can reach
 //
 //     weight * hat(y - row) * hat(x - column)        hat(d) = max(0, 1 - |d|)
 //
@@ -32,10 +33,9 @@ namespace dcnv4 {
 constexpr int PIXELS = TILE_W * TILE_H;
 constexpr int REACH = 2;
 constexpr int PATCH_H = KERNEL_H + 2 * REACH;
-constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1, PATCH_W = 2 * PAIRS;
+constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1;
 constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
 constexpr int SAMPLED_W = TILE_W - 1 + KERNEL_W + 2 * REACH;  // columns of them that are sampled
-constexpr int CHUNKS = DEPTH / 16;  // of channels, as many as a product sums at once
 
 static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W * DILATION_H * DILATION_W == 1,
               "a patch must fit");
@@ -201,11 +201,13 @@ struct Window {
         if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
         return column * (COUNT * 2) + (piece ^ other) * 16;
     }
-    // Where a row of the window begins, whose first is row `first` of the ring.
-    static DCNV4_DEVICE int row(int first, int row) {
+    // The row of the ring that is `row` rows on from one of it.
+    static DCNV4_DEVICE int on(int first, int row) {
         const int slot = first + row;
-        return (slot < WINDOW_H ? slot : slot - WINDOW_H) * ROW;
+        return slot < WINDOW_H ? slot : slot - WINDOW_H;
     }
+    // Where a row of the window begins, whose first is row `first` of the ring.
+    static DCNV4_DEVICE int row(int first, int row) { return on(first, row) * ROW; }
     // COUNT_ROWS rows of it, the first at row `top` of the image, by all threads of the block.
     // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
     template <int COUNT_ROWS>
@@ -297,7 +299,6 @@ static_assert(REACH == 2, "as is_near says");
 // The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
-    constexpr int removed = REMOVE_CENTER ? KERNEL_W / 2 * KERNEL_H + KERNEL_H / 2 : -1;
     // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
     // begins a column earlier.
     unsigned columns[2 * REACH + 3];
@@ -309,31 +310,26 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
     for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
         for (int q = 0; q < PAIRS; ++q) patch[row][q] = 0;
-    int k = 0;
 #pragma unroll
-    for (int i = 0; i < KERNEL_W; ++i) {
+    for (int k = 0; k < POINTS; ++k) {
+        const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
+        const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
+        const unsigned weight =
+            k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
+        unsigned rows[REACH + 1];
 #pragma unroll
-        for (int j = 0; j < KERNEL_H; ++j) {
-            if (i * KERNEL_H + j == removed) continue;
-            const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
-            const unsigned weight =
-                k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
-            unsigned rows[REACH + 1];
+        for (int r = 0; r <= REACH; ++r)
+            rows[r] = ptx::multiply_f16x2(
+                weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
 #pragma unroll
-            for (int r = 0; r <= REACH; ++r)
-                rows[r] = ptx::multiply_f16x2(
-                    weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
+        for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
+            const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
 #pragma unroll
-            for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
-                const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
-#pragma unroll
-                for (int r = 0; r <= 2 * REACH; ++r) {
-                    const unsigned row =
-                        r % 2 ? ptx::upper_twice(rows[r / 2]) : ptx::lower_twice(rows[r / 2]);
-                    patch[j + r][q] = ptx::multiply_add_f16x2(row, column, patch[j + r][q]);
-                }
+            for (int r = 0; r <= 2 * REACH; ++r) {
+                const unsigned row =
+                    r % 2 ? ptx::upper_twice(rows[r / 2]) : ptx::lower_twice(rows[r / 2]);
+                patch[j + r][q] = ptx::multiply_add_f16x2(row, column, patch[j + r][q]);
             }
-            ++k;
         }
     }
 }

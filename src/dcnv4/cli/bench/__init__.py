@@ -284,7 +284,7 @@ class _Bench:
             with self._explained(row):
                 self._check_time()
                 job = contestant.make(case, inputs)
-                call, verify = _prepare(job, row.direction, expected)
+                call, verify = prepare(job, row.direction, expected)
                 result = call()
                 if contestant.kind != "yardstick":
                     row.error = expected.verify(verify(result))
@@ -356,7 +356,7 @@ class _Bench:
             raise _DeviceLostError(problem) from None
 
 
-def _prepare(
+def prepare(
     job: Job, direction: str, expected: Expected
 ) -> tuple[Callable[[], Any], Callable[[Any], float]]:
     """The call to time, and the relative error of what it returned."""
