@@ -406,9 +406,10 @@ if [ -e "{folder}/hang" ]; then echo $$ > "{folder}/started"; exec sleep 600; fi
 exec c++ "$@"
 """
 INTERRUPTED = """
-    import sys, torch
+    import signal, sys, torch
     from pathlib import Path
     from dcnv4 import backends
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     call = backends.Call("deform_conv", torch.device("cpu"), torch.float32)
     try:
         backends.choose(*call)
