@@ -55,13 +55,18 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    def __init__(self, channels: int = 32, depth: int = 3, classes: int = 10) -> None:
+    """Of images that it enlarges to `size` x `size` pixels."""
+
+    def __init__(self, size: int, channels: int, depth: int, classes: int = 10) -> None:
         super().__init__()
+        self.size = size
         self.stem = nn.Conv2d(1, channels, 3, padding=1)
         self.blocks = nn.ModuleList(Block(channels) for _ in range(depth))
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear")
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
@@ -182,8 +187,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> float:
-    """The loss of the last step, the mean of all processes'."""
+def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> tuple[float, float]:
+    """The loss of the last step, the mean of all processes', and seconds a step after the first,
+    which compiles."""
     images, labels = data.tensors
     sampler = DistributedSampler(
         data, world_size(), rank(), shuffle=True, seed=args.seed, drop_last=True
@@ -191,12 +197,13 @@ def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> 
     batches = len(sampler) // args.batch
     steps = args.epochs * batches
     loss = torch.zeros(())
+    first, start = training.step, time.perf_counter()
     bar = tqdm(total=steps, initial=training.step, disable=rank() != 0, unit="step")
     while training.step < steps:
-        epoch, first = divmod(training.step, batches)
+        epoch, done = divmod(training.step, batches)
         sampler.set_epoch(epoch)
         chosen = torch.tensor(list(sampler))[: batches * args.batch].view(batches, args.batch)
-        for batch in chosen[first:]:
+        for batch in chosen[done:]:
             x = shifted(images[batch]).to(training.device)
             with torch.autocast(training.device.type, torch.bfloat16, enabled=args.amp):
                 scores = training.model(x)
@@ -209,10 +216,13 @@ def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> 
             training.step += 1
             bar.update()
             bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.3f}", refresh=False)
+            if training.step == first + 1:
+                start = time.perf_counter()
             if args.checkpoints and (training.step % args.every == 0 or training.step == steps):
                 save(training, args.checkpoints)
     bar.close()
-    return mean(loss.detach())
+    seconds = (time.perf_counter() - start) / max(1, training.step - first - 1)
+    return mean(loss.detach()), seconds
 
 
 def mean(number: Tensor) -> float:
@@ -238,6 +248,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("digits", "synthetic"), default="digits")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32, help="images a process and step")
+    parser.add_argument("--size", type=int, default=8, help="pixels to which images are enlarged")
+    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--depth", type=int, default=3, help="blocks")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -265,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
             stack.callback(dist.destroy_process_group)
         torch.manual_seed(args.seed)
         data, held_out = load_data(args.data)
-        model = Classifier().to(device)
+        model = Classifier(args.size, args.channels, args.depth).to(device)
         if args.compile:
             for block in model.blocks:
                 block.compile(fullgraph=True)
@@ -275,12 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(args.seed + rank())
         if args.checkpoints and (found := checkpoints(args.checkpoints)):
             training.restore(found[-1])
-        first, start = training.step, time.perf_counter()
-        loss = train(training, data, args)
-        seconds = time.perf_counter() - start
+        first = training.step
+        loss, seconds = train(training, data, args)
         share = accuracy(training, held_out, args.amp)
         if rank() == 0:
-            speed = (training.step - first) * args.batch * world_size() / seconds
+            speed = args.batch * world_size() / seconds
             print(
                 f"steps {first} to {training.step}, loss {loss:.9f}, accuracy {share:.3f}, "
                 f"{speed:.0f} images/s on {world_size()} x {device.type}"
