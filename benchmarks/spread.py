@@ -58,8 +58,8 @@ def main() -> None:
             for direction in DIRECTIONS
         ]
         for label, name in contestants.items():
-            tiles = {} if "direct" in label else cuda.TILED
-            with mock.patch.object(cuda, "TILED", tiles):
+            tiles = {} if "direct" in label else cuda.PAYS_FROM
+            with mock.patch.object(cuda, "PAYS_FROM", tiles):
                 cuda._conv_plan.cache_clear()
                 for curve, time in zip(
                     curves[label], times(name, case, inputs, expected), strict=True

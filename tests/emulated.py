@@ -76,7 +76,7 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
     """What starts kernel `name`."""
     launch = library(name, macros).launch
 
-    def start(blocks: int, threads: int, stream: int, arguments: bytes) -> None:
+    def start(blocks: int, threads: int, stream: int, arguments: bytes, early: bool) -> None:
         launch(ctypes.c_uint(blocks), ctypes.c_uint(threads), arguments, int(backwards))
 
     return start
@@ -95,7 +95,13 @@ def emulated(backwards: bool = False, **patches: Any) -> Iterator[ModuleType]:
         patches: what attributes of the backend are meanwhile.
     """
     properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
-    caches = cuda._conv_plan, cuda._attn_plan, backends._choose
+    caches = (
+        cuda._conv_plan,
+        cuda._attn_plan,
+        cuda._units_plan,
+        cuda._totals_plan,
+        backends._choose,
+    )
     for cached in caches:
         cached.cache_clear()
     with (

@@ -26,7 +26,7 @@ import fuzz_cuda
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import compile
-from test_cuda_emulated import TILED, sorted_cases, tile_cases
+from test_cuda_emulated import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
@@ -44,7 +44,7 @@ def nvrtc() -> None:
 @pytest.fixture
 def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     """What the cases compile; a part of them, too, for a batch that needs 64-bit indices, for
-    deterministic gradients, and with tiles."""
+    deterministic gradients, and with the kernels for large calls."""
     found: dict[Variant, None] = {}
 
     def record(name: str, macros: compile.Macros, index: int) -> None:
@@ -59,14 +59,23 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
-    monkeypatch.setattr(backend, "TILED", TILED)
+    monkeypatch.setattr(backend, "PAYS_FROM", EVERY)
     for case in (*cases.CONV, *tile_cases()):
         _plan(case, torch.float16, case.batch)
     for case in tile_cases()[:4]:
         _plan(case, torch.bfloat16, case.batch)
         _plan(case, torch.float16, case.batch, deterministic=True)
-    for i, encoder in enumerate(sorted_cases()):
-        _plan(encoder, cases.DTYPES[1:][i % 3], encoder.batch)
+    for i, large in enumerate((*sorted_cases(), *sorted_conv_cases())):
+        dtype = cases.DTYPES[1:][i % 3]
+        deterministic = i % 4 == 0 and torch.float64 not in large.dtypes(dtype)
+        _plan(large, dtype, large.batch, deterministic)
+    for dtype in cases.DTYPES[1:]:
+        layout = (2, 3, 5, 40), (600, 200, 40, 1), dtype, 0
+        for weights in (None, (layout, 18, 27)):
+            backend._units_plan.__wrapped__(layout, weights, 1, 9, 0)
+            backend._units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
+        for count in (1, 12):
+            backend._totals_plan.__wrapped__(2, count, dtype, 0)
     return list(found)
 
 
@@ -98,13 +107,13 @@ def test_every_variant_compiles_for_every_architecture(
     nvrtc: None, variants: list[Variant]
 ) -> None:
     macros = [dict(macros) for _, macros in variants]
-    assert {m["INDEX"] for m in macros} == {"unsigned", "unsigned long long"}
-    assert {m["DETERMINISTIC"] for m in macros} == {"0", "1"}
+    assert {m["INDEX"] for m in macros if "INDEX" in m} == {"unsigned", "unsigned long long"}
+    assert {m["DETERMINISTIC"] for m in macros if "DETERMINISTIC" in m} == {"0", "1"}
     jobs = [
         (*variant, arch)
         for variant in variants
         for arch in ARCHITECTURES
-        if arch != "sm_75" or "tile" not in variant[0]
+        if arch != "sm_75" or not ("tile" in variant[0] or "sorted" in variant[0])
     ]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         codes = list(pool.map(compile.compile, *zip(*jobs, strict=True), chunksize=8))
@@ -147,11 +156,14 @@ def test_block_size() -> None:
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
-        height = backend.strip_height(columns, tiles, 12 * 132)
-        assert 1 <= height <= min(tiles, 64)
-    assert backend.strip_height(1792, 14, 12 * 132) == 7  # two strips a column, two rounds of warps
-    assert backend.strip_height(160, 50, 12 * 132) == 6  # one round, hardly a warp idle
-    assert backend.strip_height(4, 8, 12 * 132) == 1  # few pixels: as many warps as there are tiles
+        for last in (0.25, 1.0):
+            height = backend.strip_height(columns, tiles, 12 * 132, last)
+            assert 1 <= height <= min(tiles, 64)
+    # A backward whose strips are short enough that few processors idle, and a forward whose are
+    # longer, as that costs less than reading rows of the value twice.
+    assert backend.strip_height(1792, 14, 12 * 132, 1.0) == 3
+    assert backend.strip_height(1792, 14, 16 * 132, 0.25) == 7
+    assert backend.strip_height(4, 8, 12 * 132, 1.0) == 1  # few pixels: as many warps as tiles
 
 
 def test_tiles_take_what_they_can() -> None:
@@ -397,15 +409,33 @@ def test_random_calls() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", [*tile_cases(), *sorted_cases()], ids=lambda case: case.id)
-def test_tiles(case: cases.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "TILED", TILED)
+@pytest.mark.parametrize("kernels", [EVERY, SORTED], ids=["every", "sorted"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case", [*tile_cases(), *sorted_cases(), *sorted_conv_cases()], ids=lambda case: case.id
+)
+def test_kernels_for_large_calls(
+    case: cases.Case,
+    deterministic: bool,
+    kernels: dict[str, int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if deterministic and torch.float64 in case.dtypes(dtype):
+        pytest.skip("float64 has no deterministic gradients")
+    monkeypatch.setattr(backend, "PAYS_FROM", kernels)
     plans = backend._conv_plan, backend._attn_plan
     for plan in plans:
         plan.cache_clear()
+    torch.use_deterministic_algorithms(deterministic)
     try:
-        case.check(case.run(dtype, "cuda", "cuda"), dtype)
+        results = case.run(dtype, "cuda", "cuda")
+        case.check(results, dtype)
+        if deterministic:
+            again = case.run(dtype, "cuda", "cuda")
+            assert all(torch.equal(results[name], again[name]) for name in results)
     finally:
+        torch.use_deterministic_algorithms(False)
         for plan in plans:
             plan.cache_clear()
 
@@ -415,7 +445,7 @@ def test_tiles(case: cases.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("tiles", [False, True])
 def test_batch_independence(batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits alone and among others, from one and the same kernel."""
-    monkeypatch.setattr(backend, "TILED", TILED if tiles else {})
+    monkeypatch.setattr(backend, "PAYS_FROM", EVERY if tiles else {})
     backend._conv_plan.cache_clear()
     value, offset_mask = _call(batch, size=7)
     inputs = value, offset_mask / 4  # near enough for tiles

@@ -21,7 +21,8 @@ from dcnv4.backends import cuda
 from dcnv4.backends.cuda import compile
 from emulated import emulated, why_not
 
-TILED = {"conv_forward": 0, "conv_backward": 0, "attn_backward": 0}
+EVERY = dict.fromkeys(cuda.PAYS_FROM, 0)
+SORTED = {name: 0 for name in EVERY if "sorted" in name}
 NAMED = [name for name, _ in cases.CASES]
 HALVES = torch.float16, torch.bfloat16
 
@@ -88,7 +89,31 @@ def tile_cases() -> list[cases.ConvCase]:
 def test_tiles(number: int) -> None:
     """Against the oracle, and the same bits whichever thread runs first."""
     case, dtype = tile_cases()[number], HALVES[number % 3 == 1]
-    check_in_either_order(case, dtype, ("output", "grad_offset_mask"), TILED=TILED)
+    check_in_either_order(case, dtype, ("output", "grad_offset_mask"), PAYS_FROM=EVERY)
+
+
+def sorted_conv_cases() -> list[cases.ConvCase]:
+    """Besides those of `tile_cases`, all of which are sorted where tiles do not take them."""
+
+    def case(name: str, depth: int = 16, **settings: object) -> cases.ConvCase:
+        shape = {"batch": 2, "groups": 2, "size": (9, 11), "sigma": 0.5, **settings}
+        return cases.ConvCase(name, depth=depth, **shape)  # type: ignore[arg-type]
+
+    return [
+        case("kernel_1", window={"kernel_size": 1, "padding": 0}),
+        case("kernel_5", window={"kernel_size": 5, "padding": 2}, softmax=True),
+        case("kernel_7", 32, groups=1, window={"kernel_size": 7, "padding": 3}, size=(5, 6)),
+        case("kernel_1x11", window={"kernel_size": (1, 11), "padding": (0, 5)}, sigma=2.0),
+        case("wide", groups=1, window={"dilation": 9, "padding": 9}, size=(30, 28), batch=1),
+        case("float_coordinates", coordinates=(torch.float32,), groups=3, extra=5),
+    ]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [*tile_cases(), *sorted_conv_cases()], ids=lambda case: case.id)
+def test_sorted_convolutions(case: cases.ConvCase, dtype: torch.dtype) -> None:
+    """Against the oracle; points' gradients in the same bits whichever thread runs first."""
+    check_in_either_order(case, dtype, ("grad_offset_mask",), PAYS_FROM=SORTED)
 
 
 def sorted_cases() -> list[cases.AttnCase]:
@@ -131,13 +156,13 @@ def sorted_cases() -> list[cases.AttnCase]:
 def test_sorted(number: int) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     case, dtype = sorted_cases()[number], cases.DTYPES[1:][number % 3]
-    check_in_either_order(case, dtype, ("grad_locations", "grad_weights"), TILED=TILED)
+    check_in_either_order(case, dtype, ("grad_locations", "grad_weights"), PAYS_FROM=EVERY)
 
 
 @pytest.mark.parametrize("number", [0, 2, 7])
 def test_sorted_with_sizes_that_the_host_does_not_know(number: int) -> None:
     case = sorted_cases()[number]
-    with emulated(TILED=TILED, _sizes=lambda shapes: (None, torch.tensor(shapes))):
+    with emulated(PAYS_FROM=EVERY, _sizes=lambda shapes: (None, torch.tensor(shapes))):
         case.check(case.run(torch.float16, "cpu", "cuda"), torch.float16)
 
 
@@ -156,7 +181,7 @@ def test_sorted_whatever_the_sizes(shapes: tuple[tuple[int, int], ...]) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=len(shapes))
     sizes = None, torch.tensor(shapes)
     results = [
-        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes) for tiled in (TILED, {})
+        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes) for tiled in (EVERY, {})
     ]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9)
@@ -173,10 +198,10 @@ def _attention(shapes: tuple[tuple[int, int], ...], levels: int) -> list[Tensor]
 
 
 def _attention_gradients(
-    inputs: list[Tensor], tiled: dict[str, int], softmax: bool = True, **patches: object
+    inputs: list[Tensor], large: dict[str, int], softmax: bool = True, **patches: object
 ) -> tuple[Tensor, ...]:
     value, locations, weights, grad = inputs
-    with emulated(TILED=tiled, **patches) as backend:
+    with emulated(PAYS_FROM=large, **patches) as backend:
         gradients = backend.attn_backward(
             grad, value, ((9, 11), (5, 6)), locations, weights, softmax
         )
@@ -194,7 +219,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
     weights[:, 40:50] *= 0.0 if not softmax else 1.0  # 0 * inf is not to be added
     locations[:, :8] = torch.tensor([5.5 / 11, 4.5 / 9])  # nor where a corner's share is 0
     inputs[where].view(-1)[5::997] = bad
-    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (TILED, {})]
+    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (EVERY, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9, equal_nan=True)
 
@@ -203,7 +228,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
 def test_sorted_gradients_of_any_scale(scale: float) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=2)
     inputs[3] *= scale / inputs[3].abs().max()
-    results = [_attention_gradients(inputs, tiled) for tiled in (TILED, {})]
+    results = [_attention_gradients(inputs, tiled) for tiled in (EVERY, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12 * scale)
 
@@ -214,14 +239,14 @@ def test_which_calls_are_sorted() -> None:
         plain: True,
         replace(plain, queries=40): False,
         replace(plain, depth=24): False,
-        replace(plain, per_level=17): False,
+        replace(plain, per_level=17): True,
         replace(plain, depth=128): False,
     }
     for case, expected in calls.items():
         for dtype in (torch.float16, torch.float64):
             names: list[str] = []
             with (
-                emulated(TILED=TILED),
+                emulated(PAYS_FROM=EVERY),
                 mock.patch.object(
                     compile,
                     "kernel",
@@ -236,7 +261,7 @@ def test_which_calls_are_sorted() -> None:
                 cuda._attn_plan("attn_backward", *arguments, False, 0)
                 cuda._attn_plan("attn_backward", *arguments, True, 0)
             sorts = expected and dtype == torch.float16
-            assert names == ["attn_tile_backward" if sorts else "attn_backward", "attn_backward"]
+            assert names == ["attn_sorted_backward" if sorts else "attn_backward"] * 2
 
 
 def test_small_encoders_are_not_sorted() -> None:
@@ -263,13 +288,13 @@ def test_random_encoders() -> None:
             case, id=f"encoder-{i}", queries=queries, depth=depth, sigma=sigma, flat=False
         )
         dtype = rng.choice(cases.DTYPES)
-        with emulated(TILED=TILED, backwards=i % 2 == 0):
+        with emulated(PAYS_FROM=EVERY, backwards=i % 2 == 0):
             case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
 def _tiled_call(value: Tensor, offset_mask: Tensor) -> dict[str, Tensor]:
     inputs = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
-    with emulated(TILED=TILED):
+    with emulated(PAYS_FROM=EVERY):
         output = functional.deform_conv(*inputs, groups=2, backend="cuda")
         grads = torch.autograd.grad(output, inputs, output.detach())
     return {"output": output.detach(), "value": grads[0], "offset_mask": grads[1]}
@@ -314,7 +339,7 @@ def test_gradients_of_any_scale(scale: float) -> None:
     case = replace(tile_cases()[0], batch=1)
     *inputs, grad = case.inputs(torch.float16)
     grad = grad / grad.abs().max() * scale
-    with emulated(TILED=TILED):
+    with emulated(PAYS_FROM=EVERY):
         output = case.call(*inputs, backend="cuda")
         grads = torch.autograd.grad(output, inputs, grad)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -331,7 +356,7 @@ def test_random_calls() -> None:
         kind = fuzz_cuda.attention if i % 3 == 0 else fuzz_cuda.conv
         case = replace(fuzz_cuda.sized(rng, kind(rng)), id=f"random-{i}")
         dtype = rng.choice(cases.DTYPES)
-        with emulated(TILED=TILED, backwards=i % 2 == 0):
+        with emulated(PAYS_FROM=EVERY, backwards=i % 2 == 0):
             case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
@@ -362,4 +387,39 @@ def test_deterministic(name: str, dtype: torch.dtype, deterministic: None) -> No
 @pytest.mark.parametrize("sigma", [0.5, 0.9, 3.0])
 def test_deterministic_tiles(sigma: float, deterministic: None) -> None:
     case = replace(tile_cases()[0], sigma=sigma)
-    check_in_either_order(case, torch.float16, TILED=TILED)
+    check_in_either_order(case, torch.float16, PAYS_FROM=EVERY)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_deterministic_sorted(number: int, deterministic: None) -> None:
+    case = (*sorted_cases()[1:3], tile_cases()[4], sorted_conv_cases()[2])[number]
+    for dtype in cases.DTYPES[1:]:
+        check_in_either_order(case, dtype, PAYS_FROM=SORTED)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("where", ["grad", "weights"])
+def test_deterministic_gradients_of_any_scale(
+    where: str, scale: float, deterministic: None
+) -> None:
+    """Images have units of their own; one whose numbers are not finite is NaN throughout."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 6, 7, 16), (2, 6, 7, 28), (2, 6, 7, 16)
+    value, offset_mask, grad = (torch.randn(size, generator=generator) for size in sizes)
+    changed = grad[0] if where == "grad" else offset_mask[0, ..., 18:27]
+    changed[0 if scale < 1 else 2 :] *= scale
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        inputs = value.to(dtype).requires_grad_(), offset_mask.to(dtype)
+        output = functional.deform_conv(*inputs, groups=1, backend=backend)
+        return torch.autograd.grad(output, inputs[0], grad.to(dtype))[0]
+
+    with emulated():
+        got = gradient("cuda", torch.float32)
+    expected = gradient("reference", torch.float64)
+    for image in range(2):
+        if not math.isfinite(scale) and image == 0:
+            assert got[0].isnan().all()
+            continue
+        error = (got[image] - expected[image]).abs().max()
+        assert error <= 2**-20 * expected[image].abs().max()

@@ -60,6 +60,7 @@ inline int __double2hiint(double number) {
 inline int __float2int_rd(float number) { return int(std::floor(number)); }
 inline int __double2int_rd(double number) { return int(std::floor(number)); }
 inline long long __float2ll_rn(float number) { return std::llrint(number); }
+inline float __ll2float_rn(long long number) { return float(number); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
     return unsigned(((unsigned long long)high << 32 | low) >> (by & 31));
 }
@@ -257,12 +258,24 @@ inline int __reduce_add_sync(unsigned, int number) {
 inline int __any_sync(unsigned, int number) {
     return emulated_reduce(EMULATED_PLACE, int(number != 0), [](int a, int b) { return a | b; });
 }
+inline unsigned __ballot_sync(unsigned, int number) {
+    const int lane = emulated::current & 31;
+    const unsigned own = number ? 1u << lane : 0;
+    return emulated_reduce(EMULATED_PLACE, own, [](unsigned a, unsigned b) { return a | b; });
+}
 template <typename T>
 T atomicAdd(T* at, T number) {
     const T before = *at;
     *at += number;
     return before;
 }
+template <typename T>
+T atomicMax(T* at, T number) {
+    const T before = *at;
+    *at = max(before, number);
+    return before;
+}
+inline void __threadfence() {}
 inline void __syncwarp() { emulated::meet(EMULATED_PLACE, false); }
 inline void __syncthreads() { emulated::meet(EMULATED_PLACE, true); }
 inline int __syncthreads_or(int number) {

@@ -92,6 +92,9 @@ inline void store_if(bool wanted, void* at, unsigned word) {
     if (wanted) aligned(at, 4), *(unsigned*)at = word;
 }
 
+inline void let_next_launch_begin() {}
+inline void wait_for_launch_before() {}
+
 template <typename T>
 void hold(T&) {}
 

@@ -28,19 +28,25 @@ _NUMBERS = {
 }
 MAX_THREADS = 256
 _WARP = 32
+_LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of output pixels in a tile, see tile.cuh."""
-_STRIPS = 12  # warps of tile kernels that a processor runs at once, about
-_SHARES = 2  # blocks of a direct kernel for what the strips at one place leave
-_QUERIES = {16: (16, 8), 32: (8, 8), 64: (8, 4)}
-"""By channels of a head, the columns and rows of the queries that a block of `attn_tile_backward`
-owns: _SORTING_THREADS threads, one for each query and eight channels."""
-_SORTING_THREADS = 256
+_STRIPS = {"conv_tile_forward": (16, 0.25), "conv_tile_backward": (12, 1.0)}
+"""Warps that a processor runs at once, and what the last strip of all costs while other processors
+are idle: little where they wait for memory, which is then its own."""
+_THREADS = 2048  # of a processor
 _RESIDENT_THREADS = 512
-"""Threads of that kernel which a processor must have registers for."""
-TILED = {"conv_forward": 1 << 15, "conv_backward": 1 << 13, "attn_backward": 1 << 13}
-"""Kernels that have one for tiles, and from how many slices on it is used."""
+"""Threads of kernels that sort which a processor must have registers for."""
+PAYS_FROM = {
+    "conv_tile_forward": 1 << 15,
+    "conv_tile_backward": 1 << 13,
+    "conv_sorted_backward": 1 << 13,
+    "attn_forward": 1 << 13,
+    "attn_sorted_backward": 1 << 13,
+}
+"""Kernels for large calls, and from how many slices on each is used; `attn_forward` then takes an
+encoder's queries in tiles."""
 _PLANS = 4096  # launches remembered, one for every set of shapes, strides and settings
 
 
@@ -137,26 +143,90 @@ def fits_tiles(
     )
 
 
-def strip_height(columns: int, tiles: int, at_once: int) -> int:
+def strip_height(columns: int, tiles: int, at_once: int, last: float) -> int:
     """How many tiles a warp goes down.
 
     Args:
         columns: columns of tiles, of all images and groups.
         tiles: of a column.
         at_once: warps that the GPU runs side by side.
+        last: what each tile of the last strip costs, of those that run alone.
     """
 
     def cost(height: int) -> float:
-        """Time, in that of a tile: a strip begins with more rows of the value than it goes on."""
-        rounds = -(-columns * -(-tiles // height) // at_once)
-        return rounds * (height + 1.5)
+        """Time, in that of a tile; a strip begins with more rows of the value than it goes on."""
+        return columns / at_once * (tiles + 0.7 * -(-tiles // height)) + last * height
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
 
 
 def _pays(name: str, slices: int, wide: bool) -> bool:
-    """Whether a call is large enough for the kernel's tiles, and counts in 32 bits."""
-    return slices >= TILED.get(name, math.inf) and not wide
+    """Whether a call is large enough for the kernel, and counts in 32 bits."""
+    return slices >= PAYS_FROM.get(name, math.inf) and not wide
+
+
+class Block(NamedTuple):
+    """A block that takes slices which are neighbours in an image."""
+
+    columns: int
+    """Of output pixels, or queries."""
+    rows: int
+    shape: Shape
+    groups: int = 1
+    """Groups of each of them, or heads."""
+
+    @property
+    def threads(self) -> int:
+        return self.columns * self.rows * self.groups * self.shape.lanes
+
+    def blocks(self, rows: int, columns: int) -> int:
+        """How many an image needs."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def macros(self) -> dict[str, int | str]:
+        return {
+            "BLOCK_COLUMNS": self.columns,
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_GROUPS": self.groups,
+            "VECTOR": self.shape.vector,
+            "LANES": self.shape.lanes,
+        }
+
+
+def sorting_block(
+    depth: int, dtype: torch.dtype, alignment: int, pixels: int, major: int, deterministic: bool
+) -> Block | None:
+    """The block of a kernel that sorts corners, or None if such a kernel does not take a call.
+
+    Args:
+        depth: D, channels of a slice.
+        dtype: of the value.
+        alignment: bytes that divide the addresses of all slices, up to 16.
+        pixels: of an image, or of all levels.
+        major: of the GPU's compute capability.
+    """
+    columns, rows = 8, 4 if depth == 64 else 8
+    # Integers are added one by one: neighbouring threads' then to neighbouring addresses.
+    shape = Shape(4 // _bytes(dtype) if deterministic else 4, depth // 8)
+    takes = (
+        depth in (16, 32, 64)
+        and dtype != torch.float64
+        and alignment >= 4 * _bytes(dtype)
+        and pixels * columns * rows < 1 << 32
+        and major >= 8
+    )
+    return Block(columns, rows, shape) if takes else None
+
+
+def query_block(depth: int, groups: int, shape: Shape, itemsize: int) -> Block:
+    """The block of a kernel that reads what neighbouring queries sample.
+
+    It has as many heads as fill a line of L1: the channels of one head begin in a few banks only.
+    """
+    heads = math.gcd(groups, max(1, _LINE // (depth * itemsize)))
+    queries = MAX_THREADS // (shape.lanes * heads)
+    columns = min(8, _lanes(queries))
+    return Block(columns, max(1, queries // columns), shape, heads)
 
 
 def _lanes(wanted: int) -> int:
@@ -175,12 +245,14 @@ class _Plan(NamedTuple):
     tail: bytes
     """The other fields."""
     device: int
-    output: tuple[tuple[int, ...], tuple[int, ...]]
+    output: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     """Shape and strides of the forward's result."""
     strips: int = 0
     """Of tiles, see tile.cuh: numbers that this launch tells the next."""
     rest: _Plan | None = None
     """Launched next, with the same tensors."""
+    early: bool = False
+    """Whether it may begin before the launch before has ended, for which the kernel then waits."""
 
     def limits(self, beside: Tensor) -> Tensor | None:
         """Where the launch says what it leaves to the next."""
@@ -190,10 +262,10 @@ class _Plan(NamedTuple):
         arguments = self.pack(*addresses, self.tail)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if torch._C._cuda_getDevice() == self.device:
-            self.kernel(self.blocks, self.threads, stream, arguments)
+            self.kernel(self.blocks, self.threads, stream, arguments, self.early)
         else:
             with torch.cuda.device(self.device):
-                self.kernel(self.blocks, self.threads, stream, arguments)
+                self.kernel(self.blocks, self.threads, stream, arguments, self.early)
         if self.rest is not None:
             self.rest(*addresses)
 
@@ -232,8 +304,8 @@ class _Layout(NamedTuple):
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Strides from image to image, and from pixel to pixel, of a [B, H, W, C] or [B, N, C]."""
-        if len(self.shape) == 3 or self.shape[2] == 1:
+        """Strides from image to image and from pixel to pixel, of a [B, H, W, C] or [B, N, …]."""
+        if len(self.shape) != 4 or self.shape[2] == 1:
             return self.strides[0], self.strides[1]
         return self.strides[0], self.strides[2]
 
@@ -243,6 +315,10 @@ class _Layout(NamedTuple):
         for stride in strides:
             bits |= stride * _bytes(self.dtype)
         return bits & -bits
+
+    def vector(self, numbers: int) -> int:
+        """How many neighbours are read at once of so many that a pixel begins with."""
+        return math.gcd(numbers, self.alignment(*self.pixels) // _bytes(self.dtype))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -310,12 +386,12 @@ def conv_backward(
     grad_mask = torch.empty_like(offset_mask, memory_format=torch.contiguous_format)
     limits = plan.limits(value)
 
-    def run(total: Tensor, units: int) -> None:
+    def run(total: int, units: int) -> None:
         plan(
             value.data_ptr(),
             offset_mask.data_ptr(),
             grad.data_ptr(),
-            total.data_ptr(),
+            total,
             grad_mask.data_ptr(),
             units,
             0 if limits is None else limits.data_ptr(),
@@ -323,11 +399,10 @@ def conv_backward(
 
     if not deterministic:
         return _summed(value, run), grad_mask
-    first, last = 2 * window.points(), 3 * window.points()
-    fields = offset_mask[..., : last * window.groups].unflatten(3, (window.groups, last))
-    weights = None if window.softmax else fields[..., first:]
-    terms = offset_mask.shape[1] * offset_mask.shape[2] * window.points()
-    return _summed_in_any_order(value, grad, weights, terms, run), grad_mask
+    last = 3 * window.points()
+    weights = None if window.softmax else _Weights(offset_mask, 2 * window.points(), last)
+    grad_value = _summed_in_any_order(value, grad, weights, window.groups, window.points(), run)
+    return grad_value, grad_mask
 
 
 def attn_forward(
@@ -377,13 +452,13 @@ def attn_backward(
     grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
 
-    def run(total: Tensor, units: int) -> None:
+    def run(total: int, units: int) -> None:
         plan(
             value.data_ptr(),
             locations.data_ptr(),
             weights.data_ptr(),
             grad.data_ptr(),
-            total.data_ptr(),
+            total,
             grad_locations.data_ptr(),
             grad_weights.data_ptr(),
             units,
@@ -392,53 +467,68 @@ def attn_backward(
 
     if not deterministic:
         return _summed(value, run), grad_locations, grad_weights
-    terms = locations.shape[1] * locations.shape[3] * locations.shape[4]
-    grad_value = _summed_in_any_order(value, grad, None if softmax else weights, terms, run)
+    points = locations.shape[3] * locations.shape[4]
+    held = None if softmax else _Weights(weights, 0, points)
+    grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
     return grad_value, grad_locations, grad_weights
 
 
-def _summed(value: Tensor, run: Callable[[Tensor, int], None]) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros."""
+def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
+    """The gradient of `value`, which `run` adds to zeros at an address."""
     dtype = sum_dtype(value.dtype)
     total = torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-    run(total, 0)
+    run(total.data_ptr(), 0)
     return total.type_as(value)
+
+
+class _Weights(NamedTuple):
+    """The tensor that holds points' weights."""
+
+    tensor: Tensor
+    first: int
+    """Where they begin among the numbers of a group."""
+    of_group: int
+    """How many numbers a group has."""
 
 
 def _summed_in_any_order(
     value: Tensor,
     grad: Tensor,
-    weights: Tensor | None,
-    terms: int,
-    run: Callable[[Tensor, int], None],
+    weights: _Weights | None,
+    groups: int,
+    points: int,
+    run: Callable[[int, int], None],
 ) -> Tensor:
     """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
 
     Args:
         value: [B, ...]
-        grad: of the output, [B, ...].
-        weights: [B, ...], or None where they are at most 1.
-        terms: how many products of a gradient and a weight at most add to one number.
-        run: adds to integers; the second argument is the address of each image's multiplier.
+        grad: of the output, [B, ..., C].
+        weights: None where they are at most 1.
+        groups: G.
+        points: of a slice.
+        run: adds to integers at an address; the second one is that of each image's multiplier.
     """
-
-    def exponent(tensor: Tensor) -> Tensor:
-        """The least e with all numbers of an image below 2**e."""
-        largest = tensor.abs().flatten(1).amax(1).double()
-        return torch.where(largest.isfinite(), torch.frexp(largest).exponent, math.nan)
-
-    weight = 0.0 if weights is None else exponent(weights)
-    fits = 62 - terms.bit_length() - weight - exponent(grad)
-    # Neither the multiplier nor its product with a weight may overflow in float32.
-    scale = torch.minimum(fits, 126 - torch.clamp(torch.as_tensor(weight), min=0))
-    units = torch.exp2(scale.clamp(min=-126))
-    total = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
-    kept = units.float()
-    run(total, kept.data_ptr())
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    shape = -1, *(1,) * (value.dim() - 1)
-    return torch.mul(total, (1 / units).view(shape), out=grad_value)
+    images, numbers = value.shape[0], value.numel()
+    # The integers, then each image's largest numbers and multiplier: see units.cu.
+    sums = value.new_zeros(numbers + 2 * images + 1, dtype=torch.int64)
+    beside = sums.data_ptr() + 8 * numbers
+    multipliers = beside + 8 * (images + 1)
+    result = value.new_empty(value.shape)
+    held = None if weights is None else (_layout(weights.tensor), *weights[1:])
+    device = value.get_device()
+    units = _units_plan(_layout(grad), held, groups, points, device)
+    units(
+        grad.data_ptr(),
+        0 if weights is None else weights.tensor.data_ptr(),
+        beside,
+        multipliers,
+    )
+    run(sums.data_ptr(), multipliers)
+    totals = _totals_plan(images, numbers // images, value.dtype, device)
+    totals(sums.data_ptr(), multipliers, result.data_ptr())
+    return result
 
 
 def _sizes(
@@ -495,22 +585,26 @@ def _conv_plan(
     stride = value_strides[1] * _bytes(value.dtype)
     wide = max(slices >> 2, image_height * width, stride >> 2) >= 1 << 29
     major, processors = _device(device)
-    tiled = _pays(name, slices, wide) and fits_tiles(window, depth, value, fields, alignment, major)
+    by_tiles, by_sorting = (name.replace("conv", f"conv_{how}") for how in ("tile", "sorted"))
+    tiled = _pays(by_tiles, slices, wide) and fits_tiles(
+        window, depth, value, fields, alignment, major
+    )
     part, warps = depth, 1  # channels of a strip, and strips of a block
     if tiled and grad is None:
         part = 32 if depth % 32 == 0 else 16
         warps = next(n for n in (64 // part, 2, 1) if channels // part % n == 0)
     across, tiles = -(-columns // _TILE[0]), -(-rows // _TILE[1])
     parts = batch * across * window.groups * (depth // part)
-    height = strip_height(parts, tiles, _STRIPS * processors) if tiled else 1
+    at_once, last = _STRIPS.get(by_tiles, (1, 1.0))
+    height = strip_height(parts, tiles, at_once * processors, last) if tiled else 1
     down = -(-tiles // height)
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
     numbers += (image_height, width, rows, columns, height, across, down)
-    macros["WIDE"], macros["WARPS"], macros["SHARES"] = part, warps, _SHARES
+    macros |= {"WIDE": part, "WARPS": warps, "AFTER_TILES": int(tiled)}
     addresses = 4 if grad is None else 7
     layout = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
 
-    def launch(name: str, grid: tuple[int, int] | None = None) -> _Plan:
+    def launch(name: str, grid: tuple[int, int] | None) -> _Plan:
         problem = _Problem(
             window.groups,
             depth,
@@ -522,17 +616,27 @@ def _conv_plan(
             deterministic,
             device,
             (batch, rows, columns, channels),
-            {**macros, "AFTER_TILES": int(tiled)},
+            macros,
             grid,
         )
         return _plan(name, problem, alignment, addresses, layout, numbers)
 
-    if not tiled:
-        return launch(name)
-    strips = parts * down
-    first = launch(name.replace("conv", "conv_tile"), (strips // warps, _WARP * warps))
-    rest = launch(name, (batch * across * down * _SHARES, MAX_THREADS))
-    return first._replace(strips=strips, rest=rest)
+    first = launch(by_tiles, (parts * down // warps, _WARP * warps)) if tiled else None
+    grid, at_once = None, _THREADS  # of a processor
+    block = None
+    if _pays(by_sorting, slices, wide):
+        pixels = image_height * width
+        block = sorting_block(depth, value.dtype, alignment, pixels, major, deterministic)
+    if block is not None:
+        macros |= {**block.macros(), "LEVELS": 1}
+        name, at_once = by_sorting, _RESIDENT_THREADS
+        grid = batch * window.groups * block.blocks(rows, columns), block.threads
+    elif tiled:
+        grid = batch * across * tiles, MAX_THREADS
+    if first is None or grid is None:
+        return launch(name, grid)
+    rest = launch(name, (min(grid[0], processors * at_once // grid[1]), grid[1]))
+    return first._replace(strips=parts * down, rest=rest._replace(early=compile.overlaps(device)))
 
 
 @lru_cache(_PLANS)
@@ -572,32 +676,24 @@ def _attn_plan(
     wide = max(slices >> 2, length, stride >> 2) >= 1 << 29
     numbers += (value.strides[0], *locations.strides[:2], *weights.strides[:2], length)
     numbers += (stride, slices, queries, *(sizes or (0,) * 2 * levels))
+    block = None
+    by_sorting = name.replace("attn", "attn_sorted")
+    encoder = queries == length
+    if encoder and grad is None and _pays(name, slices, wide):
+        itemsize = _bytes(value.dtype)
+        shape = launch_shape(depth, levels * points, itemsize, alignment, False)
+        block = query_block(depth, groups, shape, itemsize)
+    elif encoder and _pays(by_sorting, slices, wide):
+        major = _device(device)[0]
+        block = sorting_block(depth, value.dtype, alignment, length, major, deterministic)
+        name = name if block is None else by_sorting
     grid = None
-    if (
-        _pays(name, slices, wide)
-        and queries == length
-        and not deterministic
-        and value.dtype != torch.float64
-        and depth in _QUERIES
-        and levels * points <= depth  # more would sort in many passes
-        and length * math.prod(_QUERIES[depth]) < 1 << 32
-        and alignment >= 4 * _bytes(value.dtype)
-        and _device(device)[0] >= 8
-    ):
-        name = name.replace("attn", "attn_tile")
-        columns, rows = _QUERIES[depth]
-        macros |= {
-            "TILE_WIDTH": columns,
-            "TILE_HEIGHT": rows,
-            "RESIDENT_THREADS": _RESIDENT_THREADS,
-            "LANES": depth // 8,
-            "VECTOR": 4,
-        }
+    if block is not None:
+        macros |= block.macros()
         # Sizes that only the GPU knows make more tiles or fewer: blocks stride over them.
-        known = sizes or (length // columns + 1, columns)
-        pairs = zip(known[::2], known[1::2], strict=True)
-        tiles = sum(-(-height // rows) * -(-width // columns) for height, width in pairs)
-        grid = batch * groups * max(1, tiles), _SORTING_THREADS
+        known = sizes or (length // block.columns + 1, block.columns)
+        count = sum(map(block.blocks, known[::2], known[1::2]))
+        grid = batch * groups // block.groups * max(1, count), block.threads
     return _plan(
         name,
         _Problem(
@@ -634,11 +730,9 @@ def _plan(
     if problem.deterministic:
         alignment = itemsize  # a number a thread: neighbours then add to whole sectors
     vector, lanes = launch_shape(depth, points, itemsize, alignment, "backward" in name)
-    tail = struct.pack(f"{fields}0q", *numbers)
-    structure = struct.Struct(f"{addresses}P{len(tail)}s")
-    macros = {
+    macros: dict[str, int | str] = {
         "VALUE": _NUMBERS[problem.dtype],
-        "INDEX": "unsigned long long" if problem.wide else "unsigned",
+        "INDEX": _index(problem.wide),
         "GROUPS": problem.groups,
         "DEPTH": depth,
         "POINTS": points,
@@ -646,26 +740,95 @@ def _plan(
         "DETERMINISTIC": int(problem.deterministic),
         "VECTOR": vector,
         "LANES": lanes,
-        "MAX_THREADS": MAX_THREADS,
-        "ARGUMENT_BYTES": structure.size,
         **problem.macros,
     }
-    device = problem.device
-    kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
-    if problem.grid:
-        blocks, threads = problem.grid
-    else:
-        threads = block_size(problem.slices * lanes, _device(device)[1])
-        blocks = -(-problem.slices * lanes // threads)
+    grid = problem.grid
+    if grid is None:
+        threads = block_size(problem.slices * lanes, _device(problem.device)[1])
+        grid = -(-problem.slices * lanes // threads), threads
+    plan = _launch(name, macros, grid, addresses, fields, numbers, problem.device)
     strides = tuple(math.prod(problem.output[i + 1 :]) for i in range(len(problem.output)))
-    output = problem.output, strides
-    return _Plan(kernel, blocks, threads, structure.pack, tail, device, output)
+    return plan._replace(output=(problem.output, strides))
+
+
+@lru_cache(_PLANS)
+def _units_plan(
+    grad: _Layout | tuple[Any, ...],
+    weights: tuple[_Layout | tuple[Any, ...], int, int] | None,
+    groups: int,
+    points: int,
+    device: int,
+) -> _Plan:
+    """Of units.cu; `weights` are a tensor's and the other fields of `_Weights`."""
+    grad = _Layout(*grad)
+    images, channels = grad.shape[0], grad.shape[-1]
+    rows = math.prod(grad.shape[1:-1])
+    held, first, of_group = grad, 0, 1
+    if weights is not None:
+        held, first, of_group = _Layout(*weights[0]), *weights[1:]
+    numbers = rows * max(channels, groups * of_group)
+    wide = numbers >= 1 << 31
+    macros: dict[str, int | str] = {
+        "VALUE": _NUMBERS[grad.dtype],
+        "WEIGHTS": _NUMBERS[held.dtype],
+        "INDEX": _index(wide),
+        "GROUPS": groups,
+        "DEPTH": channels // groups,
+        "POINTS": points,
+        "SOFTMAX": int(weights is None),
+        "FIRST_WEIGHT": first,
+        "WEIGHTS_OF_GROUP": of_group,
+        "VECTOR": grad.vector(channels),
+        "WEIGHT_VECTOR": held.vector(groups * of_group),
+    }
+    blocks = max(1, min(numbers >> 14, 8 * _device(device)[1] // images))  # of an image
+    grid = blocks * images * (1 if weights is None else 2), MAX_THREADS
+    fields = (*grad.pixels, *held.pixels, rows, images, blocks, (rows * points).bit_length())
+    layout_of = f"4q{'Q' if wide else 'I'}3i"
+    return _launch("units", macros, grid, 4, layout_of, fields, device)
+
+
+@lru_cache(_PLANS)
+def _totals_plan(images: int, count: int, dtype: torch.dtype, device: int) -> _Plan:
+    """Of totals.cu; `count` numbers an image."""
+    vector = math.gcd(4, count)
+    blocks = -(-count // (vector * MAX_THREADS))
+    macros: dict[str, int | str] = {"VALUE": _NUMBERS[dtype], "VECTOR": vector}
+    return _launch(
+        "totals", macros, (images * blocks, MAX_THREADS), 3, "qi", (count, blocks), device
+    )
+
+
+def _launch(
+    name: str,
+    macros: dict[str, int | str],
+    grid: tuple[int, int],
+    addresses: int,
+    fields: str,
+    numbers: Sequence[float],
+    device: int,
+) -> _Plan:
+    """A launch of kernel `name`; `fields` says how `numbers` lie after the tensors' addresses."""
+    tail = struct.pack(f"{fields}0q", *numbers)
+    structure = struct.Struct(f"{addresses}P{len(tail)}s")
+    macros = {
+        **macros,
+        "MAX_THREADS": MAX_THREADS,
+        "RESIDENT_THREADS": _RESIDENT_THREADS,
+        "ARGUMENT_BYTES": structure.size,
+    }
+    kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
+    return _Plan(kernel, *grid, structure.pack, tail, device)
 
 
 def _device(index: int) -> tuple[int, int]:
     """Major compute capability and processors of a GPU."""
     properties = torch.cuda.get_device_properties(index)
     return properties.major, properties.multi_processor_count
+
+
+def _index(wide: bool) -> str:
+    return "unsigned long long" if wide else "unsigned"
 
 
 def _sum(dtype: torch.dtype) -> str:

@@ -1,10 +1,15 @@
 // ms_deform_attn, gathered straight from memory.
 //
-// Work: LANES threads a slice (query, head), the heads of a query side by side.
+// Work: LANES threads a slice (query, head), the heads of a query side by side; in an encoder, a tile
+// of queries and a head a block.
 // Memory: every location and weight once, every output once; 4*L*P vectors of channels a slice,
 // out of L1 where neighbouring queries look at neighbouring pixels, out of L2 otherwise.
 // Limit: the number of instructions, then L1; few queries: the latency of one slice's loads.
+#ifdef BLOCK_ROWS
+#include "attn_tiles.cuh"
+#else
 #include "attn.cuh"
+#endif
 
 using namespace dcnv4;
 
@@ -19,12 +24,9 @@ struct Arguments {
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments arguments) {
+DCNV4_DEVICE void compute(const Arguments& arguments, const Levels& levels, const Slice& slice,
+                          Index image, Index query) {
     const Attention& a = arguments.a;
-    __shared__ Levels levels;
-    levels.fill(a, arguments.shapes);
-    const Slice slice(a.slices);
-    const Index image = slice.pixel / a.queries, query = slice.pixel - image * a.queries;
     const AttnPoints points{levels,
                             arguments.locations + image * a.locations_image +
                                 query * a.locations_query + slice.group * (2 * POINTS),
@@ -46,4 +48,19 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments
         for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);
         if (slice.active && !idle) out.store(output + channel);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments arguments) {
+    const Attention& a = arguments.a;
+    __shared__ Levels levels;
+    levels.fill(a, arguments.shapes);
+#ifdef BLOCK_ROWS
+    each_tile(a, levels, [&](const Slice& slice, Index image, Index query) {
+        compute(arguments, levels, slice, image, query);
+    });
+#else
+    const Slice slice(a.slices);
+    const Index image = slice.pixel / a.queries;
+    compute(arguments, levels, slice, image, slice.pixel - image * a.queries);
+#endif
 }

@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from ctypes import addressof, c_char_p
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -79,22 +79,57 @@ class Kernel:
         from cuda.bindings import driver
 
         self._index = index
-        self._start = driver.cuLaunchKernel
+        self._start, self._start_early = driver.cuLaunchKernel, driver.cuLaunchKernelEx
         # The library is never unloaded: a graph may hold its kernel longer than anything here.
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         self._kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
 
-    def __call__(self, blocks: int, threads: int, stream: int, arguments: bytes) -> None:
-        """Start it on a stream of its GPU, which must be the current one."""
+    def __call__(
+        self, blocks: int, threads: int, stream: int, arguments: bytes, early: bool = False
+    ) -> None:
+        """Start it on a stream of its GPU, which must be the current one.
+
+        Args:
+            early: whether it may begin before the stream's last launch has ended, see `overlaps`.
+        """
         pointer = c_char_p(arguments)
         parameters = addressof(pointer)
-        launch = self._kernel, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
-        result = self._start(*launch)
+
+        def start() -> Any:
+            if early:
+                configuration = _configuration(blocks, threads, stream)
+                return self._start_early(configuration, self._kernel, parameters, 0)
+            launch = blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+            return self._start(self._kernel, *launch)
+
+        result = start()
         if result[0]:
             if result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
                 _make_current(self._index)  # a thread in which nothing has used CUDA yet
-                result = self._start(*launch)
+                result = start()
             _check(result)
+
+
+@lru_cache(1024)
+def _configuration(blocks: int, threads: int, stream: int) -> Any:
+    """Of a launch that may begin early."""
+    from cuda.bindings import driver
+
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    configuration = driver.CUlaunchConfig()
+    configuration.gridDimX, configuration.gridDimY, configuration.gridDimZ = blocks, 1, 1
+    configuration.blockDimX, configuration.blockDimY, configuration.blockDimZ = threads, 1, 1
+    configuration.hStream = stream
+    configuration.attrs, configuration.numAttrs = [early], 1
+    return configuration
+
+
+@cache
+def overlaps(index: int) -> bool:
+    """Whether GPU `index` can begin a launch before the last one has ended, in graphs too."""
+    return torch.cuda.get_device_properties(index).major >= 9 and (_driver_version() or 0) >= 12030
 
 
 def _make_current(index: int) -> None:

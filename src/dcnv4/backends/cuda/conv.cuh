@@ -99,6 +99,7 @@ struct ConvPoints {
                             int column)
         : fields(at), gradient(gradient), window(c, row, column) {}
 
+    DCNV4_DEVICE int level(int) const { return 0; }
     DCNV4_DEVICE Place locate(int k) const {
         const FIELDS* offset = fields + 2 * k;
         return {window.point(k, load(offset), load(offset + 1)), 0, window.width};
@@ -128,39 +129,99 @@ struct OutputPixel {
     }
     DCNV4_DEVICE OutputPixel(const Convolution& c, int image, int row, int column)
         : image(image), in_image(Index(row) * c.out_width + column), row(row), column(column) {}
+
+    // Of all images'.
+    DCNV4_DEVICE Index pixel(const Convolution& c) const {
+        return image * c.out_height * c.out_width + in_image;
+    }
 };
 
-// Calls `visit(slice, pixel)` for what the tile kernel left; SHARES blocks have the strips of all
-// groups at one place. `limits` holds each strip's first row that is left.
+// Whether the tile kernel left a slice; `limits` holds each strip's first row that is left.
+DCNV4_DEVICE bool is_left(const Convolution& c, const int* limits, int image, int row, int column,
+                          int group) {
+    const int down = row / (c.strips.tiles * TILE_H), across = column / TILE_W;
+    const unsigned place = (image * c.strips.down + down) * c.strips.across + across;
+    bool left = false;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) left |= row >= limits[(place * GROUPS + group) * PARTS + i];
+    return left;
+}
+
+// W x H output pixels, whole tiles of strips.
+template <int W, int H>
+struct Rectangle {
+    static_assert(W % TILE_W == 0 && H % TILE_H == 0, "whole tiles");
+    int image, row, column;
+
+    static DCNV4_DEVICE unsigned across(const Convolution& c) { return (c.out_width + W - 1) / W; }
+    static DCNV4_DEVICE unsigned down(const Convolution& c) { return (c.out_height + H - 1) / H; }
+    static DCNV4_DEVICE unsigned count(const Convolution& c) {
+        return c.slices / GROUPS / (Index(c.out_height) * c.out_width) * across(c) * down(c);
+    }
+    DCNV4_DEVICE Rectangle(const Convolution& c, unsigned index) {
+        column = index % across(c) * W, index /= across(c);
+        row = index % down(c) * H, image = index / down(c);
+    }
+    // Whether the tile kernel left any of it, in some groups.
+    DCNV4_DEVICE bool any_left(const Convolution& c, const int* limits, int group,
+                               int groups) const {
+        bool any = false;
+#pragma unroll
+        for (int y = row; y < row + H; y += TILE_H)
+#pragma unroll
+            for (int x = column; x < column + W; x += TILE_W)
+                if (y < c.out_height && x < c.out_width)
+                    for (int i = 0; i < groups; ++i)
+                        any |= is_left(c, limits, image, min(y + TILE_H, c.out_height) - 1, x,
+                                       group + i);
+        return any;
+    }
+};
+
+// Blocks stride over `count` pieces of work. Each thread looks whether one of its block's is wanted,
+// then the block visits those.
+template <typename Wanted, typename Visit>
+DCNV4_DEVICE void each_wanted(unsigned count, Wanted wanted, Visit visit) {
+    __shared__ unsigned found[MAX_THREADS / 32];
+#pragma unroll 1
+    for (unsigned first = blockIdx.x; first < count; first += blockDim.x * gridDim.x) {
+        const unsigned own = first + threadIdx.x * gridDim.x;
+        const unsigned of_warp = __ballot_sync(~0u, own < count && wanted(own));
+        if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = of_warp;
+        __syncthreads();
+#pragma unroll 1
+        for (unsigned warp = 0; warp < blockDim.x / 32; ++warp)
+#pragma unroll 1
+            for (unsigned rest = found[warp]; rest; rest &= rest - 1)
+                visit(first + (32 * warp + __ffs(rest) - 1) * gridDim.x);
+        __syncthreads();
+    }
+}
+
+// Calls `visit(slice, pixel)` for what the tile kernel left, tile after tile.
 template <typename Visit>
 DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit) {
-    unsigned place = blockIdx.x / SHARES;
-    limits += place * (GROUPS * PARTS);
-    const int left = place % c.strips.across * TILE_W;
-    place /= c.strips.across;
-    const int top = place % c.strips.down * c.strips.tiles * TILE_H, image = place / c.strips.down;
-    const int height = min(c.strips.tiles * TILE_H, c.out_height - top);
-    bool any = false;
-    for (int i = threadIdx.x; i < GROUPS * PARTS; i += blockDim.x) any |= limits[i] < top + height;
-    if (!__syncthreads_or(any)) return;
-
-    const unsigned count = unsigned(TILE_W) * height * GROUPS;
-    const unsigned at_once = blockDim.x / LANES;
-    for (unsigned first = blockIdx.x % SHARES * at_once; first < count; first += SHARES * at_once) {
-        const unsigned index = first + threadIdx.x / LANES;
-        const int group = index % GROUPS, pixel = index / GROUPS;
-        int row = top + pixel / TILE_W, column = left + pixel % TILE_W;
-        bool active = index < count && column < c.out_width, wanted = false;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) wanted |= row >= limits[group * PARTS + i];
-        active = active && wanted;
-        if (!__any_sync(~0u, active)) continue;
-        if (!active) row = top, column = left;
-        const OutputPixel at(c, image, row, column);
-        visit(Slice(active, Index(image) * c.out_height * c.out_width + at.in_image, group,
-                    threadIdx.x % LANES),
-              at);
-    }
+    using Tile = Rectangle<TILE_W, TILE_H>;
+    ptx::wait_for_launch_before();
+    each_wanted(
+        Tile::count(c),
+        [&](unsigned index) { return Tile(c, index).any_left(c, limits, 0, GROUPS); },
+        [&](unsigned index) {
+            const Tile tile(c, index);
+            constexpr unsigned count = TILE_W * TILE_H * GROUPS;
+            const unsigned at_once = blockDim.x / LANES;
+            for (unsigned first = 0; first < count; first += at_once) {
+                const unsigned own = first + threadIdx.x / LANES;
+                const int group = own % GROUPS, pixel = own / GROUPS;
+                int row = tile.row + pixel / TILE_W, column = tile.column + pixel % TILE_W;
+                const bool active = own < count && row < c.out_height && column < c.out_width &&
+                                    is_left(c, limits, tile.image, row, column, group);
+                if (!__any_sync(~0u, active)) continue;
+                if (!active) row = tile.row, column = tile.column;
+                const OutputPixel at(c, tile.image, row, column);
+                visit(Slice(active, at.pixel(c), group, threadIdx.x % LANES), at);
+            }
+        });
 }
 
 // Calls `visit(slice, pixel)` for the thread's slice or, after tiles, for those that were left.

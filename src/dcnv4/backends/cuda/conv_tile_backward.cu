@@ -69,10 +69,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         const bool there = y >= 0 && y < c.height;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
-                                 row[1][2 * half + 1]};
-            const bool any = term[0] != 0 || term[1] != 0 || term[2] != 0 || term[3] != 0;
-            add_if(there && any && legal[half], to + half * (8 * GROUPS * DEPTH), term, unit);
+            Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
+                           row[1][2 * half + 1]};
+            add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term, unit);
         }
     };
     int first = 0;  // row of the ring
@@ -309,4 +308,5 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
         for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);
     ptx::wait_for_groups<0>();
+    ptx::let_next_launch_begin();
 }

@@ -13,7 +13,7 @@ using namespace dcnv4;
 using Arguments = ForwardArguments;
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
-constexpr int MOST_FAR = 2;
+constexpr int MOST_FAR = 3;
 
 // What a block keeps in shared memory; its warps have neighbouring channels, all in the window.
 struct __align__(128) Shared {
@@ -170,4 +170,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
     }
     ptx::wait_for_groups<0>();
     if (lane == 0) a.limits[tile.strip] = limit;
+    ptx::let_next_launch_begin();
 }

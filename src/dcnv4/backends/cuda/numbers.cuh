@@ -177,21 +177,50 @@ DCNV4_DEVICE void add(T* at, const T (&terms)[N]) {
     for (int i = 0; i < N; ++i) ptx::add(at + i, terms[i]);
 }
 
-// Sums of integers have the same bits in any order.
+// A term of a sum. Sums of integers have the same bits in any order.
+template <typename Total, typename Sum>
+DCNV4_DEVICE Total rounded(Sum term) {
+    if constexpr (sizeof(Total) == sizeof(Sum))
+        return term;
+    else
+        return __float2ll_rn(term);
+}
 template <int N>
 DCNV4_DEVICE void add(long long* at, const float (&terms)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) ptx::add(at + i, __float2ll_rn(terms[i]));
+    for (int i = 0; i < N; ++i) ptx::add(at + i, rounded<long long>(terms[i]));
 }
 
-// Four of them, times `unit` where sums are integers, or none.
-DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4], float) {
-    ptx::add_if(wanted, at, terms);
+// Four terms of each lane of a quad, transposed: lane t gets the t-th of every lane's.
+DCNV4_DEVICE void transpose_quad(float (&terms)[4]) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const bool upper = lane & step;
+            const float given = upper ? terms[i] : terms[i | step];
+            const float got = __shfl_xor_sync(~0u, given, step);
+            terms[i] = upper ? got : terms[i];
+            terms[i | step] = upper ? terms[i | step] : got;
+        }
 }
-DCNV4_DEVICE void add_if(bool wanted, long long* at, const float (&terms)[4], float unit) {
+
+// Four neighbouring numbers, times `unit` where sums are integers, or none. All lanes come here.
+DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4], float) {
+    const bool any = terms[0] != 0 || terms[1] != 0 || terms[2] != 0 || terms[3] != 0;
+    ptx::add_if(wanted && any, at, terms);
+}
+// The lanes of a quad add to 16 neighbours, and want them or do not; each has one of every lane's
+// four, so that the quad adds to a whole sector at once.
+DCNV4_DEVICE void add_if(bool wanted, long long* at, float (&terms)[4], float unit) {
+    const int lane = threadIdx.x % 4;
+    transpose_quad(terms);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        if (wanted) ptx::add(at + i, __float2ll_rn(terms[i] * unit));
+        if (wanted && terms[i] != 0)
+            ptx::add(at + 4 * (i - lane) + lane, rounded<long long>(terms[i] * unit));
 }
 
 }  // namespace dcnv4

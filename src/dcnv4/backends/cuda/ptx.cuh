@@ -135,6 +135,19 @@ DCNV4_DEVICE void store_if(bool wanted, void* at, unsigned word) {
                  : "memory");
 }
 
+// The launch after this one may begin, if it was told that it may, as soon as every block has come
+// here; it must wait before it uses what this one writes. sm_90 on, nothing before.
+DCNV4_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DCNV4_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The pointer in one register pair, lest its parts be added anew at every use.
 template <typename T>
 DCNV4_DEVICE void hold(T*& pointer) {

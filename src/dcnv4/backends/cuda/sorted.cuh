@@ -12,17 +12,18 @@
 //   5. the threads that know the point find it, and make the point's gradients of it.
 // Buckets are pixels modulo a few rows and columns: pixels that share one cost time, being runs
 // that interrupt each other, and nothing else. So no window is cut out and no point is too far,
-// sums are in float32 whatever they are of, and what is not finite goes where it goes in `scatter`.
+// sums are in float32 whatever they are of, or in integers where they shall not depend on the order,
+// and what is not finite goes where it goes in `scatter`.
 //
 // Of the operator it asks besides what `scatter` does
-//     int level(int k)      which of several images point k lies in
+//     int level(int k)      which of LEVELS images point k lies in
 #pragma once
 
 #include "points.cuh"
 
 namespace dcnv4 {
 
-constexpr int SLICES = TILE_WIDTH * TILE_HEIGHT;  // a power of two
+constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
 constexpr int BUCKET_ROWS = 16, BUCKET_COLUMNS = 32, BUCKET_LEVELS = LEVELS < 4 ? LEVELS : 4;
@@ -30,16 +31,20 @@ constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
 constexpr int BATCH = 2;  // corners that a thread has under way at once
-// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else. It ends
-// in corners that count nothing, so that the parts into which it is cut are alike.
-constexpr int MOST_CORNERS = sizeof(VALUE) == 2 ? 4352 : 2304, MOST_SPARE = SLICES * BATCH;
-constexpr int FITTING = (MOST_CORNERS - MOST_SPARE) / (4 * THREADS);
-constexpr int PASS = ROUNDS < FITTING ? ROUNDS : FITTING;
-constexpr int CORNERS = PASS * 4 * THREADS + MOST_SPARE;
+// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else, and what
+// a thread knows of its points in registers. The list ends in corners that count nothing, so that the
+// parts into which it is cut are alike.
+constexpr int SPARE = SLICES * BATCH, STRETCH = 64, MOST_ROUNDS = 5;
+constexpr int OTHER_BYTES = THREADS * CHANNELS * sizeof(VALUE) + BUCKETS * 4 + (1 << 10);
+constexpr int LIST = ((48 << 10) - OTHER_BYTES) / (STRETCH + 2) * STRETCH / 8;  // corners that fit
+constexpr int FITTING = (LIST - SPARE) / (4 * THREADS);
+constexpr int AT_ONCE = FITTING < MOST_ROUNDS ? FITTING : MOST_ROUNDS;
+constexpr int PASSES = (ROUNDS + AT_ONCE - 1) / AT_ONCE, PASS = (ROUNDS + PASSES - 1) / PASSES;
+constexpr int CORNERS = PASS * 4 * THREADS + SPARE;
 
 static_assert((SLICES & (SLICES - 1)) == 0 && THREADS % 32 == 0, "whole warps, keys by shifts");
 static_assert(CHANNELS * LANES == DEPTH && CHANNELS % VECTOR == 0, "no lane may be idle");
-static_assert(PASS > 0 && BUCKETS % THREADS == 0, "as the code below assumes");
+static_assert(AT_ONCE > 0 && BUCKETS % THREADS == 0, "as the code below assumes");
 
 // A thread's channels of a pixel or slice, as they are stored: the first words of its vectors, then
 // the second ones.
@@ -83,15 +88,13 @@ static_assert(CORNERS < 1 << 15, "places of 16 bits");
 
 // What a block shares.
 struct Sorted {
-    // Corners, with two to spare lest all walk in the same banks.
-    static constexpr int stretch = 64;
-
     uint4 grad[Held::quads][THREADS];  // the output's gradient
-    alignas(16) Corner list[(CORNERS + stretch - 1) / stretch * (stretch + 2)];
+    // In stretches, with two corners to spare lest all walk in the same banks.
+    alignas(16) Corner list[(CORNERS + STRETCH - 1) / STRETCH * (STRETCH + 2)];
     unsigned bucket[BUCKETS];  // how many it holds, then where they begin
     unsigned total;
 
-    static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / stretch * 2; }
+    static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / STRETCH * 2; }
 
     // Of the list, for the LANES threads of a slice.
     DCNV4_DEVICE unsigned part() const {
@@ -213,7 +216,7 @@ struct Batch {
     Held fresh[BATCH];
     bool begins[BATCH];
 
-    static_assert(BATCH % 2 == 0 && Sorted::stretch % BATCH == 0, "two corners are read at once");
+    static_assert(BATCH % 2 == 0 && STRETCH % BATCH == 0, "two corners are read at once");
 
     // `pixel`: of the corner before.
     DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index stride) {
@@ -232,15 +235,15 @@ struct Batch {
 };
 
 // Step 4. `image` and `grad_image` are the first of a thread's channels at the first pixel.
-DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* grad_image,
+DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Total* grad_image,
                        Index grad_stride, int lane) {
     const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
     if (part == 0) return;
-    const auto finish_run = [&](unsigned pixel, const Sum(&sum)[CHANNELS]) {
-        Sum* to = at(grad_image, pixel, grad_stride);
+    const auto finish_run = [&](unsigned pixel, const Total(&sum)[CHANNELS]) {
+        Total* to = at(grad_image, pixel, grad_stride);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c += VECTOR) {
-            Sum term[VECTOR];
+            Total term[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) term[v] = sum[c + v];
             add(to + c * LANES, term);
@@ -249,7 +252,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
     Corner* list = shared.list + Sorted::padded(first);
     unsigned pixel = list->pixel();
     Held value = Held::load(at(image, pixel, stride));
-    Sum sum[CHANNELS];
+    Total sum[CHANNELS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
     Batch batch;
@@ -290,8 +293,8 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Sum* gr
             pixel = run[j];
 #pragma unroll
             for (int c = 0; c < CHANNELS; ++c) {
-                const Sum before = begins[j] ? Sum(0) : sum[c],
-                          after = before + share[j] * grad[j][c];
+                const Total before = begins[j] ? Total(0) : sum[c];
+                const Total after = before + rounded<Total>(share[j] * grad[j][c]);
                 sum[c] = share[j] != 0 ? after : before;  // 0 * inf is not added.
             }
         }
@@ -311,8 +314,8 @@ DCNV4_DEVICE void each_point(int first, int lane, const Visit& visit) {
 template <typename Points>
 DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
                                  const Weights<Points>& weights, const VALUE* image, Index stride,
-                                 const VALUE* grad, Sum* grad_image, Index grad_stride,
-                                 const Slice& slice) {
+                                 const VALUE* grad, Total* grad_image, Index grad_stride,
+                                 Sum unit, const Slice& slice) {
     const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
     {
         const Held out = Held::load(grad + channel);
@@ -343,7 +346,8 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         each_point(first, slice.lane, [&](int r, int k) {
             const Corners<Sum>& c = at[r].corners;
             Sum share[4];
-            coefficients(weights[k < POINTS ? k : POINTS - 1], c.fraction_x, c.fraction_y, share);
+            coefficients(weights[k < POINTS ? k : POINTS - 1] * unit, c.fraction_x, c.fraction_y,
+                         share);
             const Buckets buckets(at[r], points.level(k));
             const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
             unsigned place[4];

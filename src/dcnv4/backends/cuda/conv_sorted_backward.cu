@@ -1,0 +1,49 @@
+// Gradients of deform_conv, what neighbouring pixels add to one of the value's summed first.
+//
+// Work: a block a tile of BLOCK_COLUMNS x BLOCK_ROWS output pixels, and a group: sorted.cuh. After the
+// tile kernel, what that one left, by as many blocks as run at once.
+// Memory: as the direct kernel, but a pixel's channels are read, and its gradient is added to, once
+// for every run of corners at it, 3 or 4 times a slice of 3 x 3 points, not 36 times.
+// Limit: instructions, as attn_sorted_backward.
+#include "conv_backward.cuh"
+#include "sorted.cuh"
+
+using namespace dcnv4;
+
+using Tile = Rectangle<BLOCK_COLUMNS, BLOCK_ROWS>;
+
+DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
+    const Convolution& c = a.c;
+    const Tile tile(c, index / GROUPS);
+    const int of_block = index % GROUPS, own = threadIdx.x / LANES;
+    int row = tile.row + own / BLOCK_COLUMNS, column = tile.column + own % BLOCK_COLUMNS;
+    bool active = row < c.out_height && column < c.out_width;
+    if (AFTER_TILES && active) active = is_left(c, a.limits, tile.image, row, column, of_block);
+    if (!active) row = tile.row, column = tile.column;
+    const OutputPixel at(c, tile.image, row, column);
+    const Slice slice(active, at.pixel(c), of_block, threadIdx.x % LANES);
+    const Group group(a, slice, at);
+    const Weights<ConvPoints> weights(group.points, slice.lane);
+    scatter_sorted(sorted, group.points, weights, group.image, c.stride, group.grad,
+                   group.grad_image, Group::grad_stride, unit_of_total(a.units, at.image), slice);
+    group.fill_up(a, slice);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
+    conv_sorted_backward(Arguments a) {
+    const Convolution& c = a.c;
+    __shared__ Sorted sorted;
+    sorted.clear();
+    __syncthreads();
+    if constexpr (AFTER_TILES) {
+        ptx::wait_for_launch_before();
+        each_wanted(
+            Tile::count(c) * GROUPS,
+            [&](unsigned index) {
+                return Tile(c, index / GROUPS).any_left(c, a.limits, index % GROUPS, 1);
+            },
+            [&](unsigned index) { compute(a, sorted, index); });
+    } else {
+        compute(a, sorted, blockIdx.x);
+    }
+}
