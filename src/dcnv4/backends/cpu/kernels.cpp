@@ -497,35 +497,46 @@ float exponential(float x) {
     return x < -87.3f ? 0.0f : result;
 }
 
-// The sum of term(k) over the points.
+// Which lanes of a block are among `count` points.
+template <typename A>
+Vector<Integer<A>, kBlock> among(int64_t count) {
+    const auto lanes = __builtin_convertvector(kLanes, Vector<Integer<A>, kBlock>);
+    return lanes < Integer<A>(std::min(count, kBlock));
+}
+
+// The sum over the points of what term(block) makes of every block of them.
 template <typename A, typename F>
 A sum_of(int64_t count, F&& term) {
-    A sum = 0;
-    for (int64_t block = 0; block < count; block += kBlock) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = block; k < block + kBlock; ++k) sum += k < count ? term(k) : A(0);
-    }
-    return sum;
+    using Block = Vector<A, kBlock>;
+    Block sums = {};
+    for (int64_t block = 0; block < count; block += kBlock)
+        sums += among<A>(count - block) ? term(block) : Block{};
+    A sum[kBlock];
+    std::memcpy(sum, &sums, sizeof(sum));
+    for (int half = kBlock / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    return sum[0];
 }
 
 // `logit` and `weight` may be the same.
 template <typename A>
 void softmax(const A* logit, int64_t count, A* weight) {
-    A most = logit[0];
+    using Block = Vector<A, kBlock>;
+    Block mosts = Block{} + logit[0];
     for (int64_t block = 0; block < count; block += kBlock) {
-#pragma omp simd reduction(max : most)
-        for (int64_t k = block; k < block + kBlock; ++k) {
-            const A one = k < count ? logit[k] : logit[0];
-            most = one > most ? one : most;
-        }
+        const Block here = load<kBlock>(logit + block);
+        mosts = among<A>(count - block) & (here > mosts) ? here : mosts;
     }
+    A most = mosts[0];
+    for (int i = 1; i < kBlock; ++i) most = mosts[i] > most ? mosts[i] : most;
     for (int64_t block = 0; block < count; block += kBlock) {
 #pragma omp simd
         for (int64_t k = block; k < block + kBlock; ++k) weight[k] = exponential(logit[k] - most);
     }
-    const A sum = sum_of<A>(count, [=](int64_t k) { return weight[k]; });
+    const A sum = sum_of<A>(count, [=](int64_t block) { return load<kBlock>(weight + block); });
     for (int64_t k = 0; k < padded(count); ++k) weight[k] /= sum;
 }
+
 // The value itself, so that what was multiplied is rounded, not fused with a sum that follows.
 template <typename X>
 X rounded(X x) {
@@ -573,27 +584,34 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
     using Lanes = Vector<A, L>;
     const int64_t count = grid.count;
     const A *const base = grid.base, *const scale = grid.scale;
-    A *const pairs = s.pairs, *const weight = s.weight;
+    A *const pairs = s.pairs, *const weight = s.weight, *const numbers = s.numbers;
+    double* const raw = s.raw;
+    const View offsets_view = p.offsets, weights_view = p.weights;
+    const int64_t offsets_end = grid.offsets_end, weights_end = grid.weights_end;
+    const Unit<A>*const first = s.units, *const last = first + units;
     Vector<Integer<A>, L> odd;
     for (int i = 0; i < L; ++i) odd[i] = -(i % 2);
     // Every unit writes whole blocks; what is beyond its points is the next unit's to overwrite.
-    for (int64_t u = 0; u < units; ++u) {
-        const Unit<A>& at = s.units[u];
-        const A* offsets =
-            read<A>(p.offsets, grid.offsets_end, at.offsets, 2 * count, s.raw, s.numbers);
-        const Lanes origin = odd ? Lanes{} + at.y : Lanes{} + at.x;
+    // Two loops and copies of what they read, so that all of it stays in registers.
+    A* to = pairs;
+    for (const Unit<A>* at = first; at < last; ++at, to += 2 * count) {
+        const A* const offsets =
+            read<A>(offsets_view, offsets_end, at->offsets, 2 * count, raw, numbers);
+        const Lanes origin = odd ? Lanes{} + at->y : Lanes{} + at->x;
         // Coordinates are those of geometry.py to the bit.
         for (int64_t i = 0; i < 2 * count; i += L)
-            store<L>(pairs + 2 * u * count + i,
+            store<L>(to + i,
                      rounded(load<L>(scale + i) * (load<L>(base + i) + load<L>(offsets + i))) +
                          origin);
-        const A* weights =
-            read<A>(p.weights, grid.weights_end, at.weights, count, s.raw, s.numbers);
+    }
+    to = weight;
+    for (const Unit<A>* at = first; at < last; ++at, to += count) {
+        const A* const weights =
+            read<A>(weights_view, weights_end, at->weights, count, raw, numbers);
         if (p.softmax) {
-            softmax<A>(weights, count, weight + u * count);
+            softmax<A>(weights, count, to);
         } else {
-            for (int64_t i = 0; i < count; i += L)
-                store<L>(weight + u * count + i, load<L>(weights + i));
+            for (int64_t i = 0; i < count; i += L) store<L>(to + i, load<L>(weights + i));
         }
     }
     const int *const height = grid.height, *const width = grid.width;
@@ -753,19 +771,22 @@ __attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, con
                                       int64_t units, const S span) {
     using V = typename S::V;
     const auto zeros = reinterpret_cast<const V*>(kZeros);
+    const V* const value = (const V*)p.value.data + span.first;
+    V* const output = (V*)p.output.data + span.first;
+    const Unit<A>*const first = s.units, *const last = first + units;
     const int64_t* position = s.position;
     const int* legal = s.legal;
     const A* coefficient = s.coefficient;
+    const int64_t* const grid_below = grid.below;
     const int64_t stride = p.value.column, count = grid.count;
     // Sums that do not wait for each other.
     constexpr int chains = S::count < 4 ? 4 / S::count : 1;
-    for (int64_t u = 0; u < units; ++u) {
-        const Unit<A>& at = s.units[u];
-        const V* const channels = (const V*)p.value.data + at.value + span.first;
+    for (const Unit<A>* at = first; at < last; ++at) {
+        const V* const channels = value + at->value;
         typename S::Lanes sum[chains][S::count];
         for (auto& chain : sum)
             for (auto& lanes : chain) lanes = typename S::Lanes{};
-        const int64_t* below = grid.below;
+        const int64_t* below = grid_below;
         for (const int64_t* const end = position + count; position < end;
              ++position, ++legal, ++below, coefficient += 4) {
             with_rows<whole>(channels + *position * stride, stride, *below, *legal, zeros,
@@ -780,10 +801,9 @@ __attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, con
                         sum[i % chains][v] += c[i] * span.load(row[i], v);
             });
         }
-        V* const out = (V*)p.output.data + at.output + span.first;
         for (int v = 0; v < S::count; ++v) {
             for (int i = 1; i < chains; ++i) sum[0][v] += sum[i][v];
-            span.store(out, v, sum[0][v]);
+            span.store(output + at->output, v, sum[0][v]);
         }
     }
 }
@@ -899,7 +919,9 @@ __attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, int
         const A* grads = grad_weight + u * count;
         if (p.softmax) {
             const A* const own = weight + u * count;
-            const A mean = sum_of<A>(count, [=](int64_t k) { return grads[k] * own[k]; });
+            const A mean = sum_of<A>(count, [=](int64_t block) {
+                return load<kBlock>(grads + block) * load<kBlock>(own + block);
+            });
             A* const to = s.numbers;
             for (int64_t k = 0; k < padded(count); ++k)
                 to[k] = softmax_backward(grads[k], own[k], mean);
