@@ -796,6 +796,8 @@ __attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, con
                 // Half precision takes shuffles to convert, which are scarcer where a row is one
                 // vector.
                 splat<S::L, std::is_same<V, A>::value || (S::count > 1)>(coefficient, c);
+                // Unrolled late, sums of a part of a vector would stay in memory.
+#pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i)
                     for (int v = 0; v < S::count; ++v)
                         sum[i % chains][v] += c[i] * span.load(row[i], v);
