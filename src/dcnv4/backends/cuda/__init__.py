@@ -245,8 +245,8 @@ class _Plan(NamedTuple):
     tail: bytes
     """The other fields."""
     device: int
-    output: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
-    """Shape and strides of the forward's result."""
+    output: tuple[int, ...] = ()
+    """Shape of the forward's result."""
     strips: int = 0
     """Of tiles, see tile.cuh: numbers that this launch tells the next."""
     rest: _Plan | None = None
@@ -256,7 +256,7 @@ class _Plan(NamedTuple):
 
     def limits(self, beside: Tensor) -> Tensor | None:
         """Where the launch says what it leaves to the next."""
-        return beside.new_empty(self.strips, dtype=torch.int32) if self.strips else None
+        return _empty(beside, (self.strips,), torch.int32) if self.strips else None
 
     def __call__(self, *addresses: int) -> None:
         arguments = self.pack(*addresses, self.tail)
@@ -362,7 +362,7 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     )
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
-    output = value.new_empty_strided(*plan.output)
+    output = _empty(value, plan.output)
     limits = plan.limits(value)
     plan(
         value.data_ptr(),
@@ -383,7 +383,7 @@ def conv_backward(
     plan = _conv_plan("conv_backward", *layouts, window, deterministic, value.get_device())
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = torch.empty_like(offset_mask, memory_format=torch.contiguous_format)
+    grad_mask = _empty(offset_mask, offset_mask.shape)
     limits = plan.limits(value)
 
     def run(total: int, units: int) -> None:
@@ -419,7 +419,7 @@ def attn_forward(
     plan = _attn_plan("attn_forward", *layouts, None, sizes, softmax, False, value.get_device())
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
-    output = value.new_empty_strided(*plan.output)
+    output = _empty(value, plan.output)
     plan(
         value.data_ptr(),
         locations.data_ptr(),
@@ -449,8 +449,8 @@ def attn_backward(
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return grads[0], grads[1], grads[2]
-    grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
-    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    grad_locations = _empty(locations, locations.shape)
+    grad_weights = _empty(weights, weights.shape)
 
     def run(total: int, units: int) -> None:
         plan(
@@ -471,6 +471,18 @@ def attn_backward(
     held = None if softmax else _Weights(weights, 0, points)
     grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
     return grad_value, grad_locations, grad_weights
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor, all of which a kernel will write.
+
+    Under deterministic algorithms PyTorch fills what it has just allocated; this does not.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return like.new_empty(shape, dtype=dtype)
+    empty = like.new_empty(0, dtype=dtype)
+    size = math.prod(shape) * empty.element_size()
+    return empty.set_(torch.UntypedStorage(size, device=like.device)).view(shape)
 
 
 def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
@@ -512,10 +524,10 @@ def _summed_in_any_order(
     """
     images, numbers = value.shape[0], value.numel()
     # The integers, then each image's largest numbers and multiplier: see units.cu.
-    sums = value.new_zeros(numbers + 2 * images + 1, dtype=torch.int64)
+    sums = _empty(value, (numbers + 2 * images + 1,), torch.int64).zero_()
     beside = sums.data_ptr() + 8 * numbers
     multipliers = beside + 8 * (images + 1)
-    result = value.new_empty(value.shape)
+    result = _empty(value, value.shape)
     held = None if weights is None else (_layout(weights.tensor), *weights[1:])
     device = value.get_device()
     units = _units_plan(_layout(grad), held, groups, points, device)
@@ -747,8 +759,7 @@ def _plan(
         threads = block_size(problem.slices * lanes, _device(problem.device)[1])
         grid = -(-problem.slices * lanes // threads), threads
     plan = _launch(name, macros, grid, addresses, fields, numbers, problem.device)
-    strides = tuple(math.prod(problem.output[i + 1 :]) for i in range(len(problem.output)))
-    return plan._replace(output=(problem.output, strides))
+    return plan._replace(output=problem.output)
 
 
 @lru_cache(_PLANS)

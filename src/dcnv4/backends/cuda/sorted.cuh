@@ -286,6 +286,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Total* 
         Corner* done = list;  // The last batch is read again, for nothing: cheaper than a branch.
         list = shared.list + Sorted::padded(min(place + BATCH, first + part - BATCH));
         batch.load(list, run[BATCH - 1], image, stride);
+        __syncwarp();  // all lanes have read these corners
         dots.store(done, lane);
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
