@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dcnv4.backends import cuda
+from dcnv4.backends.cuda import plans
 from dcnv4.cli.bench import measure, prepare
 from dcnv4.cli.bench.cases import Conv, floor_bytes
 from dcnv4.cli.bench.peers import CONTESTANTS, Expected
@@ -58,14 +58,14 @@ def main() -> None:
             for direction in DIRECTIONS
         ]
         for label, name in contestants.items():
-            tiles = {} if "direct" in label else cuda.PAYS_FROM
-            with mock.patch.object(cuda, "PAYS_FROM", tiles):
-                cuda._conv_plan.cache_clear()
+            tiles = {} if "direct" in label else plans.PAYS_FROM
+            with mock.patch.object(plans, "PAYS_FROM", tiles):
+                plans.conv_plan.cache_clear()
                 for curve, time in zip(
                     curves[label], times(name, case, inputs, expected), strict=True
                 ):
                     curve.append(time)
-            cuda._conv_plan.cache_clear()
+            plans.conv_plan.cache_clear()
         row = "  ".join(f"{label}: {c[0][-1]:.0f} / {c[1][-1]:.0f}" for label, c in curves.items())
         print(f"{case.name}: {row} µs", flush=True)
     draw(arguments.output, curves, floors)

@@ -23,7 +23,7 @@ import torch
 from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cpu import compile as cpu_compile
-from dcnv4.backends.cuda import compile
+from dcnv4.backends.cuda import compile, plans
 
 _FOLDER = Path(__file__).parent / "emulator"
 _MAIN = """
@@ -87,25 +87,29 @@ def cuda_folder() -> Path:
 
 
 @contextmanager
-def emulated(backwards: bool = False, **patches: Any) -> Iterator[ModuleType]:
+def emulated(
+    backwards: bool = False, pays_from: dict[str, int] | None = None, **patches: Any
+) -> Iterator[ModuleType]:
     """The CUDA backend as it is on a GPU of compute capability 9.0, for CPU tensors.
 
     Args:
         backwards: whether the last thread of a block runs first.
+        pays_from: of `plans`, meanwhile.
         patches: what attributes of the backend are meanwhile.
     """
     properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     caches = (
-        cuda._conv_plan,
-        cuda._attn_plan,
-        cuda._units_plan,
-        cuda._totals_plan,
+        plans.conv_plan,
+        plans.attn_plan,
+        plans.units_plan,
+        plans.totals_plan,
         backends._choose,
     )
     for cached in caches:
         cached.cache_clear()
     with (
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
+        mock.patch.object(plans, "PAYS_FROM", plans.PAYS_FROM if pays_from is None else pays_from),
         mock.patch.object(
             compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)
         ),

@@ -25,7 +25,7 @@ import cases
 import fuzz_cuda
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
-from dcnv4.backends.cuda import compile
+from dcnv4.backends.cuda import compile, plans
 from test_cuda_emulated import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -59,7 +59,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
-    monkeypatch.setattr(backend, "PAYS_FROM", EVERY)
+    monkeypatch.setattr(plans, "PAYS_FROM", EVERY)
     for case in (*cases.CONV, *tile_cases()):
         _plan(case, torch.float16, case.batch)
     for case in tile_cases()[:4]:
@@ -72,10 +72,10 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     for dtype in cases.DTYPES[1:]:
         layout = (2, 3, 5, 40), (600, 200, 40, 1), dtype, 0
         for weights in (None, (layout, 18, 27)):
-            backend._units_plan.__wrapped__(layout, weights, 1, 9, 0)
-            backend._units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
+            plans.units_plan.__wrapped__(layout, weights, 1, 9, 0)
+            plans.units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
-            backend._totals_plan.__wrapped__(2, count, dtype, 0)
+            plans.totals_plan.__wrapped__(2, count, dtype, 0)
     return list(found)
 
 
@@ -87,19 +87,19 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
     name, prepare = ("conv", backend._pixels)
     rest: tuple[Any, ...]
     if isinstance(case, cases.ConvCase):
-        plan: Callable[..., Any] = backend._conv_plan.__wrapped__
+        plan: Callable[..., Any] = plans.conv_plan.__wrapped__
         rest = (functional.window(**case.settings, softmax=case.softmax),)
     else:
         assert isinstance(case, cases.AttnCase)
-        name, prepare, plan = "attn", backend._rows, backend._attn_plan.__wrapped__
+        name, prepare, plan = "attn", backend._rows, plans.attn_plan.__wrapped__
         rest = (tuple(size for pair in case.shapes for size in pair), case.softmax)
         locations, weights = coordinates
         coordinates = locations, weights.reshape(locations.shape[:-1])
-    first, *layouts = (backend._layout(prepare(tensor)) for tensor in (value, *coordinates))
+    first, *layouts = (plans.layout(prepare(tensor)) for tensor in (value, *coordinates))
     (_, *shape), *where = first
     first = ((batch, *shape), *where)
     plan(f"{name}_forward", first, *layouts, None, *rest, False, 0)
-    gradient = backend._layout(prepare(grad))
+    gradient = plans.layout(prepare(grad))
     plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
 
 
@@ -128,7 +128,7 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
             for alignment in (2, 4, 8, 16):
                 if alignment < itemsize:
                     continue
-                vector, lanes = backend.launch_shape(depth, points, itemsize, alignment, backward)
+                vector, lanes = plans.launch_shape(depth, points, itemsize, alignment, backward)
                 assert depth % vector == 0
                 assert vector * itemsize <= alignment
                 assert lanes in (1, 2, 4, 8, 16, 32)
@@ -140,30 +140,46 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
 def test_threads_move_sixteen_bytes_of_the_usual_layers() -> None:
     for itemsize, vector in ((2, 8), (4, 4)):
         for depth in (16, 32, 64):
-            assert backend.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
-            assert backend.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
+            assert plans.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
+            assert plans.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
 
 
 def test_block_size() -> None:
     for threads in (1, 63, 64, 1000, 77_000, 132 * 256, 132 * 256 + 1, 10**7, 2**33):
-        size = backend.block_size(threads, 132)
+        size = plans.block_size(threads, 132)
         assert size in (64, 128, 256)
         load = {s: math.ceil(math.ceil(threads / s) / 132) * s for s in (64, 128, 256)}
         assert load[size] <= 1.1 * min(load.values())
-    assert backend.block_size(10**7, 132) == 256
-    assert backend.block_size(132 * 64, 132) == 64
+    assert plans.block_size(10**7, 132) == 256
+    assert plans.block_size(132 * 64, 132) == 64
+
+
+def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = compile._configuration(5, 64, 7)
+    assert (configuration.gridDimX, configuration.blockDimX, int(configuration.hStream)) == (
+        5,
+        64,
+        7,
+    )
+    (early,) = configuration.attrs
+    assert early.value.programmaticStreamSerializationAllowed == 1
+    for major, driver, expected in ((9, 12_030, True), (9, 12_020, False), (8, 13_000, False)):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, p=properties: p)
+        monkeypatch.setattr(compile, "_driver_version", lambda d=driver: d)
+        assert compile.overlaps.__wrapped__(0) is expected
 
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
         for last in (0.25, 1.0):
-            height = backend.strip_height(columns, tiles, 12 * 132, last)
+            height = plans.strip_height(columns, tiles, 12 * 132, last)
             assert 1 <= height <= min(tiles, 64)
     # A backward whose strips are short enough that few processors idle, and a forward whose are
     # longer, as that costs less than reading rows of the value twice.
-    assert backend.strip_height(1792, 14, 12 * 132, 1.0) == 3
-    assert backend.strip_height(1792, 14, 16 * 132, 0.25) == 7
-    assert backend.strip_height(4, 8, 12 * 132, 1.0) == 1  # few pixels: as many warps as tiles
+    assert plans.strip_height(1792, 14, 12 * 132, 1.0) == 3
+    assert plans.strip_height(1792, 14, 16 * 132, 0.25) == 7
+    assert plans.strip_height(4, 8, 12 * 132, 1.0) == 1  # few pixels: as many warps as tiles
 
 
 def test_tiles_take_what_they_can() -> None:
@@ -174,10 +190,10 @@ def test_tiles_take_what_they_can() -> None:
         value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
         fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
         layouts = (
-            backend._Layout(*backend._layout(value)),
-            backend._Layout(*backend._layout(fields)),
+            plans.Layout(*plans.layout(value)),
+            plans.Layout(*plans.layout(fields)),
         )
-        return backend.fits_tiles(window, depth, *layouts, 16, 9)
+        return plans.fits_tiles(window, depth, *layouts, 16, 9)
 
     assert all(fits(depth) for depth in (16, 32, 48, 64))
     assert fits(dtype=torch.bfloat16)
@@ -423,9 +439,9 @@ def test_kernels_for_large_calls(
 ) -> None:
     if deterministic and torch.float64 in case.dtypes(dtype):
         pytest.skip("float64 has no deterministic gradients")
-    monkeypatch.setattr(backend, "PAYS_FROM", kernels)
-    plans = backend._conv_plan, backend._attn_plan
-    for plan in plans:
+    monkeypatch.setattr(plans, "PAYS_FROM", kernels)
+    made = plans.conv_plan, plans.attn_plan
+    for plan in made:
         plan.cache_clear()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -436,7 +452,7 @@ def test_kernels_for_large_calls(
             assert all(torch.equal(results[name], again[name]) for name in results)
     finally:
         torch.use_deterministic_algorithms(False)
-        for plan in plans:
+        for plan in made:
             plan.cache_clear()
 
 
@@ -445,15 +461,15 @@ def test_kernels_for_large_calls(
 @pytest.mark.parametrize("tiles", [False, True])
 def test_batch_independence(batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits alone and among others, from one and the same kernel."""
-    monkeypatch.setattr(backend, "PAYS_FROM", EVERY if tiles else {})
-    backend._conv_plan.cache_clear()
+    monkeypatch.setattr(plans, "PAYS_FROM", EVERY if tiles else {})
+    plans.conv_plan.cache_clear()
     value, offset_mask = _call(batch, size=7)
     inputs = value, offset_mask / 4  # near enough for tiles
     results = _run(*inputs)
     for image in sorted({0, batch // 2, batch - 1}):
         alone = _run(*(tensor[image : image + 1] for tensor in inputs))
         _assert_same(tuple(result[image : image + 1] for result in results), alone)
-    backend._conv_plan.cache_clear()
+    plans.conv_plan.cache_clear()
 
 
 @pytest.mark.gpu

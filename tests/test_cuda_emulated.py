@@ -17,11 +17,10 @@ import fuzz_cuda
 import test_amp
 from conftest import Runner
 from dcnv4 import functional
-from dcnv4.backends import cuda
-from dcnv4.backends.cuda import compile
+from dcnv4.backends.cuda import compile, plans
 from emulated import emulated, why_not
 
-EVERY = dict.fromkeys(cuda.PAYS_FROM, 0)
+EVERY = dict.fromkeys(plans.PAYS_FROM, 0)
 SORTED = {name: 0 for name in EVERY if "sorted" in name}
 NAMED = [name for name, _ in cases.CASES]
 HALVES = torch.float16, torch.bfloat16
@@ -89,7 +88,7 @@ def tile_cases() -> list[cases.ConvCase]:
 def test_tiles(number: int) -> None:
     """Against the oracle, and the same bits whichever thread runs first."""
     case, dtype = tile_cases()[number], HALVES[number % 3 == 1]
-    check_in_either_order(case, dtype, ("output", "grad_offset_mask"), PAYS_FROM=EVERY)
+    check_in_either_order(case, dtype, ("output", "grad_offset_mask"), pays_from=EVERY)
 
 
 def sorted_conv_cases() -> list[cases.ConvCase]:
@@ -113,7 +112,7 @@ def sorted_conv_cases() -> list[cases.ConvCase]:
 @pytest.mark.parametrize("case", [*tile_cases(), *sorted_conv_cases()], ids=lambda case: case.id)
 def test_sorted_convolutions(case: cases.ConvCase, dtype: torch.dtype) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
-    check_in_either_order(case, dtype, ("grad_offset_mask",), PAYS_FROM=SORTED)
+    check_in_either_order(case, dtype, ("grad_offset_mask",), pays_from=SORTED)
 
 
 def sorted_cases() -> list[cases.AttnCase]:
@@ -156,13 +155,13 @@ def sorted_cases() -> list[cases.AttnCase]:
 def test_sorted(number: int) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     case, dtype = sorted_cases()[number], cases.DTYPES[1:][number % 3]
-    check_in_either_order(case, dtype, ("grad_locations", "grad_weights"), PAYS_FROM=EVERY)
+    check_in_either_order(case, dtype, ("grad_locations", "grad_weights"), pays_from=EVERY)
 
 
 @pytest.mark.parametrize("number", [0, 2, 7])
 def test_sorted_with_sizes_that_the_host_does_not_know(number: int) -> None:
     case = sorted_cases()[number]
-    with emulated(PAYS_FROM=EVERY, _sizes=lambda shapes: (None, torch.tensor(shapes))):
+    with emulated(pays_from=EVERY, _sizes=lambda shapes: (None, torch.tensor(shapes))):
         case.check(case.run(torch.float16, "cpu", "cuda"), torch.float16)
 
 
@@ -201,7 +200,7 @@ def _attention_gradients(
     inputs: list[Tensor], large: dict[str, int], softmax: bool = True, **patches: object
 ) -> tuple[Tensor, ...]:
     value, locations, weights, grad = inputs
-    with emulated(PAYS_FROM=large, **patches) as backend:
+    with emulated(pays_from=large, **patches) as backend:
         gradients = backend.attn_backward(
             grad, value, ((9, 11), (5, 6)), locations, weights, softmax
         )
@@ -246,7 +245,7 @@ def test_which_calls_are_sorted() -> None:
         for dtype in (torch.float16, torch.float64):
             names: list[str] = []
             with (
-                emulated(PAYS_FROM=EVERY),
+                emulated(pays_from=EVERY),
                 mock.patch.object(
                     compile,
                     "kernel",
@@ -254,12 +253,12 @@ def test_which_calls_are_sorted() -> None:
                 ),
             ):
                 value, locations, weights, grad = (
-                    cuda._layout(tensor.detach()) for tensor in case.inputs(dtype)
+                    plans.layout(tensor.detach()) for tensor in case.inputs(dtype)
                 )
                 sizes = tuple(size for pair in case.shapes for size in pair)
                 arguments = value, locations, weights, grad, sizes, True
-                cuda._attn_plan("attn_backward", *arguments, False, 0)
-                cuda._attn_plan("attn_backward", *arguments, True, 0)
+                plans.attn_plan("attn_backward", *arguments, False, 0)
+                plans.attn_plan("attn_backward", *arguments, True, 0)
             sorts = expected and dtype == torch.float16
             assert names == ["attn_sorted_backward" if sorts else "attn_backward"] * 2
 
@@ -271,9 +270,9 @@ def test_small_encoders_are_not_sorted() -> None:
         emulated(),
         mock.patch.object(compile, "kernel", lambda name, *rest: names.append(name)),
     ):
-        layouts = [cuda._layout(tensor.detach()) for tensor in case.inputs(torch.float16)]
+        layouts = [plans.layout(tensor.detach()) for tensor in case.inputs(torch.float16)]
         sizes = tuple(size for pair in case.shapes for size in pair)
-        cuda._attn_plan("attn_backward", *layouts, sizes, True, False, 0)
+        plans.attn_plan("attn_backward", *layouts, sizes, True, False, 0)
     assert names == ["attn_backward"]
 
 
@@ -288,13 +287,13 @@ def test_random_encoders() -> None:
             case, id=f"encoder-{i}", queries=queries, depth=depth, sigma=sigma, flat=False
         )
         dtype = rng.choice(cases.DTYPES)
-        with emulated(PAYS_FROM=EVERY, backwards=i % 2 == 0):
+        with emulated(pays_from=EVERY, backwards=i % 2 == 0):
             case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
 def _tiled_call(value: Tensor, offset_mask: Tensor) -> dict[str, Tensor]:
     inputs = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
-    with emulated(PAYS_FROM=EVERY):
+    with emulated(pays_from=EVERY):
         output = functional.deform_conv(*inputs, groups=2, backend="cuda")
         grads = torch.autograd.grad(output, inputs, output.detach())
     return {"output": output.detach(), "value": grads[0], "offset_mask": grads[1]}
@@ -339,7 +338,7 @@ def test_gradients_of_any_scale(scale: float) -> None:
     case = replace(tile_cases()[0], batch=1)
     *inputs, grad = case.inputs(torch.float16)
     grad = grad / grad.abs().max() * scale
-    with emulated(PAYS_FROM=EVERY):
+    with emulated(pays_from=EVERY):
         output = case.call(*inputs, backend="cuda")
         grads = torch.autograd.grad(output, inputs, grad)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -356,7 +355,7 @@ def test_random_calls() -> None:
         kind = fuzz_cuda.attention if i % 3 == 0 else fuzz_cuda.conv
         case = replace(fuzz_cuda.sized(rng, kind(rng)), id=f"random-{i}")
         dtype = rng.choice(cases.DTYPES)
-        with emulated(PAYS_FROM=EVERY, backwards=i % 2 == 0):
+        with emulated(pays_from=EVERY, backwards=i % 2 == 0):
             case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
@@ -387,14 +386,14 @@ def test_deterministic(name: str, dtype: torch.dtype, deterministic: None) -> No
 @pytest.mark.parametrize("sigma", [0.5, 0.9, 3.0])
 def test_deterministic_tiles(sigma: float, deterministic: None) -> None:
     case = replace(tile_cases()[0], sigma=sigma)
-    check_in_either_order(case, torch.float16, PAYS_FROM=EVERY)
+    check_in_either_order(case, torch.float16, pays_from=EVERY)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_deterministic_sorted(number: int, deterministic: None) -> None:
     case = (*sorted_cases()[1:3], tile_cases()[4], sorted_conv_cases()[2])[number]
     for dtype in cases.DTYPES[1:]:
-        check_in_either_order(case, dtype, PAYS_FROM=SORTED)
+        check_in_either_order(case, dtype, pays_from=SORTED)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e30, math.inf, math.nan])
