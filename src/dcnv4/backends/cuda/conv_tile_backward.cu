@@ -233,33 +233,31 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                 if (x == -1 || y == -1) gradient[k] = {0, 0, 0};
             }
         const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
-            Sum dot[4] = {0, 0, 0, 0};
-            if (some) {
-                Sum share[4];
-                legal_coefficients(at, weight, share);
+            Sum share[4], dot[4] = {0, 0, 0, 0};
+            legal_coefficients(at, weight, share);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (!(at.legal >> i & 1)) continue;
-                    const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                    const VALUE* corner = dcnv4::at(image + 4 * t, where, c.stride);
-                    Total* to = grad_image + (long long)where * (GROUPS * DEPTH);
+            for (int i = 0; i < 4; ++i) {
+                const bool legal = some && at.legal >> i & 1;
+                if (!DETERMINISTIC && !legal) continue;  // integers are added by all lanes at once
+                const int where = (at.row + i / 2) * c.width + at.column + i % 2;
+                const VALUE* corner = dcnv4::at(image + 4 * t, legal ? where : 0, c.stride);
+                Total* to = grad_image + (long long)where * (GROUPS * DEPTH);
 #pragma unroll
-                    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                        const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
-                        unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
+                    unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
 #pragma unroll
-                        for (int row = 1; row < TILE_H; ++row)
-                            if (r == row)
-                                here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
-                        Sum term[4];
+                    for (int row = 1; row < TILE_H; ++row)
+                        if (r == row)
+                            here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
+                    Sum term[4];
 #pragma unroll
-                        for (int v = 0; v < 4; ++v) {
-                            const Sum grad = Number<VALUE>::get(here, v);
-                            dot[i] += grad * four[v];
-                            term[v] = share[i] * grad * unit;
-                        }
-                        add(to + 16 * chunk, term);
+                    for (int v = 0; v < 4; ++v) {
+                        const Sum grad = Number<VALUE>::get(here, v);
+                        dot[i] += legal ? grad * four[v] : Sum(0);
+                        term[v] = share[i] * grad;
                     }
+                    add_if(legal, to + 16 * chunk, term, unit);
                 }
             }
 #pragma unroll
