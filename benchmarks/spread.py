@@ -58,8 +58,8 @@ def main() -> None:
             for direction in DIRECTIONS
         ]
         for label, name in contestants.items():
-            tiles = {} if "direct" in label else plans.PAYS_FROM
-            with mock.patch.object(plans, "PAYS_FROM", tiles):
+            large = {} if "direct" in label else plans.PAYS_FROM
+            with mock.patch.object(plans, "PAYS_FROM", large):
                 plans.conv_plan.cache_clear()
                 for curve, time in zip(
                     curves[label], times(name, case, inputs, expected), strict=True

@@ -188,8 +188,8 @@ def world_size() -> int:
 
 
 def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> tuple[float, float]:
-    """The loss of the last step, the mean of all processes', and seconds a step after the first,
-    which compiles."""
+    """The loss of the last step, the mean of all processes', and images a second of all, after the
+    first step, which compiles."""
     images, labels = data.tensors
     sampler = DistributedSampler(
         data, world_size(), rank(), shuffle=True, seed=args.seed, drop_last=True
@@ -221,8 +221,8 @@ def train(training: Training, data: TensorDataset, args: argparse.Namespace) -> 
             if args.checkpoints and (training.step % args.every == 0 or training.step == steps):
                 save(training, args.checkpoints)
     bar.close()
-    seconds = (time.perf_counter() - start) / max(1, training.step - first - 1)
-    return mean(loss.detach()), seconds
+    images_after_first = max(0, training.step - first - 1) * args.batch * world_size()
+    return mean(loss.detach()), images_after_first / (time.perf_counter() - start)
 
 
 def mean(number: Tensor) -> float:
@@ -289,10 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
         if args.checkpoints and (found := checkpoints(args.checkpoints)):
             training.restore(found[-1])
         first = training.step
-        loss, seconds = train(training, data, args)
+        loss, speed = train(training, data, args)
         share = accuracy(training, held_out, args.amp)
         if rank() == 0:
-            speed = args.batch * world_size() / seconds
             print(
                 f"steps {first} to {training.step}, loss {loss:.9f}, accuracy {share:.3f}, "
                 f"{speed:.0f} images/s on {world_size()} x {device.type}"

@@ -53,34 +53,35 @@ def check_in_either_order(
     case.check(backwards, dtype)
 
 
-def tile_cases() -> list[cases.ConvCase]:
-    def case(name: str, depth: int = 16, **settings: object) -> cases.ConvCase:
-        shape = {"batch": 2, "groups": 2, "size": (9, 11), "sigma": 0.5, **settings}
-        return cases.ConvCase(name, depth=depth, **shape)  # type: ignore[arg-type]
+def _conv(name: str, depth: int = 16, **settings: object) -> cases.ConvCase:
+    shape = {"batch": 2, "groups": 2, "size": (9, 11), "sigma": 0.5, **settings}
+    return cases.ConvCase(name, depth=depth, **shape)  # type: ignore[arg-type]
 
+
+def tile_cases() -> list[cases.ConvCase]:
     stride = {"stride": 2, "padding": (0, 2), "dilation": (2, 1), "offset_scale": 0.5}
     return [
-        case("plain"),
-        case("depth_32", 32, groups=3, size=(7, 7)),
-        case("depth_48", 48, groups=1),
-        case("depth_64", 64, groups=1, size=(4, 9)),
-        case("far", sigma=3.0, size=(19, 21), batch=1),
-        case("few_far", sigma=0.9, size=(9, 13)),
-        case("few_far_softmax", softmax=True, sigma=0.9, size=(9, 13), batch=1),
-        case("farther", sigma=9.0, size=(9, 30), batch=1),
-        case("outside", outside=(-40.0, 1e6)),
-        case("softmax", softmax=True),
-        case("far_softmax", softmax=True, sigma=3.0, size=(19, 21), batch=1),
-        case("float_coordinates", coordinates=(torch.float32,)),
-        case("sliced", layout="sliced", groups=4),
-        case("expanded", layout="expanded", groups=4),
-        case("padded", extra=5, groups=3),
-        case("stride", window=stride, size=(20, 17)),
-        case("no_center", window={"remove_center": True}),
-        case("2x2", window={"kernel_size": 2, "padding": 0}),
-        case("4x4", window={"kernel_size": 4, "padding": 1}, groups=1),
-        case("one_row", size=(1, 40), batch=1),
-        case("one_column", size=(40, 1), batch=1),
+        _conv("plain"),
+        _conv("depth_32", 32, groups=3, size=(7, 7)),
+        _conv("depth_48", 48, groups=1),
+        _conv("depth_64", 64, groups=1, size=(4, 9)),
+        _conv("far", sigma=3.0, size=(19, 21), batch=1),
+        _conv("few_far", sigma=0.9, size=(9, 13)),
+        _conv("few_far_softmax", softmax=True, sigma=0.9, size=(9, 13), batch=1),
+        _conv("farther", sigma=9.0, size=(9, 30), batch=1),
+        _conv("outside", outside=(-40.0, 1e6)),
+        _conv("softmax", softmax=True),
+        _conv("far_softmax", softmax=True, sigma=3.0, size=(19, 21), batch=1),
+        _conv("float_coordinates", coordinates=(torch.float32,)),
+        _conv("sliced", layout="sliced", groups=4),
+        _conv("expanded", layout="expanded", groups=4),
+        _conv("padded", extra=5, groups=3),
+        _conv("stride", window=stride, size=(20, 17)),
+        _conv("no_center", window={"remove_center": True}),
+        _conv("2x2", window={"kernel_size": 2, "padding": 0}),
+        _conv("4x4", window={"kernel_size": 4, "padding": 1}, groups=1),
+        _conv("one_row", size=(1, 40), batch=1),
+        _conv("one_column", size=(40, 1), batch=1),
     ]
 
 
@@ -94,17 +95,13 @@ def test_tiles(number: int) -> None:
 def sorted_conv_cases() -> list[cases.ConvCase]:
     """Besides those of `tile_cases`, all of which are sorted where tiles do not take them."""
 
-    def case(name: str, depth: int = 16, **settings: object) -> cases.ConvCase:
-        shape = {"batch": 2, "groups": 2, "size": (9, 11), "sigma": 0.5, **settings}
-        return cases.ConvCase(name, depth=depth, **shape)  # type: ignore[arg-type]
-
     return [
-        case("kernel_1", window={"kernel_size": 1, "padding": 0}),
-        case("kernel_5", window={"kernel_size": 5, "padding": 2}, softmax=True),
-        case("kernel_7", 32, groups=1, window={"kernel_size": 7, "padding": 3}, size=(5, 6)),
-        case("kernel_1x11", window={"kernel_size": (1, 11), "padding": (0, 5)}, sigma=2.0),
-        case("wide", groups=1, window={"dilation": 9, "padding": 9}, size=(30, 28), batch=1),
-        case("float_coordinates", coordinates=(torch.float32,), groups=3, extra=5),
+        _conv("kernel_1", window={"kernel_size": 1, "padding": 0}),
+        _conv("kernel_5", window={"kernel_size": 5, "padding": 2}, softmax=True),
+        _conv("kernel_7", 32, groups=1, window={"kernel_size": 7, "padding": 3}, size=(5, 6)),
+        _conv("kernel_1x11", window={"kernel_size": (1, 11), "padding": (0, 5)}, sigma=2.0),
+        _conv("wide", groups=1, window={"dilation": 9, "padding": 9}, size=(30, 28), batch=1),
+        _conv("float_coordinates", coordinates=(torch.float32,), groups=3, extra=5),
     ]
 
 
@@ -180,7 +177,7 @@ def test_sorted_whatever_the_sizes(shapes: tuple[tuple[int, int], ...]) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=len(shapes))
     sizes = None, torch.tensor(shapes)
     results = [
-        _attention_gradients(inputs, tiled, _sizes=lambda shapes: sizes) for tiled in (EVERY, {})
+        _attention_gradients(inputs, large, _sizes=lambda shapes: sizes) for large in (EVERY, {})
     ]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9)
@@ -218,7 +215,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
     weights[:, 40:50] *= 0.0 if not softmax else 1.0  # 0 * inf is not to be added
     locations[:, :8] = torch.tensor([5.5 / 11, 4.5 / 9])  # nor where a corner's share is 0
     inputs[where].view(-1)[5::997] = bad
-    results = [_attention_gradients(inputs, tiled, softmax) for tiled in (EVERY, {})]
+    results = [_attention_gradients(inputs, large, softmax) for large in (EVERY, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9, equal_nan=True)
 
@@ -227,7 +224,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
 def test_sorted_gradients_of_any_scale(scale: float) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=2)
     inputs[3] *= scale / inputs[3].abs().max()
-    results = [_attention_gradients(inputs, tiled) for tiled in (EVERY, {})]
+    results = [_attention_gradients(inputs, large) for large in (EVERY, {})]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12 * scale)
 

@@ -1,7 +1,7 @@
 // ms_deform_attn, gathered straight from memory.
 //
-// Work: LANES threads a slice (query, head), the heads of a query side by side; in an encoder, a tile
-// of queries and a head a block.
+// Work: LANES threads a slice (query, head), the heads of a query side by side; in an encoder, a
+// tile of queries a block, with as many heads as fill a line of L1.
 // Memory: every location and weight once, every output once; 4*L*P vectors of channels a slice,
 // out of L1 where neighbouring queries look at neighbouring pixels, out of L2 otherwise.
 // Limit: the number of instructions, then L1; few queries: the latency of one slice's loads.

@@ -1,7 +1,7 @@
 // Queries in tiles: for an encoder, whose queries are the pixels of the levels.
 //
-// A block owns BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS heads: neighbours sample the
-// same pixels. Any queries are right, these are fast.
+// A block owns BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS heads: neighbours
+// sample the same pixels. Any queries are right, these are fast.
 #pragma once
 
 #include "attn.cuh"
@@ -22,9 +22,10 @@ struct Tiling {
                 const bool rest = level == LEVELS;
                 const bool follows =
                     !rest && levels.height[level] > 0 && levels.first[level] == query;
-                const int down = rest      ? int((queries - query + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS)
-                                 : follows ? levels.height[level]
-                                           : 0;
+                const int down =
+                    rest      ? int((queries - query + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS)
+                    : follows ? levels.height[level]
+                              : 0;
                 const int across = rest ? BLOCK_COLUMNS : follows ? levels.width[level] : 0;
                 first[level] = query, height[level] = down, width[level] = across;
                 query += Index(down) * across;
@@ -41,7 +42,8 @@ struct Tiling {
         int level = 0;
         while (level < LEVELS && tile >= tiles[level]) ++level;
         const Index in_level = tile - (level ? tiles[level - 1] : 0);
-        const Index across = (width[level] + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, down = in_level / across;
+        const Index across = (width[level] + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+        const Index down = in_level / across;
         const int column = int(in_level - down * across) * BLOCK_COLUMNS + slice % BLOCK_COLUMNS;
         const int row = int(down) * BLOCK_ROWS + slice / BLOCK_COLUMNS;
         const bool has = row < height[level] && column < width[level];
@@ -49,19 +51,20 @@ struct Tiling {
     }
 };
 
-// Calls `visit(slice, image, query)` for the thread's slice of every tile that the block owns. Blocks
-// stride over the tiles, as their number is known only where the levels' sizes are; a tile's heads
-// come one after another.
+// Calls `visit(slice, image, query)` for the thread's slice of every tile that the block owns.
+// Blocks stride over the tiles, as their number is known only where the levels' sizes are; a tile's
+// heads come one after another.
 template <typename Visit>
 DCNV4_DEVICE void each_tile(const Attention& a, const Levels& levels, Visit visit) {
     __shared__ Tiling tiling;
     tiling.fill(levels, a.queries);
+    constexpr int PARTS = GROUPS / BLOCK_GROUPS;  // of a tile's heads
     const Index tiles = tiling.tiles[LEVELS], all = a.slices / (a.queries * BLOCK_GROUPS) * tiles;
     const int own = threadIdx.x / LANES;
 #pragma unroll 1
     for (Index index = blockIdx.x; index < all; index += gridDim.x) {
-        const Index row = index / (GROUPS / BLOCK_GROUPS), image = row / tiles;
-        const int head = int(index - row * (GROUPS / BLOCK_GROUPS)) * BLOCK_GROUPS + own % BLOCK_GROUPS;
+        const Index row = index / PARTS, image = row / tiles;
+        const int head = int(index - row * PARTS) * BLOCK_GROUPS + own % BLOCK_GROUPS;
         const Index query = tiling.query(row - image * tiles, own / BLOCK_GROUPS, a.queries);
         const Index legal = query < a.queries ? query : a.queries - 1;
         visit(Slice(query < a.queries, image * a.queries + legal, head, threadIdx.x % LANES),

@@ -94,19 +94,18 @@ class Kernel:
         """
         pointer = c_char_p(arguments)
         parameters = addressof(pointer)
-
-        def start() -> Any:
-            if early:
-                configuration = _configuration(blocks, threads, stream)
-                return self._start_early(configuration, self._kernel, parameters, 0)
-            launch = blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
-            return self._start(self._kernel, *launch)
-
-        result = start()
+        launch: tuple[Any, ...]
+        if early:
+            start = self._start_early
+            launch = _configuration(blocks, threads, stream), self._kernel, parameters, 0
+        else:
+            start = self._start
+            launch = self._kernel, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+        result = start(*launch)
         if result[0]:
             if result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
                 _make_current(self._index)  # a thread in which nothing has used CUDA yet
-                result = start()
+                result = start(*launch)
             _check(result)
 
 

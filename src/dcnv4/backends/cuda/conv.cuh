@@ -29,7 +29,7 @@ struct ForwardArguments {
     const VALUE* value;
     const FIELDS* fields;
     VALUE* output;
-    int* limits;  // of strips, see `each_left`
+    int* limits;  // of strips, see `is_left`
     Convolution c;
 };
 
@@ -178,8 +178,8 @@ struct Rectangle {
     }
 };
 
-// Blocks stride over `count` pieces of work. Each thread looks whether one of its block's is wanted,
-// then the block visits those.
+// Blocks stride over `count` pieces of work. Each thread looks whether one of its block's is
+// wanted, then the block visits those.
 template <typename Wanted, typename Visit>
 DCNV4_DEVICE void each_wanted(unsigned count, Wanted wanted, Visit visit) {
     __shared__ unsigned found[MAX_THREADS / 32];

@@ -1,9 +1,10 @@
 // Gradients of deform_conv, what neighbouring pixels add to one of the value's summed first.
 //
-// Work: a block a tile of BLOCK_COLUMNS x BLOCK_ROWS output pixels, and a group: sorted.cuh. After the
-// tile kernel, what that one left, by as many blocks as run at once.
+// Work: a block a tile of BLOCK_COLUMNS x BLOCK_ROWS output pixels, and a group: sorted.cuh. After
+// the tile kernel, what that one left, by as many blocks as run at once.
 // Memory: as the direct kernel, but a pixel's channels are read, and its gradient is added to, once
-// for every run of corners at it: 4.4 times a slice of 3 x 3 points half a pixel off the grid, not 36.
+// for every run of corners at it: 4.4 times a slice of 3 x 3 points half a pixel off the grid, not
+// 36.
 // Limit: shared memory, 81 % busy for 16 channels in float32 on an H100, more than half of it with
 // bank conflicts where corners read their slices' output gradients; then instructions.
 #include "conv_backward.cuh"

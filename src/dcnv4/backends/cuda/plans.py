@@ -363,7 +363,7 @@ def conv_plan(
         warps = next(n for n in (64 // part, 2, 1) if channels // part % n == 0)
     across, tiles = -(-columns // _TILE[0]), -(-rows // _TILE[1])
     parts = batch * across * window.groups * (depth // part)
-    at_once, last = _STRIPS.get(by_tiles, (1, 1.0))
+    at_once, last = _STRIPS[by_tiles]
     height = strip_height(parts, tiles, at_once * processors, last) if tiled else 1
     down = -(-tiles // height)
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
@@ -390,20 +390,19 @@ def conv_plan(
         return _plan(name, problem, alignment, addresses, structure, numbers)
 
     first = launch(by_tiles, (parts * down // warps, _WARP * warps)) if tiled else None
-    grid, at_once = None, _THREADS  # of a processor
-    block = None
+    grid, resident, block = None, _THREADS, None
     if _pays(by_sorting, slices, wide):
         pixels = image_height * width
         block = sorting_block(depth, value.dtype, alignment, pixels, major, deterministic)
     if block is not None:
         macros |= {**block.macros(), "LEVELS": 1}
-        name, at_once = by_sorting, _RESIDENT_THREADS
+        name, resident = by_sorting, _RESIDENT_THREADS
         grid = batch * window.groups * block.blocks(rows, columns), block.threads
     elif tiled:
         grid = batch * across * tiles, MAX_THREADS
     if first is None or grid is None:
         return launch(name, grid)
-    rest = launch(name, (min(grid[0], processors * at_once // grid[1]), grid[1]))
+    rest = launch(name, (min(grid[0], processors * resident // grid[1]), grid[1]))
     return first._replace(strips=parts * down, rest=rest._replace(early=compile.overlaps(device)))
 
 
@@ -540,8 +539,7 @@ def units_plan(
         "WEIGHTS": _NUMBERS[held.dtype],
         "INDEX": _index(wide),
         "GROUPS": groups,
-        "DEPTH": channels // groups,
-        "POINTS": points,
+        "CHANNELS": channels,
         "SOFTMAX": int(weights is None),
         "FIRST_WEIGHT": first,
         "WEIGHTS_OF_GROUP": of_group,

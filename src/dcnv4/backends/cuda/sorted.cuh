@@ -5,15 +5,15 @@
 //   1. every corner counts itself in the bucket of its pixel, and learns how many came before;
 //   2. every bucket gets as many places in the list as it counted;
 //   3. every corner writes what it counts, its pixel and its slice to its place;
-//   4. LANES threads at a time walk an equal part of the list. Within a run of one pixel they hold the
-//      pixel's channels and the sum of its gradient in registers, so that both cross memory once a
-//      run. Each corner costs them one read of its slice's output gradient, from shared memory; its
-//      dot product with the pixel takes the corner's place in the list, where
+//   4. LANES threads at a time walk an equal part of the list. Within a run of one pixel they hold
+//      the pixel's channels and the sum of its gradient in registers, so that both cross memory
+//      once a run. Each corner costs them one read of its slice's output gradient, from shared
+//      memory; its dot product with the pixel takes the corner's place in the list, where
 //   5. the threads that know the point find it, and make the point's gradients of it.
 // Buckets are pixels modulo a few rows and columns: pixels that share one cost time, being runs
 // that interrupt each other, and nothing else. So no window is cut out and no point is too far,
-// sums are in float32 whatever they are of, or in integers where they shall not depend on the order,
-// and what is not finite goes where it goes in `scatter`.
+// sums are in float32 whatever they are of, or in integers where they shall not depend on the
+// order, and what is not finite goes where it goes in `scatter`.
 //
 // Of the operator it asks besides what `scatter` does
 //     int level(int k)      which of LEVELS images point k lies in
@@ -31,9 +31,9 @@ constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
 constexpr int BATCH = 2;  // corners that a thread has under way at once
-// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else, and what
-// a thread knows of its points in registers. The list ends in corners that count nothing, so that the
-// parts into which it is cut are alike.
+// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else, and
+// what a thread knows of its points in registers. The list ends in corners that count nothing, so
+// that the parts into which it is cut are alike.
 constexpr int SPARE = SLICES * BATCH, STRETCH = 64, MOST_ROUNDS = 5;
 constexpr int OTHER_BYTES = THREADS * CHANNELS * sizeof(VALUE) + BUCKETS * 4 + (1 << 10);
 constexpr int LIST = ((48 << 10) - OTHER_BYTES) / (STRETCH + 2) * STRETCH / 8;  // corners that fit

@@ -1,5 +1,5 @@
-// What sums of integers are multiples of: for each image the power of two that its largest gradient,
-// its largest weight and the number of terms allow.
+// What sums of integers are multiples of: for each image the power of two that its largest
+// gradient, its largest weight and the number of terms allow.
 //
 // Work: a thread some numbers; BLOCKS blocks an image of either tensor, of which the last one done
 // makes the units. Limit: device memory, which is read once.
@@ -24,8 +24,8 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what P
 
 constexpr int INFINITE = 0x7f800000;
 
-// The bits of the largest magnitude, or of NaN, among those numbers of every row that lie at FIRST or
-// later in every PERIOD; read N at once.
+// The bits of the largest magnitude, or of NaN, among those numbers of every row that lie at FIRST
+// or later in every PERIOD; read N at once.
 template <typename T, int N, int WIDTH, int PERIOD, int FIRST>
 DCNV4_DEVICE unsigned largest_of(const T* image, long long stride, const Arguments& a, int block) {
     constexpr int VECTORS = WIDTH / N;
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) units(Arguments a) {
                           FIRST_WEIGHT>(a.weights + image * a.weights_image, a.weights_row, a,
                                         block);
     else
-        most = largest_of<VALUE, VECTOR, GROUPS * DEPTH, 1, 0>(a.grad + image * a.grad_image,
+        most = largest_of<VALUE, VECTOR, CHANNELS, 1, 0>(a.grad + image * a.grad_image,
                                                                a.grad_row, a, block);
 #pragma unroll
     for (int step = 16; step; step /= 2) most = max(most, __shfl_xor_sync(~0u, most, step));
