@@ -75,7 +75,9 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             plans.units_plan.__wrapped__(layout, weights, 1, 9, 0)
             plans.units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
-            plans.totals_plan.__wrapped__(2, count, dtype, 0)
+            plans.zeros_plan.__wrapped__(96, 0)
+            for deterministic in (False, True):
+                plans.totals_plan.__wrapped__(2, count, dtype, deterministic, 0)
     return list(found)
 
 
@@ -172,14 +174,10 @@ def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPa
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
-        for last in (0.25, 1.0):
-            height = plans.strip_height(columns, tiles, 12 * 132, last)
-            assert 1 <= height <= min(tiles, 64)
-    # A backward whose strips are short enough that few processors idle, and a forward whose are
-    # longer, as that costs less than reading rows of the value twice.
-    assert plans.strip_height(1792, 14, 12 * 132, 1.0) == 3
-    assert plans.strip_height(1792, 14, 16 * 132, 0.25) == 7
-    assert plans.strip_height(4, 8, 12 * 132, 1.0) == 1  # few pixels: as many warps as tiles
+        assert 1 <= plans.strip_height(columns, tiles, 528) <= min(tiles, 64)
+    assert plans.strip_height(448, 14, 528) == 2  # 3136 strips in six rounds, all but the last full
+    assert plans.strip_height(3136, 14, 2112) == 7  # 6272 in three
+    assert plans.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
 
 
 def test_tiles_take_what_they_can() -> None:

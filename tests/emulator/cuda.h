@@ -85,6 +85,7 @@ struct Fiber {
     ucontext_t start;
     jmp_buf here;
     bool started, ended;
+    bool waited;        // for the launch before
     const void* place;  // where it waits, null while it can run
     bool for_block;     // whether it waits for the block or its warp
     unsigned long long given[2][8];
@@ -97,7 +98,7 @@ struct Index {
 
 inline std::vector<Fiber> fibers;
 inline int current;
-inline bool backwards;
+inline bool backwards, early;  // early: whether the launch before may not have ended
 inline jmp_buf scheduler;
 inline Index thread_index, block_index, block_size, grid_size;
 inline void (*body)();
@@ -166,7 +167,7 @@ inline bool release(int first, int last, bool for_block) {
 
 inline void run_block(unsigned threads) {
     const int count = int(threads);
-    for (Fiber& fiber : fibers) fiber.started = fiber.ended = false, fiber.place = nullptr;
+    for (Fiber& fiber : fibers) fiber.started = fiber.ended = fiber.waited = false, fiber.place = nullptr;
     for (;;) {
         bool progress = false, all_ended = true;
         static int next;  // not in a register: longjmp comes back here

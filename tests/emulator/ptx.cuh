@@ -71,17 +71,21 @@ inline unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
         [=](int shift) { return multiply_add_bf16(a >> shift, b >> shift, c >> shift); });
 }
 
-inline void add(float* at, float a) { *at += a; }
-inline void add(double* at, double a) { *at += a; }
+inline void adds() {
+    if (emulated::early && !emulated::self().waited)
+        emulated::fail("a thread adds before it has waited for the launch before");
+}
+inline void add(float* at, float a) { adds(), *at += a; }
+inline void add(double* at, double a) { adds(), *at += a; }
 inline void add(long long* at, long long a) {
-    *(unsigned long long*)at += (unsigned long long)a;
+    adds(), *(unsigned long long*)at += (unsigned long long)a;
 }
 inline void aligned(const void* at, size_t bytes) {
     if ((size_t)at % bytes) emulated::fail("a vector of additions is not aligned");
 }
-inline void add(float* at, float a, float b) { aligned(at, 8), at[0] += a, at[1] += b; }
+inline void add(float* at, float a, float b) { adds(), aligned(at, 8), at[0] += a, at[1] += b; }
 inline void add(float* at, float a, float b, float c, float d) {
-    aligned(at, 16), at[0] += a, at[1] += b, at[2] += c, at[3] += d;
+    adds(), aligned(at, 16), at[0] += a, at[1] += b, at[2] += c, at[3] += d;
 }
 
 inline void add_if(bool wanted, float* at, const float (&terms)[4]) {
@@ -93,7 +97,7 @@ inline void store_if(bool wanted, void* at, unsigned word) {
 }
 
 inline void let_next_launch_begin() {}
-inline void wait_for_launch_before() {}
+inline void wait_for_launch_before() { emulated::self().waited = true; }
 
 template <typename T>
 void hold(T&) {}

@@ -65,12 +65,12 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
     output = _empty(value, plan.output)
-    limits = _limits(plan, value)
+    left = _left(plan, value)
     plan(
         value.data_ptr(),
         offset_mask.data_ptr(),
         output.data_ptr(),
-        0 if limits is None else limits.data_ptr(),
+        0 if left is None else left.data_ptr(),
     )
     return output
 
@@ -86,7 +86,7 @@ def conv_backward(
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
     grad_mask = _empty(offset_mask, offset_mask.shape)
-    limits = _limits(plan, value)
+    left = _left(plan, value)
 
     def run(total: int, units: int) -> None:
         plan(
@@ -96,7 +96,7 @@ def conv_backward(
             total,
             grad_mask.data_ptr(),
             units,
-            0 if limits is None else limits.data_ptr(),
+            0 if left is None else left.data_ptr(),
         )
 
     if not deterministic:
@@ -196,17 +196,23 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = Non
     return empty.set_(torch.UntypedStorage(size, device=like.device)).view(shape)
 
 
-def _limits(plan: plans.Plan, beside: Tensor) -> Tensor | None:
+def _left(plan: plans.Plan, beside: Tensor) -> Tensor | None:
     """Where the launch says what it leaves to the next."""
-    return _empty(beside, (plan.strips,), torch.int32) if plan.strips else None
+    return _empty(beside, (plan.parts,), torch.uint8) if plan.parts else None
 
 
 def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
     """The gradient of `value`, which `run` adds to zeros at an address."""
     dtype = sum_dtype(value.dtype)
-    total = torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+    total = _empty(value, value.shape, dtype)
+    plans.zeros_plan(total.nbytes, value.get_device())(total.data_ptr())
     run(total.data_ptr(), 0)
-    return total.type_as(value)
+    if dtype == value.dtype:
+        return total
+    result = _empty(value, value.shape)
+    totals = plans.totals_plan(1, value.numel(), value.dtype, False, value.get_device())
+    totals(total.data_ptr(), 0, result.data_ptr())
+    return result
 
 
 class _Weights(NamedTuple):
@@ -254,7 +260,7 @@ def _summed_in_any_order(
         multipliers,
     )
     run(sums.data_ptr(), multipliers)
-    totals = plans.totals_plan(images, numbers // images, value.dtype, device)
+    totals = plans.totals_plan(images, numbers // images, value.dtype, True, device)
     totals(sums.data_ptr(), multipliers, result.data_ptr())
     return result
 

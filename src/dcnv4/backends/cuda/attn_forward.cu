@@ -50,12 +50,16 @@ DCNV4_DEVICE void compute(const Arguments& arguments, const Levels& levels, cons
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_forward(Arguments arguments) {
+// Blocks for which a processor must have registers.
+constexpr int RESIDENT = sizeof(VALUE) == 8 ? 0 : 5;
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, RESIDENT)
+    attn_forward(Arguments arguments) {
     const Attention& a = arguments.a;
     __shared__ Levels levels;
     levels.fill(a, arguments.shapes);
 #ifdef BLOCK_ROWS
-    each_tile(a, levels, [&](const Slice& slice, Index image, Index query) {
+    each_tile<false>(a, levels, [&](const Slice& slice, Index image, Index query) {
         compute(arguments, levels, slice, image, query);
     });
 #else

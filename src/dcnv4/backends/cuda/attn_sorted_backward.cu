@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
     __shared__ Sorted sorted;
     sorted.clear();
     levels.fill(a, arguments.shapes);
-    each_tile(a, levels, [&](const Slice& slice, Index image, Index query) {
+    each_tile<true>(a, levels, [&](const Slice& slice, Index image, Index query) {
         const Head head(arguments, levels, slice, image, query);
         const Weights<AttnPoints> weights(head.points, slice.lane);
         scatter_sorted(sorted, head.points, weights, head.image, a.stride, head.grad,

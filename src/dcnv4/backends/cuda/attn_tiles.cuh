@@ -53,8 +53,8 @@ struct Tiling {
 
 // Calls `visit(slice, image, query)` for the thread's slice of every tile that the block owns.
 // Blocks stride over the tiles, as their number is known only where the levels' sizes are; a tile's
-// heads come one after another.
-template <typename Visit>
+// heads come one after another. LAST_FIRST: as a backward goes.
+template <bool LAST_FIRST, typename Visit>
 DCNV4_DEVICE void each_tile(const Attention& a, const Levels& levels, Visit visit) {
     __shared__ Tiling tiling;
     tiling.fill(levels, a.queries);
@@ -62,7 +62,8 @@ DCNV4_DEVICE void each_tile(const Attention& a, const Levels& levels, Visit visi
     const Index tiles = tiling.tiles[LEVELS], all = a.slices / (a.queries * BLOCK_GROUPS) * tiles;
     const int own = threadIdx.x / LANES;
 #pragma unroll 1
-    for (Index index = blockIdx.x; index < all; index += gridDim.x) {
+    for (Index n = blockIdx.x; n < all; n += gridDim.x) {
+        const Index index = LAST_FIRST ? from_last(n, all) : n;
         const Index row = index / PARTS, image = row / tiles;
         const int head = int(index - row * PARTS) * BLOCK_GROUPS + own % BLOCK_GROUPS;
         const Index query = tiling.query(row - image * tiles, own / BLOCK_GROUPS, a.queries);

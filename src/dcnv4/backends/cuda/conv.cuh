@@ -5,14 +5,10 @@
 
 namespace dcnv4 {
 
-// Strips of tiles of output pixels, which the tile kernels compute where they can: see tile.cuh. A
-// strip has a part of the channels, WIDE of one group.
+// Tiles of output pixels, which the tile kernels compute where they can: see tile.cuh. A warp takes
+// a part of a tile's channels, WIDE of one group.
 constexpr int TILE_W = 8, TILE_H = 4;
 constexpr int PARTS = DEPTH / WIDE;  // of a group
-
-struct Strips {
-    int tiles, across, down;  // tiles of a strip; strips of an image, across and down
-};
 
 // What all kernels are told. Strides are in elements but for `stride`; channels lie side by side.
 struct Convolution {
@@ -21,15 +17,18 @@ struct Convolution {
     Index stride;                          // bytes from pixel to pixel of the value
     Index slices;                          // B * Ho * Wo * G
     Sum offset_scale;
-    int height, width, out_height, out_width;
-    Strips strips;
+    int images, height, width, out_height, out_width;
+    int tiles, strips;  // tiles of a strip, and strips of a column of tiles
+
+    DCNV4_DEVICE unsigned tiles_across() const { return (out_width + TILE_W - 1) / TILE_W; }
+    DCNV4_DEVICE unsigned tiles_down() const { return (out_height + TILE_H - 1) / TILE_H; }
 };
 
 struct ForwardArguments {
     const VALUE* value;
     const FIELDS* fields;
     VALUE* output;
-    int* limits;  // of strips, see `is_left`
+    unsigned char* left;  // see `is_left`
     Convolution c;
 };
 
@@ -40,7 +39,7 @@ struct BackwardArguments {
     Total* grad_value;    // [B, H, W, C], to be added to
     FIELDS* grad_fields;  // [B, Ho, Wo, fields]
     const Sum* units;     // [B], see unit_of_total
-    int* limits;
+    unsigned char* left;
     long long grad_image, grad_pixel;  // strides
     long long channels;                // of offset_mask, padding included
     Convolution c;
@@ -136,18 +135,29 @@ struct OutputPixel {
     }
 };
 
-// Whether the tile kernel left a slice; `limits` holds each strip's first row that is left.
-DCNV4_DEVICE bool is_left(const Convolution& c, const int* limits, int image, int row, int column,
-                          int group) {
-    const int down = row / (c.strips.tiles * TILE_H), across = column / TILE_W;
-    const unsigned place = (image * c.strips.down + down) * c.strips.across + across;
-    bool left = false;
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) left |= row >= limits[(place * GROUPS + group) * PARTS + i];
-    return left;
+// The number of a tile.
+DCNV4_DEVICE unsigned tile_number(const Convolution& c, int image, int row, int column) {
+    const unsigned down = image * c.tiles_down() + row / TILE_H;
+    return down * c.tiles_across() + column / TILE_W;
 }
 
-// W x H output pixels, whole tiles of strips.
+// Whether the tile kernel left a tile's group, the `index`-th of all; `left` says it of parts.
+DCNV4_DEVICE bool is_left(const unsigned char* left, unsigned index) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) any |= left[index * PARTS + i];
+    return any;
+}
+
+// Whether it left any group of a tile.
+DCNV4_DEVICE bool any_left(const unsigned char* left, unsigned tile) {
+    bool any = false;
+#pragma unroll 8
+    for (int i = 0; i < GROUPS * PARTS; ++i) any |= left[tile * (GROUPS * PARTS) + i];
+    return any;
+}
+
+// W x H output pixels, whole tiles.
 template <int W, int H>
 struct Rectangle {
     static_assert(W % TILE_W == 0 && H % TILE_H == 0, "whole tiles");
@@ -156,24 +166,21 @@ struct Rectangle {
     static DCNV4_DEVICE unsigned across(const Convolution& c) { return (c.out_width + W - 1) / W; }
     static DCNV4_DEVICE unsigned down(const Convolution& c) { return (c.out_height + H - 1) / H; }
     static DCNV4_DEVICE unsigned count(const Convolution& c) {
-        return c.slices / GROUPS / (Index(c.out_height) * c.out_width) * across(c) * down(c);
+        return c.images * across(c) * down(c);
     }
     DCNV4_DEVICE Rectangle(const Convolution& c, unsigned index) {
         column = index % across(c) * W, index /= across(c);
         row = index % down(c) * H, image = index / down(c);
     }
-    // Whether the tile kernel left any of it, in some groups.
-    DCNV4_DEVICE bool any_left(const Convolution& c, const int* limits, int group,
-                               int groups) const {
+    // Whether the tile kernel left any of it, in a group.
+    DCNV4_DEVICE bool is_left(const Convolution& c, const unsigned char* left, int group) const {
         bool any = false;
 #pragma unroll
         for (int y = row; y < row + H; y += TILE_H)
 #pragma unroll
             for (int x = column; x < column + W; x += TILE_W)
                 if (y < c.out_height && x < c.out_width)
-                    for (int i = 0; i < groups; ++i)
-                        any |= is_left(c, limits, image, min(y + TILE_H, c.out_height) - 1, x,
-                                       group + i);
+                    any |= dcnv4::is_left(left, tile_number(c, image, y, x) * GROUPS + group);
         return any;
     }
 };
@@ -198,37 +205,42 @@ DCNV4_DEVICE void each_wanted(unsigned count, Wanted wanted, Visit visit) {
     }
 }
 
-// Calls `visit(slice, pixel)` for what the tile kernel left, tile after tile.
+// Calls `visit(slice, pixel)` for what the tile kernel left. Blocks stride over tiles; each lane
+// looks whether one of them is left, in any group, then the warps visit those.
 template <typename Visit>
-DCNV4_DEVICE void each_left(const Convolution& c, const int* limits, Visit visit) {
+DCNV4_DEVICE void each_left(const Convolution& c, const unsigned char* left, Visit visit) {
     using Tile = Rectangle<TILE_W, TILE_H>;
+    const unsigned lane = threadIdx.x % 32, count = Tile::count(c);
     ptx::wait_for_launch_before();
-    each_wanted(
-        Tile::count(c),
-        [&](unsigned index) { return Tile(c, index).any_left(c, limits, 0, GROUPS); },
-        [&](unsigned index) {
+#pragma unroll 1
+    for (unsigned first = blockIdx.x; first < count; first += 32 * gridDim.x) {
+        const unsigned own = first + lane * gridDim.x;
+        unsigned found = __ballot_sync(~0u, own < count && any_left(left, own));
+#pragma unroll 1
+        for (; found; found &= found - 1) {
+            const unsigned index = first + (__ffs(found) - 1) * gridDim.x;
             const Tile tile(c, index);
-            constexpr unsigned count = TILE_W * TILE_H * GROUPS;
-            const unsigned at_once = blockDim.x / LANES;
-            for (unsigned first = 0; first < count; first += at_once) {
-                const unsigned own = first + threadIdx.x / LANES;
-                const int group = own % GROUPS, pixel = own / GROUPS;
+#pragma unroll 1
+            for (unsigned slice = threadIdx.x / LANES; slice < TILE_W * TILE_H * GROUPS;
+                 slice += blockDim.x / LANES) {
+                const int group = slice % GROUPS, pixel = slice / GROUPS;
                 int row = tile.row + pixel / TILE_W, column = tile.column + pixel % TILE_W;
-                const bool active = own < count && row < c.out_height && column < c.out_width &&
-                                    is_left(c, limits, tile.image, row, column, group);
+                const bool active = row < c.out_height && column < c.out_width &&
+                                    is_left(left, index * GROUPS + group);
                 if (!__any_sync(~0u, active)) continue;
                 if (!active) row = tile.row, column = tile.column;
                 const OutputPixel at(c, tile.image, row, column);
-                visit(Slice(active, at.pixel(c), group, threadIdx.x % LANES), at);
+                visit(Slice(active, at.pixel(c), group, lane % LANES), at);
             }
-        });
+        }
+    }
 }
 
 // Calls `visit(slice, pixel)` for the thread's slice or, after tiles, for those that were left.
 template <typename Visit>
-DCNV4_DEVICE void each_slice(const Convolution& c, const int* limits, Visit visit) {
+DCNV4_DEVICE void each_slice(const Convolution& c, const unsigned char* left, Visit visit) {
     if constexpr (AFTER_TILES) {
-        each_left(c, limits, visit);
+        each_left(c, left, visit);
     } else {
         const Slice slice(c.slices);
         visit(slice, OutputPixel(c, slice.pixel));

@@ -12,7 +12,7 @@
 using namespace dcnv4;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
-    each_slice(a.c, a.limits, [&](const Slice& slice, const OutputPixel& at) {
+    each_slice(a.c, a.left, [&](const Slice& slice, const OutputPixel& at) {
         const Group group(a, slice, at);
         const Weights<ConvPoints> weights(group.points, slice.lane);
         scatter(group.points, weights, group.image, a.c.stride, group.grad, group.grad_image,

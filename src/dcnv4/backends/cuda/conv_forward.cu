@@ -34,7 +34,13 @@ DCNV4_DEVICE void compute(const Arguments& a, const Slice& slice, const OutputPi
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_forward(Arguments a) {
-    each_slice(a.c, a.limits,
+// Blocks for which a processor must have registers: as many as there are after tiles, where points
+// may lie far apart, and more would spoil each other's L1.
+constexpr int RESIDENT = AFTER_TILES          ? GATHERING_THREADS / MAX_THREADS
+                         : sizeof(VALUE) == 2 ? 4
+                                              : 0;
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, RESIDENT) conv_forward(Arguments a) {
+    each_slice(a.c, a.left,
                [&](const Slice& slice, const OutputPixel& at) { compute(a, slice, at); });
 }

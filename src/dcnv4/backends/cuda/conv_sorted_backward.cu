@@ -20,7 +20,8 @@ DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
     const int of_block = index % GROUPS, own = threadIdx.x / LANES;
     int row = tile.row + own / BLOCK_COLUMNS, column = tile.column + own % BLOCK_COLUMNS;
     bool active = row < c.out_height && column < c.out_width;
-    if (AFTER_TILES && active) active = is_left(c, a.limits, tile.image, row, column, of_block);
+    if (AFTER_TILES && active)
+        active = is_left(a.left, tile_number(c, tile.image, row, column) * GROUPS + of_block);
     if (!active) row = tile.row, column = tile.column;
     const OutputPixel at(c, tile.image, row, column);
     const Slice slice(active, at.pixel(c), of_block, threadIdx.x % LANES);
@@ -39,13 +40,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
     __syncthreads();
     if constexpr (AFTER_TILES) {
         ptx::wait_for_launch_before();
+        const unsigned count = Tile::count(c) * GROUPS;
         each_wanted(
-            Tile::count(c) * GROUPS,
-            [&](unsigned index) {
-                return Tile(c, index / GROUPS).any_left(c, a.limits, index % GROUPS, 1);
+            count,
+            [&](unsigned n) {
+                const unsigned index = from_last(n, count);
+                return Tile(c, index / GROUPS).is_left(c, a.left, index % GROUPS);
             },
-            [&](unsigned index) { compute(a, sorted, index); });
+            [&](unsigned n) { compute(a, sorted, from_last(n, count)); });
     } else {
-        compute(a, sorted, blockIdx.x);
+        compute(a, sorted, from_last(blockIdx.x, gridDim.x));
     }
 }

@@ -25,8 +25,9 @@ struct Products {
 };
 
 // What a warp keeps in shared memory.
+using Rows = Window<DEPTH>;
 struct __align__(128) Shared {
-    Window<DEPTH> window;
+    Rows window;
     union {
         Spread spread;
         Products products;
@@ -47,17 +48,19 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
     conv_tile_backward(Arguments a) {
     __shared__ Shared shared;
     const Convolution& c = a.c;
-    Tile tile(c.strips, GROUPS, c.out_height, c.out_width);
+    Tile tile(c, from_last(blockIdx.x, gridDim.x));
     const int lane = tile.lane, g = lane / 4, t = lane % 4, group = tile.part;
     const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
     const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
-    const FIELDS* fields = a.fields + tile.image * c.fields_image;
     Total* grad_image = a.grad_value +
                         (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
                         group * DEPTH + 4 * t;
     FIELDS* grad_fields =
         a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
+    // What the lane copies first of the next tile.
+    Fields::Source fields(tile, group, a.fields + tile.image * c.fields_image, c.fields_pixel);
+    const char* window = Rows::first(left, tile.row - above, c.width, image, c.stride);
     const Sum unit = unit_of_total(a.units, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
@@ -74,12 +77,12 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term, unit);
         }
     };
-    int first = 0;  // row of the ring
+    int first = 0;  // where the window begins in the ring
     Row kept[KEPT ? KEPT : 1] = {};
 
-    shared.fields.load(tile, group, fields, c.fields_pixel);
+    shared.fields.load(tile, fields, c.fields_pixel);
     ptx::end_group();
-    shared.window.load<WINDOW_H>(0, left, tile.row - above, c.height, c.width, image, c.stride);
+    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, c.height, c.width, window, c.stride);
     ptx::end_group();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
@@ -108,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         next.row += TILE_H;
         // Far points are read again below.
         if (next.row < next.last && !own.count)
-            shared.fields.load(next, group, fields, c.fields_pixel);
+            shared.fields.load(next, fields, c.fields_pixel);
         ptx::end_group();
 
         // The value's gradient, S T.
@@ -124,7 +127,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         if (__any_sync(~0u, odd)) break;
         ptx::wait_for_groups<1>();
         __syncwarp();
+        ptx::wait_for_launch_before();  // for zeros to add to
         const int top = tile.row - above;
+        int first_share = Spread::first(lane);
+        ptx::hold(first_share);
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             unsigned turned[TILE_H][2];
@@ -142,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                 for (int m = 0; m < 2; ++m) {
                     if (!reaches(row, m)) continue;
                     unsigned shares[4];
-                    shared.spread.read(row, m, lane, shares);
+                    shared.spread.read(first_share, row, m, lane, shares);
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
                         Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
@@ -168,11 +174,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i)
                 values[half][i] = shared.window.bytes + t % 2 * 8 +
-                                  Window<DEPTH>::at(8 * half + g, 2 * i + t / 2);
+                                  Rows::at(8 * half + g, 2 * i + t / 2);
 #pragma unroll
         for (int row = 0; row < WINDOW_H; ++row) {
             float dot[2][2][4] = {};
-            const int at_row = Window<DEPTH>::row(first, row);
+            const int at_row = Rows::row(first, row);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -199,11 +205,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             }
         }
         __syncwarp();
+        first = Rows::row(first, TILE_H);
         if (next.row < next.last)
-            shared.window.load<TILE_H>(first, left, top + WINDOW_H, c.height, c.width, image,
-                                       c.stride);
+            shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left, top + WINDOW_H, c.height,
+                                       c.width, window, c.stride);
         ptx::end_group();
-        first = Window<DEPTH>::on(first, TILE_H);
 
         PointGradient<Sum> gradient[POINTS];
         const unsigned char* own_products =
@@ -291,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
         __syncwarp();
         if (next.row < next.last && own.count) {
-            shared.fields.load(next, group, fields, c.fields_pixel);
+            shared.fields.load(next, fields, c.fields_pixel);
             ptx::end_group();
             ptx::wait_for_groups<0>();
         }
@@ -301,7 +307,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                 store(grad_fields + tile.pixel(g, t) * a.channels + i, Sum(0));
         __syncwarp();
     }
-    if (lane == 0) a.limits[tile.strip] = tile.row;
+    ptx::wait_for_launch_before();
+    tile.leave(c, a.left, tile.row);
     if constexpr (KEPT != 0)
 #pragma unroll
         for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);

@@ -29,12 +29,12 @@ _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _TILE = 8, 4
 """Columns and rows of output pixels in a tile, see tile.cuh."""
-_STRIPS = {"conv_tile_forward": (16, 0.25), "conv_tile_backward": (12, 1.0)}
-"""Warps that a processor runs at once, and what the last strip of all costs while other processors
-are idle: little where they wait for memory, which is then its own."""
-_THREADS = 2048  # of a processor
+_AT_ONCE = {16: 16, 32: 12}
+"""Warps of the tiles' forward that a processor runs side by side, of so many channels each."""
 _RESIDENT_THREADS = 512
 """Threads of kernels that sort which a processor must have registers for."""
+_GATHERING_THREADS = 3 * MAX_THREADS
+"""Threads of a processor which gather what tiles left: more would spoil their L1."""
 PAYS_FROM = {
     "conv_tile_forward": 1 << 15,
     "conv_tile_backward": 1 << 13,
@@ -131,19 +131,55 @@ def fits_tiles(
     )
 
 
-def strip_height(columns: int, tiles: int, at_once: int, last: float) -> int:
-    """How many tiles a warp goes down.
+class Strips(NamedTuple):
+    """How the tile kernels share the tiles of a call, see tile.cuh."""
+
+    wide: int
+    """Channels of a strip, of one group."""
+    warps: int
+    """Strips that a block computes at once, whose channels are neighbours."""
+    tiles: int
+    """Of a strip."""
+    blocks: int
+
+
+def forward_strips(columns: int, tiles: int, channels: int, depth: int, processors: int) -> Strips:
+    """As many blocks as run at once, each of which goes on from strip to strip.
 
     Args:
-        columns: columns of tiles, of all images and groups.
+        columns: columns of tiles, of all images.
         tiles: of a column.
-        at_once: warps that the GPU runs side by side.
-        last: what each tile of the last strip costs, of those that run alone.
+        channels: C.
+        depth: D, channels of a group.
+        processors: of the GPU.
+    """
+    wide = 32 if depth % 32 == 0 else 16
+    parts = channels // wide
+    warps = next(n for n in (64 // wide, 2, 1) if parts % n == 0)
+    at_once = _AT_ONCE[wide] // warps * processors
+    shared = columns * parts // warps
+    height = strip_height(shared, tiles, at_once)
+    return Strips(wide, warps, height, min(shared * -(-tiles // height), at_once))
+
+
+def backward_strips(columns: int, tiles: int, channels: int, depth: int) -> Strips:
+    """A block for every strip: those of more tiles are slower, whatever the shape."""
+    height = 2 if depth < 64 else 1
+    return Strips(depth, 1, height, columns * (channels // depth) * -(-tiles // height))
+
+
+def strip_height(columns: int, tiles: int, at_once: int) -> int:
+    """How many tiles a strip of the forward has: so many that few blocks are idle at the end.
+
+    Args:
+        columns: of tiles, of all images, and of the channels that a block computes.
+        tiles: of a column.
+        at_once: blocks that the GPU runs side by side.
     """
 
     def cost(height: int) -> float:
         """Time, in that of a tile; a strip begins with more rows of the value than it goes on."""
-        return columns / at_once * (tiles + 0.7 * -(-tiles // height)) + last * height
+        return -(-columns * -(-tiles // height) // at_once) * (height + 0.1)
 
     return min(range(1, min(tiles, 64) + 1), key=cost)
 
@@ -235,8 +271,8 @@ class Plan(NamedTuple):
     device: int
     output: tuple[int, ...] = ()
     """Shape of the forward's result."""
-    strips: int = 0
-    """Of tiles, see tile.cuh: numbers by which this launch says what it leaves to the next."""
+    parts: int = 0
+    """Of all tiles, see tile.cuh: of each this launch says whether it leaves it to the next."""
     rest: Plan | None = None
     """Launched next, with the same tensors."""
     early: bool = False
@@ -357,18 +393,17 @@ def conv_plan(
     tiled = _pays(by_tiles, slices, wide) and fits_tiles(
         window, depth, value, fields, alignment, major
     )
-    part, warps = depth, 1  # channels of a strip, and strips of a block
-    if tiled and grad is None:
-        part = 32 if depth % 32 == 0 else 16
-        warps = next(n for n in (64 // part, 2, 1) if channels // part % n == 0)
-    across, tiles = -(-columns // _TILE[0]), -(-rows // _TILE[1])
-    parts = batch * across * window.groups * (depth // part)
-    at_once, last = _STRIPS[by_tiles]
-    height = strip_height(parts, tiles, at_once * processors, last) if tiled else 1
-    down = -(-tiles // height)
+    tiles_across, tiles_down = -(-columns // _TILE[0]), -(-rows // _TILE[1])
+    all_tiles = batch * tiles_across, tiles_down
+    strips = (
+        forward_strips(*all_tiles, channels, depth, processors)
+        if tiled and grad is None
+        else backward_strips(*all_tiles, channels, depth)
+    )
     numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
-    numbers += (image_height, width, rows, columns, height, across, down)
-    macros |= {"WIDE": part, "WARPS": warps, "AFTER_TILES": int(tiled)}
+    numbers += (batch, image_height, width, rows, columns)
+    numbers += (strips.tiles, -(-tiles_down // strips.tiles))
+    macros |= {"WIDE": strips.wide, "WARPS": strips.warps, "AFTER_TILES": int(tiled)}
     addresses = 4 if grad is None else 7
     structure = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
 
@@ -389,8 +424,9 @@ def conv_plan(
         )
         return _plan(name, problem, alignment, addresses, structure, numbers)
 
-    first = launch(by_tiles, (parts * down // warps, _WARP * warps)) if tiled else None
-    grid, resident, block = None, _THREADS, None
+    early = _adds_early(grad, deterministic, device)
+    first = launch(by_tiles, (strips.blocks, _WARP * strips.warps)) if tiled else None
+    grid, resident, block = None, _GATHERING_THREADS, None
     if _pays(by_sorting, slices, wide):
         pixels = image_height * width
         block = sorting_block(depth, value.dtype, alignment, pixels, major, deterministic)
@@ -399,11 +435,13 @@ def conv_plan(
         name, resident = by_sorting, _RESIDENT_THREADS
         grid = batch * window.groups * block.blocks(rows, columns), block.threads
     elif tiled:
-        grid = batch * across * tiles, MAX_THREADS
+        grid = math.prod(all_tiles), MAX_THREADS
     if first is None or grid is None:
-        return launch(name, grid)
+        return launch(name, grid)._replace(early=early)
     rest = launch(name, (min(grid[0], processors * resident // grid[1]), grid[1]))
-    return first._replace(strips=parts * down, rest=rest._replace(early=compile.overlaps(device)))
+    rest = rest._replace(early=compile.overlaps(device))
+    parts = math.prod(all_tiles) * (channels // strips.wide)
+    return first._replace(parts=parts, rest=rest, early=early)
 
 
 @lru_cache(_PLANS)
@@ -461,7 +499,7 @@ def attn_plan(
         known = sizes or (length // block.columns + 1, block.columns)
         count = sum(map(block.blocks, known[::2], known[1::2]))
         grid = batch * groups // block.groups * max(1, count), block.threads
-    return _plan(
+    plan = _plan(
         name,
         _Problem(
             groups,
@@ -482,6 +520,7 @@ def attn_plan(
         f"{head}6q{'3Q' if wide else '3I'}{2 * levels}i",
         numbers,
     )
+    return plan._replace(early=_adds_early(grad, deterministic, device))
 
 
 def _plan(
@@ -554,14 +593,27 @@ def units_plan(
 
 
 @lru_cache(_PLANS)
-def totals_plan(images: int, count: int, dtype: torch.dtype, device: int) -> Plan:
+def zeros_plan(size: int, device: int) -> Plan:
+    """Of zeros.cu; `size` bytes, whole words."""
+    blocks = min(-(-size // (16 * MAX_THREADS)), 4 * _device(device)[1])
+    return _launch("zeros", {}, (blocks, MAX_THREADS), 1, "q", (size,), device)
+
+
+@lru_cache(_PLANS)
+def totals_plan(
+    images: int, count: int, dtype: torch.dtype, deterministic: bool, device: int
+) -> Plan:
     """Of totals.cu; `count` numbers an image."""
     vector = math.gcd(4, count)
     blocks = -(-count // (vector * MAX_THREADS))
-    macros: dict[str, int | str] = {"VALUE": _NUMBERS[dtype], "VECTOR": vector}
-    return _launch(
-        "totals", macros, (images * blocks, MAX_THREADS), 3, "qi", (count, blocks), device
-    )
+    macros: dict[str, int | str] = {
+        "VALUE": _NUMBERS[dtype],
+        "VECTOR": vector,
+        "DETERMINISTIC": int(deterministic),
+    }
+    grid = images * blocks, MAX_THREADS
+    plan = _launch("totals", macros, grid, 3, "qi", (count, blocks), device)
+    return plan._replace(early=compile.overlaps(device))
 
 
 def _launch(
@@ -580,10 +632,16 @@ def _launch(
         **macros,
         "MAX_THREADS": MAX_THREADS,
         "RESIDENT_THREADS": _RESIDENT_THREADS,
+        "GATHERING_THREADS": _GATHERING_THREADS,
         "ARGUMENT_BYTES": structure.size,
     }
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
     return Plan(kernel, *grid, structure.pack, tail, device)
+
+
+def _adds_early(grad: object | None, deterministic: bool, device: int) -> bool:
+    """Whether a kernel begins while the zeros to which it adds are still written."""
+    return grad is not None and not deterministic and compile.overlaps(device)
 
 
 def _device(index: int) -> tuple[int, int]:

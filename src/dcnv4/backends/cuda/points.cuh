@@ -34,6 +34,11 @@ DCNV4_DEVICE Sum unit_of_total(const Sum* units, Index image) {
     return DETERMINISTIC ? units[image] : Sum(1);
 }
 
+// The n-th piece of work of a backward, which goes from the last to the first: the zeros to which
+// it adds were written from the first on, as the sums will be read, and of more than L2 can hold
+// it holds what was written last.
+DCNV4_DEVICE Index from_last(Index n, Index count) { return count - 1 - n; }
+
 constexpr int ROUNDS = (POINTS + LANES - 1) / LANES;
 // Rounds laid out one after another, so that loads of several points are under way at once. The
 // backward waits for additions in L2, not for loads.
@@ -295,6 +300,7 @@ template <typename Points>
 DCNV4_DEVICE void scatter(const Points& points, const Weights<Points>& weights, const VALUE* image,
                           Index stride, const VALUE* grad, Total* grad_value, Index grad_stride,
                           Sum unit, const Slice& slice) {
+    ptx::wait_for_launch_before();  // for zeros to add to
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll UNROLLED_BACKWARD
     for (int round = 0; round < ROUNDS; ++round) {

@@ -153,7 +153,8 @@ template <typename T>
 DCNV4_DEVICE void hold(T*& pointer) {
     asm("" : "+l"(pointer));
 }
-// Two words that nothing computes with before here.
+// A number that is not computed anew at every use, or two words that nothing uses before here.
+DCNV4_DEVICE void hold(int& number) { asm volatile("" : "+r"(number)); }
 DCNV4_DEVICE void hold(unsigned (&words)[2]) { asm volatile("" : "+r"(words[0]), "+r"(words[1])); }
 
 // c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
@@ -193,13 +194,18 @@ DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
                      : "memory");
 }
 
-// BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on.
+// BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1.
 template <int BYTES>
 DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
-                     (unsigned)__cvta_generic_to_shared(to)),
-                 "l"(from), "n"(BYTES), "r"(there ? BYTES : 0)
-                 : "memory");
+    const unsigned shared = __cvta_generic_to_shared(to), wanted = there ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+                     "r"(wanted)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
+                     "n"(BYTES), "r"(wanted)
+                     : "memory");
 }
 // What the lane has copied since the last time is a group.
 DCNV4_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -26,7 +26,8 @@ namespace dcnv4 {
 constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
-constexpr int BUCKET_ROWS = 16, BUCKET_COLUMNS = 32, BUCKET_LEVELS = LEVELS < 4 ? LEVELS : 4;
+constexpr int BUCKET_LEVELS = LEVELS < 4 ? LEVELS : 4;
+constexpr int BUCKET_ROWS = LEVELS > 1 ? 16 : 32, BUCKET_COLUMNS = 32;
 constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
@@ -363,6 +364,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         });
         __syncthreads();
         shared.clear_buckets();
+        ptx::wait_for_launch_before();  // for zeros to add to
         walk(shared, image + channel, stride, grad_image + channel, grad_stride, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;

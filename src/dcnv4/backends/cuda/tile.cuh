@@ -20,7 +20,7 @@
 // whole words there. From tile to tile the window moves down by TILE_H rows, and only those are
 // read. Points that are not near are added by four lanes each, straight from memory. A tile with
 // more than MOST_FAR of them, or with numbers that float16 or a product of zeros cannot take, ends
-// the strip: `limits` says where, and the direct kernel, launched next, computes the rest.
+// the strip: `left` says so, and the kernel launched next computes the rest.
 //
 // The fragments of mma.m16n8k16: lane 4g+t holds rows g and g+8, columns 2t, 2t+1 and 8 more. So a
 // quad of lanes owns the pixels of a column, and holds products of the same pixels.
@@ -69,23 +69,25 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
 
 // Where a strip lies, and the tile of it that its warp is at.
 struct Tile {
-    int image, row, column;   // of the tile's first output pixel
-    int part, lane;           // part: of all channels, WIDE
-    int height, width, last;  // of the output; last: one past the strip's last row
-    unsigned strip;
+    int image, row, column;  // of the tile's first output pixel
+    int part, lane;          // part: of all channels, WIDE
+    int height, width;       // of the output
+    int begin, last;         // the strip's first row, and one past its last
 
-    // A part is a group, or some channels of one.
-    DCNV4_DEVICE Tile(const Strips& strips, int parts, int height, int width)
-        : lane(threadIdx.x % 32), height(height), width(width) {
-        strip = blockIdx.x * WARPS + threadIdx.x / 32;
-        unsigned rest = strip;
-        part = rest % parts;
-        rest /= parts;
-        column = rest % strips.across * TILE_W;
-        rest /= strips.across;
-        row = rest % strips.down * strips.tiles * TILE_H;
-        image = rest / strips.down;
-        last = min(height, row + strips.tiles * TILE_H);
+    DCNV4_DEVICE Tile(const Convolution& c, unsigned strip)
+        : lane(threadIdx.x % 32), height(c.out_height), width(c.out_width) {
+        part = strip % (GROUPS * PARTS);
+        strip /= GROUPS * PARTS;
+        column = strip % c.tiles_across() * TILE_W;
+        strip /= c.tiles_across();
+        row = begin = strip % c.strips * c.tiles * TILE_H;
+        image = strip / c.strips;
+        last = min(height, row + c.tiles * TILE_H);
+    }
+    // Notes that the tiles from row `end` on are left.
+    DCNV4_DEVICE void leave(const Convolution& c, unsigned char* left, int end) const {
+        for (int y = begin + lane * TILE_H; y < last; y += 32 * TILE_H)
+            left[tile_number(c, image, y, column) * (GROUPS * PARTS) + part] = y >= end;
     }
     DCNV4_DEVICE bool has(int c, int r) const { return column + c < width && row + r < height; }
     // Of all pixels of the image.
@@ -107,35 +109,45 @@ struct Staged {
     // Where a pixel's numbers are, in the order of the lanes that own them.
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + r) * PITCH; }
 
-    // `visit(at, pixel, there)` for what a lane moves of each pixel in turn, where SHARE lanes have
-    // one: where it is, where in memory, and whether the image has it. `first`: of the tile's
-    // first.
+    // SHARE lanes move a pixel's numbers together, then another's. `visit(at, number, there)`
+    // for what a lane moves: where it is, where in memory, and whether there is any. `number`: the
+    // first of these; `columns`: of the image, from its pixel on.
     template <int SHARE, typename T, typename Visit>
-    static DCNV4_DEVICE void each(const Tile& tile, T* first, long long stride, Visit visit) {
+    static DCNV4_DEVICE void each(const Tile& tile, T* number, long long stride, int columns,
+                                  Visit visit) {
         constexpr int AT_ONCE = 32 / SHARE;
         static_assert(AT_ONCE <= TILE_W, "rows begin together");
-        const int own = tile.lane / SHARE;
-        T* line = first + own * stride;
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r) {
-            T* pixel = line;
+            const bool has = tile.row + r < tile.height;
 #pragma unroll
-            for (int c = 0; c < TILE_W; c += AT_ONCE) {
-                visit(at(c, r) + at(own, 0), pixel, tile.has(c + own, r));
-                pixel += AT_ONCE * stride;
-            }
-            line += tile.width * stride;
+            for (int c = 0; c < TILE_W; c += AT_ONCE)
+                visit(at(c, r) + at(tile.lane / SHARE, 0), number + c * stride, has && c < columns);
+            number += tile.width * stride;
         }
     }
-    // `image`: the image's first number; `stride`: from pixel to pixel.
-    DCNV4_DEVICE void load(const Tile& tile, int group, const FIELDS* image, long long stride) {
-        const int piece = tile.lane % PIECES, last = (shift(group) + COUNT - 1) / 4;
-        if (piece >= LEAST) return;
-        const bool wanted = piece <= last;
-        each<PIECES>(tile, image + tile.pixel(0, 0) * stride + group * COUNT / 4 * 4 + 4 * piece,
-                     stride, [&](int at, const FIELDS* pixel, bool there) {
-                         ptx::copy_async<8>(bytes + at + 8 * piece, pixel, there && wanted);
-                     });
+
+    // What a lane copies of tile after tile of a strip.
+    struct Source {
+        const FIELDS* number;  // the first of the next tile
+        int columns;           // of the image, from its pixel on; none if it copies nothing
+
+        // `image`: the image's first number; `stride`: from pixel to pixel.
+        DCNV4_DEVICE Source(const Tile& tile, int group, const FIELDS* image, long long stride) {
+            const int own = tile.lane / PIECES, piece = tile.lane % PIECES;
+            number = image + tile.pixel(own, 0) * stride + group * COUNT / 4 * 4 + 4 * piece;
+            columns = piece <= (shift(group) + COUNT - 1) / 4 ? tile.width - tile.column - own : 0;
+            ptx::hold(columns);
+        }
+    };
+    DCNV4_DEVICE void load(const Tile& tile, Source& source, long long stride) {
+        const int piece = tile.lane % PIECES;
+        if (LEAST == PIECES || piece < LEAST)
+            each<PIECES>(tile, source.number, stride, source.columns,
+                         [&](int at, const FIELDS* number, bool there) {
+                             ptx::copy_async<8>(bytes + at + 8 * piece, number, there);
+                         });
+        source.number += TILE_H * tile.width * stride;
     }
     // Of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
@@ -166,20 +178,25 @@ struct Staged {
         constexpr int SHARE = WORDS < 16 ? 16 : 32;
         // In memory too the words are whole, but for a half shared with the group before or after.
         const int before = group * COUNT % 2, end = (before + COUNT) / 2;
-        unsigned* own = (unsigned*)(bytes + tile.lane * PITCH);
+        uint2* own = (uint2*)(bytes + tile.lane * PITCH);
+        static_assert((WORDS + 2) / 2 * 8 <= PITCH, "with a half before");
 #pragma unroll
-        for (int i = 0; i <= WORDS; ++i) {
-            const unsigned low = i ? words[i ? i - 1 : 0] : 0;
-            const unsigned high = i < WORDS ? words[i < WORDS ? i : 0] : 0;
-            own[i] = COUNT % 2 ? __funnelshift_l(low, high, before * 16) : high;
+        for (int i = 0; i <= WORDS; i += 2) {
+            const unsigned first = i ? words[i ? i - 1 : 0] : 0;
+            const unsigned second = i < WORDS ? words[i < WORDS ? i : 0] : 0;
+            const unsigned third = i + 1 < WORDS ? words[i + 1 < WORDS ? i + 1 : 0] : 0;
+            own[i / 2] = COUNT % 2 ? make_uint2(__funnelshift_l(first, second, before * 16),
+                                                __funnelshift_l(second, third, before * 16))
+                                   : make_uint2(second, third);
         }
         __syncwarp();
         FIELDS* first = image + tile.pixel(0, 0) * stride + group * COUNT / 2 * 2;
-        const int word = tile.lane % SHARE;
-        const bool whole = word >= before && word < end;
-        each<SHARE>(tile, first + 2 * word, stride, [&](int at, FIELDS* pixel, bool there) {
-            ptx::store_if(there && whole, pixel, *(const unsigned*)(bytes + at + 4 * word));
-        });
+        const int word = tile.lane % SHARE, pixel = tile.lane / SHARE;
+        each<SHARE>(tile, first + pixel * stride + 2 * word, stride,
+                    word >= before && word < end ? tile.width - tile.column - pixel : 0,
+                    [&](int at, FIELDS* number, bool there) {
+                        ptx::store_if(there, number, *(const unsigned*)(bytes + at + 4 * word));
+                    });
         const int c = tile.lane / 4, r = tile.lane % 4, half = before ? 1 : COUNT - 1;
         if (COUNT % 2 && tile.has(c, r))
             first[(r * tile.width + c) * stride + half] = ((const FIELDS*)own)[half];
@@ -192,7 +209,8 @@ struct Staged {
 template <int COUNT>
 struct Window {
     static constexpr int PIECES = COUNT / 8, ROW = WINDOW_W * COUNT * 2;
-    unsigned char bytes[WINDOW_H * ROW];
+    static constexpr int SLOTS = (WINDOW_H + 1) / 2 * 2, AT_ONCE = 32 * WARPS / PIECES;
+    unsigned char bytes[SLOTS * ROW];
 
     static DCNV4_DEVICE int at(int column, int piece) {
         int other = 0;
@@ -201,33 +219,36 @@ struct Window {
         if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
         return column * (COUNT * 2) + (piece ^ other) * 16;
     }
-    // The row of the ring that is `row` rows on from one of it.
-    static DCNV4_DEVICE int on(int first, int row) {
-        const int slot = first + row;
-        return slot < WINDOW_H ? slot : slot - WINDOW_H;
+    // Where a row of the window lies, from where its first does, in an even slot.
+    static DCNV4_DEVICE int row(int first, int row) {
+        const int even = first + row / 2 * 2 * ROW;
+        return (even < SLOTS * ROW ? even : even - SLOTS * ROW) + row % 2 * ROW;
     }
-    // Where a row of the window begins, whose first is row `first` of the ring.
-    static DCNV4_DEVICE int row(int first, int row) { return on(first, row) * ROW; }
-    // COUNT_ROWS rows of it, the first at row `top` of the image, by all threads of the block.
-    // `image`: the image's first such channel. `stride`: bytes from pixel to pixel.
+    // What a thread of the block copies first of a window. `image`: the image's first such channel.
+    // `stride`: bytes from pixel to pixel.
+    static DCNV4_DEVICE const char* first(int left, int top, int width, const VALUE* image,
+                                          Index stride) {
+        const int column = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+        return (const char*)(image + 8 * piece) +
+               ((long long)top * width + left + column) * (long long)stride;
+    }
+    // COUNT_ROWS rows of it, from `begin` on; `top`: the row of the image there. `from`: what a
+    // thread copies first of them, then of those below them.
     template <int COUNT_ROWS>
-    DCNV4_DEVICE void load(int first, int left, int top, int height, int width, const VALUE* image,
-                           Index stride) {
-        const long long line = (long long)width * stride;
+    DCNV4_DEVICE void load(int first, int begin, int left, int top, int height, int width,
+                           const char*& from, Index stride) {
 #pragma unroll
-        for (int i = 0; i < WINDOW_W * PIECES / (32 * WARPS); ++i) {
-            const int index = i * (32 * WARPS) + threadIdx.x;
-            const int column = index / PIECES, piece = index % PIECES;
-            const int x = left + column;
-            const bool there = x >= 0 && x < width && column < SAMPLED_W;
-            const char* from =
-                (const char*)(image + 8 * piece) + top * line + x * (long long)stride;
+        for (int r = 0; r < COUNT_ROWS; ++r) {
+            const bool legal = unsigned(top + r) < unsigned(height);
 #pragma unroll
-            for (int r = 0; r < COUNT_ROWS; ++r) {
-                ptx::copy_async<16>(bytes + at(column, piece) + row(first, r), from,
-                                    there && top + r >= 0 && top + r < height);
-                from += line;
+            for (int i = 0; i < WINDOW_W / AT_ONCE; ++i) {
+                const int column = i * AT_ONCE + threadIdx.x / PIECES;
+                const bool there = unsigned(left + column) < unsigned(width) && column < SAMPLED_W;
+                const int slot = at(column, threadIdx.x % PIECES) + row(first, begin + r);
+                ptx::copy_async<16>(bytes + slot, from + i * AT_ONCE * (long long)stride,
+                                    there && legal);
             }
+            from += width * (long long)stride;
         }
     }
 };
@@ -275,13 +296,18 @@ struct Spread {
         }
         if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
     }
+    // Where a lane's part of what `read` reads lies, in row 0 for m = 0.
+    static DCNV4_DEVICE int first(int lane) {
+        const int block = lane / 8, r = block / 2;
+        return at(lane % 8, r, block % 2) - r * PLANE;
+    }
     // [positions, pixels] of one row of the window and two rows of the tile, the first 2 * m.
-    DCNV4_DEVICE void read(int row, int m, int lane, unsigned (&out)[4]) const {
-        const int block = lane / 8, c = lane % 8, r = 2 * m + block / 2, plane = row - r;
-        const void* from = bytes + plane * PLANE + at(c, r, block % 2);
+    DCNV4_DEVICE void read(int first, int row, int m, int lane, unsigned (&out)[4]) const {
+        const void* from =
+            bytes + (first ^ m * (4 * 16)) + (row - 2 * m) * PLANE + m * (4 * TILE_W * 16);
         // Of two rows of pixels, the window's row may lie in the patches of one.
-        if (row == 2 * m || row == 2 * m + PATCH_H)
-            from = plane >= 0 && plane < PATCH_H ? from : &zeros;
+        if (row == 2 * m) from = lane < 16 ? from : &zeros;
+        if (row == 2 * m + PATCH_H) from = lane < 16 ? &zeros : from;
         ptx::load_blocks<true>(out, from);
     }
 };
