@@ -15,9 +15,9 @@ struct Convolution {
     long long value_image;
     long long fields_image, fields_pixel;  // of offset_mask
     Index stride;                          // bytes from pixel to pixel of the value
-    Index slices;                          // B * Ho * Wo * G
+    Index slices, images;                  // B * Ho * Wo * G, and B
     Sum offset_scale;
-    int images, height, width, out_height, out_width;
+    int height, width, out_height, out_width;
     int tiles, strips;  // tiles of a strip, and strips of a column of tiles
 
     DCNV4_DEVICE unsigned tiles_across() const { return (out_width + TILE_W - 1) / TILE_W; }

@@ -400,12 +400,12 @@ def conv_plan(
         if tiled and grad is None
         else backward_strips(*all_tiles, channels, depth)
     )
-    numbers += (value_strides[0], *fields_strides, stride, slices, window.offset_scale)
-    numbers += (batch, image_height, width, rows, columns)
+    numbers += (value_strides[0], *fields_strides, stride, slices, batch, window.offset_scale)
+    numbers += (image_height, width, rows, columns)
     numbers += (strips.tiles, -(-tiles_down // strips.tiles))
     macros |= {"WIDE": strips.wide, "WARPS": strips.warps, "AFTER_TILES": int(tiled)}
     addresses = 4 if grad is None else 7
-    structure = f"{head}3q{'2Q' if wide else '2I'}{_sum(value.dtype)}7i"
+    structure = f"{head}3q{'3Q' if wide else '3I'}{_sum(value.dtype)}6i"
 
     def launch(name: str, grid: tuple[int, int] | None) -> Plan:
         problem = _Problem(
