@@ -167,7 +167,8 @@ inline bool release(int first, int last, bool for_block) {
 
 inline void run_block(unsigned threads) {
     const int count = int(threads);
-    for (Fiber& fiber : fibers) fiber.started = fiber.ended = fiber.waited = false, fiber.place = nullptr;
+    for (Fiber& fiber : fibers)
+        fiber.started = fiber.ended = fiber.waited = false, fiber.place = nullptr;
     for (;;) {
         bool progress = false, all_ended = true;
         static int next;  // not in a register: longjmp comes back here

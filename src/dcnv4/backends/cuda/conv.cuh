@@ -8,7 +8,7 @@ namespace dcnv4 {
 // Tiles of output pixels, which the tile kernels compute where they can: see tile.cuh. A warp takes
 // a part of a tile's channels, WIDE of one group.
 constexpr int TILE_W = 8, TILE_H = 4;
-constexpr int PARTS = DEPTH / WIDE;  // of a group
+constexpr int PARTS = DEPTH / WIDE, TILE_PARTS = GROUPS * PARTS;  // of a group, and of a tile
 
 // What all kernels are told. Strides are in elements but for `stride`; channels lie side by side.
 struct Convolution {
@@ -19,16 +19,13 @@ struct Convolution {
     Sum offset_scale;
     int height, width, out_height, out_width;
     int tiles, strips;  // tiles of a strip, and strips of a column of tiles
-
-    DCNV4_DEVICE unsigned tiles_across() const { return (out_width + TILE_W - 1) / TILE_W; }
-    DCNV4_DEVICE unsigned tiles_down() const { return (out_height + TILE_H - 1) / TILE_H; }
 };
 
 struct ForwardArguments {
     const VALUE* value;
     const FIELDS* fields;
     VALUE* output;
-    unsigned char* left;  // see `is_left`
+    unsigned char* left;  // see `any_left`
     Convolution c;
 };
 
@@ -135,32 +132,18 @@ struct OutputPixel {
     }
 };
 
-// The number of a tile.
-DCNV4_DEVICE unsigned tile_number(const Convolution& c, int image, int row, int column) {
-    const unsigned down = image * c.tiles_down() + row / TILE_H;
-    return down * c.tiles_across() + column / TILE_W;
-}
-
-// Whether the tile kernel left a tile's group, the `index`-th of all; `left` says it of parts.
-DCNV4_DEVICE bool is_left(const unsigned char* left, unsigned index) {
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) any |= left[index * PARTS + i];
-    return any;
-}
-
-// Whether it left any group of a tile.
-DCNV4_DEVICE bool any_left(const unsigned char* left, unsigned tile) {
+// Whether the tile kernel left any of COUNT parts from part `first` of all tiles' on.
+template <int COUNT>
+DCNV4_DEVICE bool any_left(const unsigned char* left, unsigned first) {
     bool any = false;
 #pragma unroll 8
-    for (int i = 0; i < GROUPS * PARTS; ++i) any |= left[tile * (GROUPS * PARTS) + i];
+    for (int i = 0; i < COUNT; ++i) any |= left[first + i];
     return any;
 }
 
-// W x H output pixels, whole tiles.
+// W x H output pixels, numbered over all images.
 template <int W, int H>
 struct Rectangle {
-    static_assert(W % TILE_W == 0 && H % TILE_H == 0, "whole tiles");
     int image, row, column;
 
     static DCNV4_DEVICE unsigned across(const Convolution& c) { return (c.out_width + W - 1) / W; }
@@ -168,45 +151,46 @@ struct Rectangle {
     static DCNV4_DEVICE unsigned count(const Convolution& c) {
         return c.images * across(c) * down(c);
     }
-    DCNV4_DEVICE Rectangle(const Convolution& c, unsigned index) {
-        column = index % across(c) * W, index /= across(c);
-        row = index % down(c) * H, image = index / down(c);
+    // Of the one that holds a pixel.
+    static DCNV4_DEVICE unsigned number(const Convolution& c, int image, int row, int column) {
+        return (image * down(c) + row / H) * across(c) + column / W;
     }
-    // Whether the tile kernel left any of it, in a group.
-    DCNV4_DEVICE bool is_left(const Convolution& c, const unsigned char* left, int group) const {
-        bool any = false;
-#pragma unroll
-        for (int y = row; y < row + H; y += TILE_H)
-#pragma unroll
-            for (int x = column; x < column + W; x += TILE_W)
-                if (y < c.out_height && x < c.out_width)
-                    any |= dcnv4::is_left(left, tile_number(c, image, y, x) * GROUPS + group);
-        return any;
+    DCNV4_DEVICE Rectangle(const Convolution& c, unsigned number) {
+        column = number % across(c) * W, number /= across(c);
+        row = number % down(c) * H, image = number / down(c);
     }
 };
+using TileArea = Rectangle<TILE_W, TILE_H>;
+
+// Whether the tile kernel left the group of the tile that holds a pixel.
+DCNV4_DEVICE bool is_left(const Convolution& c, const unsigned char* left, int image, int row,
+                          int column, int group) {
+    return any_left<PARTS>(left,
+                           (TileArea::number(c, image, row, column) * GROUPS + group) * PARTS);
+}
 
 // Calls `visit(slice, pixel)` for what the tile kernel left. Blocks stride over tiles; each lane
 // looks whether one of them is left, in any group, then the warps visit those.
 template <typename Visit>
 DCNV4_DEVICE void each_left(const Convolution& c, const unsigned char* left, Visit visit) {
-    using Tile = Rectangle<TILE_W, TILE_H>;
-    const unsigned lane = threadIdx.x % 32, count = Tile::count(c);
+    const unsigned lane = threadIdx.x % 32, count = TileArea::count(c);
     ptx::wait_for_launch_before();
 #pragma unroll 1
     for (unsigned first = blockIdx.x; first < count; first += 32 * gridDim.x) {
         const unsigned own = first + lane * gridDim.x;
-        unsigned found = __ballot_sync(~0u, own < count && any_left(left, own));
+        const bool wanted = own < count && any_left<TILE_PARTS>(left, own * TILE_PARTS);
+        unsigned found = __ballot_sync(~0u, wanted);
 #pragma unroll 1
         for (; found; found &= found - 1) {
             const unsigned index = first + (__ffs(found) - 1) * gridDim.x;
-            const Tile tile(c, index);
+            const TileArea tile(c, index);
 #pragma unroll 1
             for (unsigned slice = threadIdx.x / LANES; slice < TILE_W * TILE_H * GROUPS;
                  slice += blockDim.x / LANES) {
                 const int group = slice % GROUPS, pixel = slice / GROUPS;
                 int row = tile.row + pixel / TILE_W, column = tile.column + pixel % TILE_W;
                 const bool active = row < c.out_height && column < c.out_width &&
-                                    is_left(left, index * GROUPS + group);
+                                    any_left<PARTS>(left, (index * GROUPS + group) * PARTS);
                 if (!__any_sync(~0u, active)) continue;
                 if (!active) row = tile.row, column = tile.column;
                 const OutputPixel at(c, tile.image, row, column);

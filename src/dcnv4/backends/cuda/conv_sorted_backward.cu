@@ -13,6 +13,7 @@
 using namespace dcnv4;
 
 using Tile = Rectangle<BLOCK_COLUMNS, BLOCK_ROWS>;
+static_assert(BLOCK_COLUMNS % TILE_W == 0 && BLOCK_ROWS % TILE_H == 0, "whole tiles");
 
 DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
     const Convolution& c = a.c;
@@ -20,8 +21,7 @@ DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
     const int of_block = index % GROUPS, own = threadIdx.x / LANES;
     int row = tile.row + own / BLOCK_COLUMNS, column = tile.column + own % BLOCK_COLUMNS;
     bool active = row < c.out_height && column < c.out_width;
-    if (AFTER_TILES && active)
-        active = is_left(a.left, tile_number(c, tile.image, row, column) * GROUPS + of_block);
+    if (AFTER_TILES && active) active = is_left(c, a.left, tile.image, row, column, of_block);
     if (!active) row = tile.row, column = tile.column;
     const OutputPixel at(c, tile.image, row, column);
     const Slice slice(active, at.pixel(c), of_block, threadIdx.x % LANES);
@@ -30,6 +30,19 @@ DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
     scatter_sorted(sorted, group.points, weights, group.image, c.stride, group.grad,
                    group.grad_image, Group::grad_stride, unit_of_total(a.units, at.image), slice);
     group.fill_up(a, slice);
+}
+
+// Whether the tile kernel left any of a block's tile, in a group.
+DCNV4_DEVICE bool is_any_left(const Convolution& c, const unsigned char* left, const Tile& tile,
+                              int group) {
+    bool any = false;
+#pragma unroll
+    for (int y = tile.row; y < tile.row + BLOCK_ROWS; y += TILE_H)
+#pragma unroll
+        for (int x = tile.column; x < tile.column + BLOCK_COLUMNS; x += TILE_W)
+            if (y < c.out_height && x < c.out_width)
+                any |= is_left(c, left, tile.image, y, x, group);
+    return any;
 }
 
 // Blocks stride over `count` pieces of work. Each thread looks whether one of its block's is
@@ -65,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
             count,
             [&](unsigned n) {
                 const unsigned index = from_last(n, count);
-                return Tile(c, index / GROUPS).is_left(c, a.left, index % GROUPS);
+                return is_any_left(c, a.left, Tile(c, index / GROUPS), index % GROUPS);
             },
             [&](unsigned n) { compute(a, sorted, from_last(n, count)); });
     } else {

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
     }
     // Blocks stride over strips, one a warp at once. A tile's offsets and weights are on their way
     // while the one before is computed, in the next strip too.
-    const unsigned strips = c.images * c.strips * c.tiles_across() * (GROUPS * PARTS);
+    const unsigned strips = c.images * c.strips * TileArea::across(c) * TILE_PARTS;
     const auto source_of = [&](const Tile& of) {
         return Fields::Source(of, of.part / PARTS, a.fields + of.image * c.fields_image,
                               c.fields_pixel);
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, (WIDE == 16 ? 16 : 12) 
         const long long pixel =
             (long long)tile.image * c.out_height * c.out_width + tile.pixel(g, 0);
         VALUE* output =
-            a.output + (pixel * (GROUPS * PARTS) + tile.part) * WIDE + t % 2 * 8 + t / 2 * 4;
+            a.output + (pixel * TILE_PARTS + tile.part) * WIDE + t % 2 * 8 + t / 2 * 4;
         int limit = tile.last;  // of the rows that this kernel computes
         int first = 0;          // where the window begins in the ring
         bool ends = false;      // before its last row

@@ -395,6 +395,7 @@ def conv_plan(
     )
     tiles_across, tiles_down = -(-columns // _TILE[0]), -(-rows // _TILE[1])
     all_tiles = batch * tiles_across, tiles_down
+    # Without tiles only `wide` counts, which is then a whole group.
     strips = (
         forward_strips(*all_tiles, channels, depth, processors)
         if tiled and grad is None

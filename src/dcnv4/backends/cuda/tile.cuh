@@ -76,10 +76,10 @@ struct Tile {
 
     DCNV4_DEVICE Tile(const Convolution& c, unsigned strip)
         : lane(threadIdx.x % 32), height(c.out_height), width(c.out_width) {
-        part = strip % (GROUPS * PARTS);
-        strip /= GROUPS * PARTS;
-        column = strip % c.tiles_across() * TILE_W;
-        strip /= c.tiles_across();
+        part = strip % TILE_PARTS;
+        strip /= TILE_PARTS;
+        column = strip % TileArea::across(c) * TILE_W;
+        strip /= TileArea::across(c);
         row = begin = strip % c.strips * c.tiles * TILE_H;
         image = strip / c.strips;
         last = min(height, row + c.tiles * TILE_H);
@@ -87,7 +87,7 @@ struct Tile {
     // Notes that the tiles from row `end` on are left.
     DCNV4_DEVICE void leave(const Convolution& c, unsigned char* left, int end) const {
         for (int y = begin + lane * TILE_H; y < last; y += 32 * TILE_H)
-            left[tile_number(c, image, y, column) * (GROUPS * PARTS) + part] = y >= end;
+            left[TileArea::number(c, image, y, column) * TILE_PARTS + part] = y >= end;
     }
     DCNV4_DEVICE bool has(int c, int r) const { return column + c < width && row + r < height; }
     // Of all pixels of the image.

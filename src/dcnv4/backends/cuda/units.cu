@@ -68,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) units(Arguments a) {
                           FIRST_WEIGHT>(a.weights + image * a.weights_image, a.weights_row, a,
                                         block);
     else
-        most = largest_of<VALUE, VECTOR, CHANNELS, 1, 0>(a.grad + image * a.grad_image,
-                                                               a.grad_row, a, block);
+        most = largest_of<VALUE, VECTOR, CHANNELS, 1, 0>(a.grad + image * a.grad_image, a.grad_row,
+                                                         a, block);
 #pragma unroll
     for (int step = 16; step; step /= 2) most = max(most, __shfl_xor_sync(~0u, most, step));
     if (threadIdx.x % 32 == 0) atomicMax(&a.largest[2 * image + of_weights], most);
