@@ -33,6 +33,8 @@ _AT_ONCE = {16: 16, 32: 12}
 """Warps of the tiles' forward that a processor runs side by side, of so many channels each."""
 _RESIDENT_THREADS = 512
 """Threads of kernels that sort which a processor must have registers for."""
+_RESIDENT_OF_ENCODERS = 768
+"""The same in an encoder of half-precision heads of 32 channels or more."""
 _GATHERING_THREADS = 3 * MAX_THREADS
 """Threads of a processor which gather what tiles left: more would spoil their L1."""
 PAYS_FROM = {
@@ -492,7 +494,10 @@ def attn_plan(
     elif encoder and _pays(by_sorting, slices, wide):
         major = _device(device)[0]
         block = sorting_block(depth, value.dtype, alignment, length, major, deterministic)
-        name = name if block is None else by_sorting
+        if block is not None:
+            name = by_sorting
+            if depth >= 32 and value.dtype in _HALVES and not deterministic:
+                macros["RESIDENT_THREADS"] = _RESIDENT_OF_ENCODERS
     grid = None
     if block is not None:
         macros |= block.macros()
@@ -630,11 +635,11 @@ def _launch(
     tail = struct.pack(f"{fields}0q", *numbers)
     structure = struct.Struct(f"{addresses}P{len(tail)}s")
     macros = {
-        **macros,
         "MAX_THREADS": MAX_THREADS,
         "RESIDENT_THREADS": _RESIDENT_THREADS,
         "GATHERING_THREADS": _GATHERING_THREADS,
         "ARGUMENT_BYTES": structure.size,
+        **macros,
     }
     kernel = compile.kernel(name, tuple((key, str(macro)) for key, macro in macros.items()), device)
     return Plan(kernel, *grid, structure.pack, tail, device)

@@ -26,16 +26,21 @@ namespace dcnv4 {
 constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
-constexpr int BUCKET_LEVELS = LEVELS < 4 ? LEVELS : 4;
+// Points are sorted in passes of so many rounds at most: a thread keeps what it knows of its points
+// in registers, and where a processor shall hold more threads it has fewer of those.
+constexpr int MOST_ROUNDS = RESIDENT_THREADS > 512 ? 2 : 5;
+// Levels that a pass has points of, each with buckets of its own.
+constexpr int PASS_LEVELS = (MOST_ROUNDS * LANES * LEVELS + POINTS - 1) / POINTS;
+constexpr int MOST_LEVELS = LEVELS < 4 ? LEVELS : 4;
+constexpr int BUCKET_LEVELS = PASS_LEVELS < MOST_LEVELS ? PASS_LEVELS : MOST_LEVELS;
 constexpr int BUCKET_ROWS = LEVELS > 1 ? 16 : 32, BUCKET_COLUMNS = 32;
 constexpr int LEVEL_BUCKETS = BUCKET_ROWS * BUCKET_COLUMNS;
 constexpr int BUCKETS = LEVEL_BUCKETS * BUCKET_LEVELS;
 
 constexpr int BATCH = 2;  // corners that a thread has under way at once
-// Points are sorted in passes of some rounds, so that the list fits in 48 KB with all else, and
-// what a thread knows of its points in registers. The list ends in corners that count nothing, so
-// that the parts into which it is cut are alike.
-constexpr int SPARE = SLICES * BATCH, STRETCH = 64, MOST_ROUNDS = 5;
+// The list fits in 48 KB with all else. It ends in corners that count nothing, so that the parts
+// into which it is cut are alike.
+constexpr int SPARE = SLICES * BATCH, STRETCH = 64;
 constexpr int OTHER_BYTES = THREADS * CHANNELS * sizeof(VALUE) + BUCKETS * 4 + (1 << 10);
 constexpr int LIST = ((48 << 10) - OTHER_BYTES) / (STRETCH + 2) * STRETCH / 8;  // corners that fit
 constexpr int FITTING = (LIST - SPARE) / (4 * THREADS);
