@@ -169,35 +169,41 @@ DCNV4_DEVICE bool is_left(const Convolution& c, const unsigned char* left, int i
                            (TileArea::number(c, image, row, column) * GROUPS + group) * PARTS);
 }
 
-// Calls `visit(slice, pixel)` for what the tile kernel left. Blocks stride over tiles; each lane
-// looks whether one of them is left, in any group, then the warps visit those.
-template <typename Visit>
-DCNV4_DEVICE void each_left(const Convolution& c, const unsigned char* left, Visit visit) {
-    const unsigned lane = threadIdx.x % 32, count = TileArea::count(c);
-    ptx::wait_for_launch_before();
+// Blocks stride over `count` pieces of work. Each lane of a warp looks whether one of them is
+// wanted, then the block visits those.
+template <typename Wanted, typename Visit>
+DCNV4_DEVICE void each_wanted(unsigned count, Wanted wanted, Visit visit) {
 #pragma unroll 1
     for (unsigned first = blockIdx.x; first < count; first += 32 * gridDim.x) {
-        const unsigned own = first + lane * gridDim.x;
-        const bool wanted = own < count && any_left<TILE_PARTS>(left, own * TILE_PARTS);
-        unsigned found = __ballot_sync(~0u, wanted);
+        const unsigned own = first + threadIdx.x % 32 * gridDim.x;
+        unsigned found = __ballot_sync(~0u, own < count && wanted(own));
 #pragma unroll 1
-        for (; found; found &= found - 1) {
-            const unsigned index = first + (__ffs(found) - 1) * gridDim.x;
-            const TileArea tile(c, index);
-#pragma unroll 1
-            for (unsigned slice = threadIdx.x / LANES; slice < TILE_W * TILE_H * GROUPS;
-                 slice += blockDim.x / LANES) {
-                const int group = slice % GROUPS, pixel = slice / GROUPS;
-                int row = tile.row + pixel / TILE_W, column = tile.column + pixel % TILE_W;
-                const bool active = row < c.out_height && column < c.out_width &&
-                                    any_left<PARTS>(left, (index * GROUPS + group) * PARTS);
-                if (!__any_sync(~0u, active)) continue;
-                if (!active) row = tile.row, column = tile.column;
-                const OutputPixel at(c, tile.image, row, column);
-                visit(Slice(active, at.pixel(c), group, lane % LANES), at);
-            }
-        }
+        for (; found; found &= found - 1) visit(first + (__ffs(found) - 1) * gridDim.x);
     }
+}
+
+// Calls `visit(slice, pixel)` for what the tile kernel left.
+template <typename Visit>
+DCNV4_DEVICE void each_left(const Convolution& c, const unsigned char* left, Visit visit) {
+    ptx::wait_for_launch_before();
+    const auto wanted = [&](unsigned index) {
+        return any_left<TILE_PARTS>(left, index * TILE_PARTS);
+    };
+    each_wanted(TileArea::count(c), wanted, [&](unsigned index) {
+        const TileArea tile(c, index);
+#pragma unroll 1
+        for (unsigned slice = threadIdx.x / LANES; slice < TILE_W * TILE_H * GROUPS;
+             slice += blockDim.x / LANES) {
+            const int group = slice % GROUPS, pixel = slice / GROUPS;
+            int row = tile.row + pixel / TILE_W, column = tile.column + pixel % TILE_W;
+            const bool active = row < c.out_height && column < c.out_width &&
+                                any_left<PARTS>(left, (index * GROUPS + group) * PARTS);
+            if (!__any_sync(~0u, active)) continue;
+            if (!active) row = tile.row, column = tile.column;
+            const OutputPixel at(c, tile.image, row, column);
+            visit(Slice(active, at.pixel(c), group, threadIdx.x % LANES), at);
+        }
+    });
 }
 
 // Calls `visit(slice, pixel)` for the thread's slice or, after tiles, for those that were left.

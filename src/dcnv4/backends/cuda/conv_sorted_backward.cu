@@ -45,26 +45,6 @@ DCNV4_DEVICE bool is_any_left(const Convolution& c, const unsigned char* left, c
     return any;
 }
 
-// Blocks stride over `count` pieces of work. Each thread looks whether one of its block's is
-// wanted, then the block visits those.
-template <typename Wanted, typename Visit>
-DCNV4_DEVICE void each_wanted(unsigned count, Wanted wanted, Visit visit) {
-    __shared__ unsigned found[MAX_THREADS / 32];
-#pragma unroll 1
-    for (unsigned first = blockIdx.x; first < count; first += blockDim.x * gridDim.x) {
-        const unsigned own = first + threadIdx.x * gridDim.x;
-        const unsigned of_warp = __ballot_sync(~0u, own < count && wanted(own));
-        if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = of_warp;
-        __syncthreads();
-#pragma unroll 1
-        for (unsigned warp = 0; warp < blockDim.x / 32; ++warp)
-#pragma unroll 1
-            for (unsigned rest = found[warp]; rest; rest &= rest - 1)
-                visit(first + (32 * warp + __ffs(rest) - 1) * gridDim.x);
-        __syncthreads();
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
     conv_sorted_backward(Arguments a) {
     const Convolution& c = a.c;
