@@ -194,17 +194,18 @@ DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
                      : "memory");
 }
 
-// BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1.
+// BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1. L2 gets
+// whole lines, whose other sectors are wanted next.
 template <int BYTES>
 DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
     const unsigned shared = __cvta_generic_to_shared(to), wanted = there ? BYTES : 0;
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-                     "r"(wanted)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
+                     "l"(from), "r"(wanted)
                      : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
-                     "n"(BYTES), "r"(wanted)
+        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(shared),
+                     "l"(from), "n"(BYTES), "r"(wanted)
                      : "memory");
 }
 // What the lane has copied since the last time is a group.
