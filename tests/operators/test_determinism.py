@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Runner
 from dcnv4 import DCNv4, FlashDeformAttn, backends, functional
+from support.runner import Runner
 
 RUNS = 4
 OPERATORS = ("deform_conv", "ms_deform_attn")

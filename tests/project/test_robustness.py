@@ -31,7 +31,7 @@ from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, backends, functional
 from dcnv4.backends.cpu import compile as cpp
 from dcnv4.backends.cuda import compile as nvrtc
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SECONDS = 240
 """After which a process has hung, also on a busy machine."""
 CPU = backends.Call("deform_conv", torch.device("cpu"), torch.float32)

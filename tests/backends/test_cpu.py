@@ -18,7 +18,7 @@ from dcnv4 import backends, functional
 from dcnv4.geometry import Window
 
 CALL = backends.Call("deform_conv", torch.device("cpu"), torch.float32)
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 # Prints what the cpu backend says, which backend `auto` takes, and whether the results agree.
 PROBE = """
@@ -282,7 +282,7 @@ def test_python_objects_do_not_accumulate() -> None:
 
 
 def test_random_calls_under_the_sanitizers() -> None:
-    command = [sys.executable, str(TESTS / "fuzz_cpu.py"), "--calls", "400", "--seed", "1"]
+    command = [sys.executable, str(SUPPORT / "fuzz_cpu.py"), "--calls", "400", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())

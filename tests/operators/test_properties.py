@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cases
-from conftest import Runner
 from dcnv4 import functional
+from support import cases
+from support.runner import Runner
 
 pytest.importorskip("hypothesis", reason="the laws are tried by hypothesis")
 from hypothesis import HealthCheck, given, settings

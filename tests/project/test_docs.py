@@ -23,7 +23,7 @@ import torch
 
 import dcnv4
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [
     path.relative_to(ROOT).as_posix()

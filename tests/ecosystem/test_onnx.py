@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cases
 import dcnv4
 import dcnv4.onnx
+from support import cases
 
 onnx = pytest.importorskip("onnx", reason="needs onnx; pip install onnx")
 pytest.importorskip("onnxscript", reason="needs onnxscript; pip install onnxscript")

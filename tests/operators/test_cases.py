@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cases
+from support import cases
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.1}
 

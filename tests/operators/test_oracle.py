@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import oracle
+from support import oracle
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 Array = np.ndarray
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import cases
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from support import cases
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CASES = pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import cases
-import oracle
 from dcnv4 import geometry
 from dcnv4.functional import window
+from support import cases, oracle
 
 CONV = [case for case in cases.CONV if case.points and not case.outside]
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-import cases
-from conftest import Runner
 from dcnv4 import backends, functional
 from dcnv4.backends import triton as backend
+from support import cases
+from support.runner import Runner
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MISSING = backend.why_not(backends.Call("deform_conv", CUDA, torch.float32))
@@ -40,10 +40,10 @@ LAYERS = [
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter() -> None:
-    here = Path(__file__).parent
+    operators = Path(__file__).parents[1] / "operators"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     others = ("test_operators.py", "test_amp.py", "test_determinism.py")
-    files = [*(str(here / name) for name in others), __file__]
+    files = [*(str(operators / name) for name in others), __file__]
     chosen = ["-k", "interpreted or (triton-cpu and not float32)"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(

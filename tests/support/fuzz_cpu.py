@@ -1,6 +1,6 @@
 """Random legal calls of the C++ kernels, built with the sanitizers, against the oracle.
 
-    python tests/fuzz_cpu.py --calls 2000 [--seed 0]
+    python tests/support/fuzz_cpu.py --calls 2000 [--seed 0]
 
 The kernels are compiled with -fsanitize=address,undefined under a name of their own.
 The sanitizer's runtime must be loaded before Python is, so the script starts itself again with it.
@@ -190,7 +190,7 @@ def check(
     """Compare output and gradients with those of the oracle for the same rounded numbers."""
     import torch
 
-    import oracle
+    from support import oracle
 
     dtype = rng.choice((torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16))
     wider = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -244,5 +244,5 @@ def compare(result: Any, right: Array) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.exit(main())

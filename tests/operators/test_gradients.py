@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-import cases
 from dcnv4 import functional
+from support import cases
 
 SMALL: dict[str, cases.Case] = {
     "conv": cases.ConvCase(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train.py"
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = [
     pytest.mark.skipif(VERSION < (2, 8), reason=f"the example needs torch >= 2.8; got {VERSION}"),

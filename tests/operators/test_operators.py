@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import cases
-from conftest import Runner
 from dcnv4 import backends, functional
+from support import cases
+from support.runner import Runner
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -21,12 +21,11 @@ from typing import Any
 import pytest
 import torch
 
-import cases
-import fuzz_cuda
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import compile, plans
-from test_cuda_emulated import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
+from support import cases, fuzz_cuda
+from support.kernel_cases import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import oracle
 from dcnv4 import FlashDeformAttn, compat
+from support import oracle
 
 SHAPES = [(5, 7), (3, 4), (1, 2)]
 STARTS = [0, 35, 47]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cases
 import dcnv4
+from support import cases
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = [

@@ -1,6 +1,6 @@
 """Random legal calls of the CUDA kernels against the oracle.
 
-    python tests/fuzz_cuda.py --calls 5000 [--settings 60] [--seed 0]
+    PYTHONPATH=tests python -m support.fuzz_cuda --calls 5000 [--settings 60] [--seed 0]
 
 What a kernel is compiled for comes from a few settings, so that most calls only launch; what it is
 told at launch is drawn for every call.
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-import cases
+from support import cases
 
 DEPTHS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 33, 64, 130)
 LAYOUTS = ("plain", "plain", "plain", "sliced", "permuted", "expanded")

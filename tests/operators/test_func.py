@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-import cases
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, modules
+from support import cases
 
 # Points lie at least 1/8 pixel from where the derivative jumps: the steps of finite differences
 # stay within a cell.

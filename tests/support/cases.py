@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import oracle
 from dcnv4 import functional
+from support import oracle
 
 Array = np.ndarray
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Runner
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional
+from support.emulated import emulated, why_not
+from support.runner import Runner
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -167,6 +168,17 @@ def test_mixed_inputs(op: str, half: torch.dtype, backend: Runner) -> None:
         assert ((output.double() - wide).abs() <= budget).all(), dtypes
         with autocast(backend.device, half):
             assert call(*leaves).dtype == half
+
+
+@OPERATORS
+@HALVES
+def test_cuda_kernels_emulated(op: str, half: torch.dtype) -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"the emulator {reason}")
+    with emulated():
+        test_coordinates_are_never_rounded_down(op, half, Runner("cuda", "cpu"))
+        test_mixed_inputs(op, half, Runner("cuda", "cpu"))
 
 
 @OPERATORS
