@@ -103,15 +103,19 @@ def _flatten_attn(backend: str, value: Tensor, spatial_shapes: Any, *rest: Any) 
     return value, None, [size for pair in spatial_shapes for size in pair], *rest, backend
 
 
-def _for_backward(op: str, value: Tensor, backend: str) -> Backend:
-    """The backend, unless determinism was asked for after it was chosen, and it has none."""
-    if torch.are_deterministic_algorithms_enabled():
+def _for_backward(op: str, value: Tensor, backend: str) -> tuple[Backend, bool]:
+    """The backend, unless determinism was asked for after it was chosen, and it has none; and
+    whether it is asked for."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
         choose(op, value.device, value.dtype, True, backend)
-    return load(backend)
+    return load(backend), deterministic
 
 
 def _conv(backend: str, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
-    return load(backend).conv_forward(value, offset_mask, window)
+    return load(backend).conv_forward(
+        value, offset_mask, window, torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def _conv_meta(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
@@ -121,8 +125,8 @@ def _conv_meta(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
 def _conv_backward(
     grad: Tensor, backend: str, value: Tensor, offset_mask: Tensor, window: Window
 ) -> tuple[Tensor, Tensor]:
-    run = _for_backward("deform_conv", value, backend).conv_backward
-    return run(grad, value, offset_mask, window)
+    chosen, deterministic = _for_backward("deform_conv", value, backend)
+    return chosen.conv_backward(grad, value, offset_mask, window, deterministic)
 
 
 def _conv_differentiable(
@@ -131,8 +135,12 @@ def _conv_differentiable(
     return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
-def _attn(backend: str, *arguments: Any) -> Tensor:
-    return load(backend).attn_forward(*arguments)
+def _attn(
+    backend: str, value: Tensor, shapes: Any, locations: Tensor, weights: Tensor, softmax: bool
+) -> Tensor:
+    return load(backend).attn_forward(
+        value, shapes, locations, weights, softmax, torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
@@ -140,9 +148,17 @@ def _attn_meta(value: Tensor, *arguments: Any) -> Tensor:
     return value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
 
 
-def _attn_backward(grad: Tensor, backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    run = _for_backward("ms_deform_attn", arguments[0], backend).attn_backward
-    return run(grad, *arguments)
+def _attn_backward(
+    grad: Tensor,
+    backend: str,
+    value: Tensor,
+    shapes: Any,
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen, deterministic = _for_backward("ms_deform_attn", value, backend)
+    return chosen.attn_backward(grad, value, shapes, locations, weights, softmax, deterministic)
 
 
 def _attn_differentiable(backend: str, *arguments: Any) -> Tensor:

@@ -50,16 +50,28 @@ class Backend(Protocol):
 
     Coordinates (`offset_mask`, `locations`, `weights`) have the value's dtype, or float32 beside a
     half-precision value. `spatial_shapes` is pairs (H, W) where the host knows them, and otherwise
-    an integer tensor [L, 2] on the value's device or the CPU. Results are contiguous; a gradient
-    has the dtype and the shape of its input.
+    an integer tensor [L, 2] on the value's device or the CPU. `deterministic`: the call runs under
+    deterministic algorithms, and `why_not` allows it. Results are contiguous; a gradient has the
+    dtype and the shape of its input.
     """
 
     def why_not(self, call: Call) -> str | None: ...
 
-    def conv_forward(self, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor: ...
+    def conv_forward(
+        self,
+        value: Tensor,
+        offset_mask: Tensor,
+        window: Window,
+        deterministic: bool = False,
+    ) -> Tensor: ...
 
     def conv_backward(
-        self, grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+        self,
+        grad: Tensor,
+        value: Tensor,
+        offset_mask: Tensor,
+        window: Window,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attn_forward(
@@ -69,6 +81,7 @@ class Backend(Protocol):
         locations: Tensor,
         weights: Tensor,
         softmax: bool,
+        deterministic: bool = False,
     ) -> Tensor: ...
 
     def attn_backward(
@@ -79,6 +92,7 @@ class Backend(Protocol):
         locations: Tensor,
         weights: Tensor,
         softmax: bool,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

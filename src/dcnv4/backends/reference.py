@@ -29,7 +29,12 @@ def why_not(call: Call) -> str | None:
 
 
 def conv_forward(
-    value: Tensor, offset_mask: Tensor, window: Window, *, differentiable: bool = False
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    deterministic: bool = False,
+    *,
+    differentiable: bool = False,
 ) -> Tensor:
     """[B, Ho, Wo, C]. `differentiable`: of operations autograd knows, holding every corner."""
     problem = _conv_problem(value, offset_mask, window)
@@ -38,7 +43,11 @@ def conv_forward(
 
 
 def conv_backward(
-    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+    grad: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     table = _table(value, value.shape[3] // window.groups)
@@ -57,6 +66,7 @@ def attn_forward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
     *,
     differentiable: bool = False,
 ) -> Tensor:
@@ -73,6 +83,7 @@ def attn_backward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
     table = _table(value, value.shape[3])

@@ -53,7 +53,9 @@ def why_not(call: Call) -> str | None:
     return kernels if isinstance(kernels, str) else None
 
 
-def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
+def conv_forward(
+    value: Tensor, offset_mask: Tensor, window: Window, deterministic: bool = False
+) -> Tensor:
     """[B, Ho, Wo, C]."""
     output = value.new_empty((*offset_mask.shape[:3], value.shape[3]))
     _conv("dcnv4_forward", value, offset_mask, window, output)
@@ -61,7 +63,11 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
 
 
 def conv_backward(
-    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+    grad: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad_value = torch.empty(value.shape, dtype=value.dtype)
@@ -79,6 +85,7 @@ def attn_forward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> Tensor:
     """[B, Q, C]."""
     output = value.new_empty((*locations.shape[:3], value.shape[3]))
@@ -93,6 +100,7 @@ def attn_backward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
     grads = (

@@ -50,7 +50,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
+def conv_forward(
+    value: Tensor, offset_mask: Tensor, window: Window, deterministic: bool = False
+) -> Tensor:
     """[B, Ho, Wo, C]"""
     value, offset_mask = _pixels(value), _pixels(offset_mask)
     plan = plans.conv_plan(
@@ -64,8 +66,8 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     )
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
-    output = _empty(value, plan.output)
-    left = _left(plan, value)
+    output = _empty(value, plan.output, deterministic)
+    left = _left(plan, value, deterministic)
     plan(
         value.data_ptr(),
         offset_mask.data_ptr(),
@@ -76,17 +78,20 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
 
 
 def conv_backward(
-    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+    grad: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
     layouts = plans.layout(value), plans.layout(offset_mask), plans.layout(grad)
-    deterministic = torch.are_deterministic_algorithms_enabled()
     plan = plans.conv_plan("conv_backward", *layouts, window, deterministic, value.get_device())
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = _empty(offset_mask, offset_mask.shape)
-    left = _left(plan, value)
+    grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
+    left = _left(plan, value, deterministic)
 
     def run(total: int, units: int) -> None:
         plan(
@@ -113,6 +118,7 @@ def attn_forward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> Tensor:
     """[B, Q, C]"""
     value, locations, weights = _rows(value), _rows(locations), _rows(weights)
@@ -123,7 +129,7 @@ def attn_forward(
     )
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
-    output = _empty(value, plan.output)
+    output = _empty(value, plan.output, deterministic)
     plan(
         value.data_ptr(),
         locations.data_ptr(),
@@ -141,6 +147,7 @@ def attn_backward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
     grad, value = _rows(grad), _rows(value)
@@ -152,7 +159,6 @@ def attn_backward(
         plans.layout(weights),
         plans.layout(grad),
     )
-    deterministic = torch.are_deterministic_algorithms_enabled()
     plan = plans.attn_plan(
         "attn_backward", *layouts, sizes, softmax, deterministic, value.get_device()
     )
@@ -160,8 +166,8 @@ def attn_backward(
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return grads[0], grads[1], grads[2]
-    grad_locations = _empty(locations, locations.shape)
-    grad_weights = _empty(weights, weights.shape)
+    grad_locations = _empty(locations, locations.shape, deterministic)
+    grad_weights = _empty(weights, weights.shape, deterministic)
 
     def run(total: int, units: int) -> None:
         plan(
@@ -184,32 +190,34 @@ def attn_backward(
     return grad_value, grad_locations, grad_weights
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+def _empty(
+    like: Tensor, shape: tuple[int, ...], deterministic: bool, dtype: torch.dtype | None = None
+) -> Tensor:
     """A contiguous tensor, all of which a kernel will write.
 
     Under deterministic algorithms PyTorch fills what it has just allocated; this does not.
     """
-    if not torch.are_deterministic_algorithms_enabled():
+    if not deterministic:
         return like.new_empty(shape, dtype=dtype)
     empty = like.new_empty(0, dtype=dtype)
     size = math.prod(shape) * empty.element_size()
     return empty.set_(torch.UntypedStorage(size, device=like.device)).view(shape)
 
 
-def _left(plan: plans.Plan, beside: Tensor) -> Tensor | None:
+def _left(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor | None:
     """Where the launch says what it leaves to the next."""
-    return _empty(beside, (plan.parts,), torch.uint8) if plan.parts else None
+    return _empty(beside, (plan.parts,), deterministic, torch.uint8) if plan.parts else None
 
 
 def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
     """The gradient of `value`, which `run` adds to zeros at an address."""
     dtype = sum_dtype(value.dtype)
-    total = _empty(value, value.shape, dtype)
+    total = _empty(value, value.shape, False, dtype)
     plans.zeros_plan(total.nbytes, value.get_device())(total.data_ptr())
     run(total.data_ptr(), 0)
     if dtype == value.dtype:
         return total
-    result = _empty(value, value.shape)
+    result = _empty(value, value.shape, False)
     totals = plans.totals_plan(1, value.numel(), value.dtype, False, value.get_device())
     totals(total.data_ptr(), 0, result.data_ptr())
     return result
@@ -246,10 +254,10 @@ def _summed_in_any_order(
     """
     images, numbers = value.shape[0], value.numel()
     # The integers, then each image's largest numbers and multiplier: see units.cu.
-    sums = _empty(value, (numbers + 2 * images + 1,), torch.int64).zero_()
+    sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
     beside = sums.data_ptr() + 8 * numbers
     multipliers = beside + 8 * (images + 1)
-    result = _empty(value, value.shape)
+    result = _empty(value, value.shape, True)
     held = None if weights is None else (plans.layout(weights.tensor), *weights[1:])
     device = value.get_device()
     units = plans.units_plan(plans.layout(grad), held, groups, points, device)

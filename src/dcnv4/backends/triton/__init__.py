@@ -75,7 +75,9 @@ def preferred(
     return Launch(block, block_g, block_d, block_k, chunk, warps)
 
 
-def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
+def conv_forward(
+    value: Tensor, offset_mask: Tensor, window: Window, deterministic: bool = False
+) -> Tensor:
     """[B, Ho, Wo, C]"""
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
@@ -100,7 +102,11 @@ def conv_forward(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
 
 
 def conv_backward(
-    grad: Tensor, value: Tensor, offset_mask: Tensor, window: Window
+    grad: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    window: Window,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     batch, height, width, channels = shape = value.shape
@@ -139,6 +145,7 @@ def attn_forward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> Tensor:
     """[B, Q, C]"""
     batch, length, groups, depth = value.shape
@@ -180,6 +187,7 @@ def attn_backward(
     locations: Tensor,
     weights: Tensor,
     softmax: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
     batch, length, groups, depth = shape = value.shape
