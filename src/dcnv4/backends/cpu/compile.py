@@ -22,8 +22,8 @@ from pathlib import Path
 
 from .. import host_compiler
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = SOURCE.parents[1] / "include" / "sampling.h"
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_HEADERS = [*_SOURCE.parent.glob("*.h"), *_SOURCE.parents[1].glob("include/*.h")]
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 # Of the liberties with numbers only these two: nothing here reads errno or floating-point traps.
@@ -48,7 +48,7 @@ def library(folder: str, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     native, predefined = _target(compiler)
     options = (*flags, *_TUNING, *native)
     key = hashlib.sha256(repr((compiler, options)).encode() + predefined)
-    for source in (SOURCE, _HEADER):
+    for source in (_SOURCE, *sorted(_HEADERS)):
         key.update(source.read_bytes())
     stem = f"cpu-{key.hexdigest()[:32]}"
     root = Path(folder)
@@ -96,7 +96,7 @@ def _compile(compiler: list[str], options: Sequence[str], root: Path, stem: str)
     with tempfile.TemporaryDirectory(prefix="cpu-", dir=root) as folder:
         built = Path(folder) / "kernels.so"
         for openmp in _OPENMP:
-            done = _run([*compiler, *options, *openmp, str(SOURCE), "-o", str(built)])
+            done = _run([*compiler, *options, *openmp, str(_SOURCE), "-o", str(built)])
             if done.returncode == 0:
                 break
         else:
