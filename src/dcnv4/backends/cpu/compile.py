@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import host_compiler
+from .records import HEADER
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _HEADERS = [*_SOURCE.parent.glob("*.h"), *_SOURCE.parents[1].glob("include/*.h")]
@@ -47,7 +48,7 @@ def library(folder: str, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     compiler = _compiler()
     native, predefined = _target(compiler)
     options = (*flags, *_TUNING, *native)
-    key = hashlib.sha256(repr((compiler, options)).encode() + predefined)
+    key = hashlib.sha256(repr((compiler, options)).encode() + predefined + HEADER.encode())
     for source in (_SOURCE, *sorted(_HEADERS)):
         key.update(source.read_bytes())
     stem = f"cpu-{key.hexdigest()[:32]}"
@@ -95,8 +96,11 @@ def _target(compiler: list[str]) -> tuple[Sequence[str], bytes]:
 def _compile(compiler: list[str], options: Sequence[str], root: Path, stem: str) -> None:
     with tempfile.TemporaryDirectory(prefix="cpu-", dir=root) as folder:
         built = Path(folder) / "kernels.so"
+        Path(folder, "records.h").write_text(HEADER, encoding="utf-8")
         for openmp in _OPENMP:
-            done = _run([*compiler, *options, *openmp, str(_SOURCE), "-o", str(built)])
+            done = _run(
+                [*compiler, *options, *openmp, f"-I{folder}", str(_SOURCE), "-o", str(built)]
+            )
             if done.returncode == 0:
                 break
         else:

@@ -73,12 +73,12 @@ __attribute__((always_inline)) inline void likely_with_rows(T* top, int64_t stri
 
 // Sum the points of each of the first slices; `whole` where all their corners are legal.
 template <bool whole, typename S, typename A>
-__attribute__((noinline)) void gather(const Problem& p, const Grid<A>& grid, const Points<A>& s,
+__attribute__((noinline)) void gather(const Work& p, const Grid<A>& grid, const Points<A>& s,
                                       int64_t slices, const S span) {
     using V = typename S::V;
     const auto zeros = reinterpret_cast<const V*>(kZeros);
-    const V* const value = (const V*)p.value.data + span.first;
-    V* const output = (V*)p.output.data + span.first;
+    const V* const value = (const V*)p.call.value + span.first;
+    V* const output = (V*)p.call.output + span.first;
     const Slice<A>*const first = s.slices, *const last = first + slices;
     const int64_t* position = s.position;
     const int* legal = s.legal;
@@ -129,7 +129,7 @@ struct Sums {
 // Add to the dot products of the output's gradient with each corner's row, and to the gradient of
 // the corners' rows themselves: either or both.
 template <typename S, typename A>
-__attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Points<A>& s,
+__attribute__((noinline)) void spread(const Work& p, const Grid<A>& grid, Points<A>& s,
                                       int64_t slices, const Sums<A>* sums, bool want_dots,
                                       const S span) {
     using V = typename S::V;
@@ -143,8 +143,8 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
     const int64_t sums_stride = sums ? sums->stride() : 0, low = sums ? sums->low : 0;
     for (int64_t u = 0; u < slices; ++u) {
         const Slice<A>& at = s.slices[u];
-        const V* const channels = (const V*)p.value.data + at.value + span.first;
-        const V* const grad_out = (const V*)p.output.data + at.output + span.first;
+        const V* const channels = (const V*)p.call.value + at.value + span.first;
+        const V* const grad_out = (const V*)p.call.output + at.output + span.first;
         A* const to =
             sums ? sums->at + (at.group - sums->first_group) * sums->depth + span.first : nullptr;
         typename S::Lanes grad[S::count];
@@ -182,7 +182,7 @@ __attribute__((noinline)) void spread(const Problem& p, const Grid<A>& grid, Poi
 
 // Gradients of offsets and weights of the first slices, from the partial sums.
 template <typename A>
-__attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, int64_t image,
+__attribute__((noinline)) void finish(const Work& p, const Grid<A>& grid, int64_t image,
                                       int64_t slices, Points<A>& s) {
     const int64_t count = grid.count, points = slices * count;
     constexpr int L = kBytes / int(sizeof(A)) < 4 ? 4 : kBytes / int(sizeof(A));
@@ -235,17 +235,18 @@ __attribute__((noinline)) void finish(const Problem& p, const Grid<A>& grid, int
                 to[k] = softmax_backward(grads[k], own[k], mean);
             grads = to;
         }
-        write(p.grad_offsets, p.grad_offsets.at(image, at.row, at.column, at.group),
+        write(p.call.grad_offsets, p.grad_offsets.dtype,
+              index_of(p.grad_offsets, image, at.row, at.column, at.group),
               pairs + 2 * u * count, 2 * count, s.raw);
-        write(p.grad_weights, p.grad_weights.at(image, at.row, at.column, at.group), grads, count,
-              s.raw);
+        write(p.call.grad_weights, p.grad_weights.dtype,
+              index_of(p.grad_weights, image, at.row, at.column, at.group), grads, count, s.raw);
     }
 }
 
 // Run f(task, scratch) for every task. One thread never touches OpenMP; a forked child must not use
 // the pool of its parent, which it did not inherit.
 template <typename A, typename F>
-void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& grid,
+void parallel(const Work& p, int64_t threads, int64_t tasks, const Grid<A>& grid,
               int64_t sums, F&& f) {
     std::atomic<int64_t> next{0};
     std::vector<Points<A>> scratch;
@@ -259,7 +260,7 @@ void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& g
     };
     if (threads == 1) return work();
 #ifdef _OPENMP
-    if (!p.forked) {
+    if (!p.call.forked) {
 #pragma omp parallel num_threads(int(threads))
         work();
         return;
@@ -280,16 +281,16 @@ void parallel(const Problem& p, int64_t threads, int64_t tasks, const Grid<A>& g
 constexpr double kSmall = 1 << 17;
 
 template <typename A>
-int64_t threads_for(const Problem& p, const Grid<A>& grid) {
+int64_t threads_for(const Work& p, const Grid<A>& grid) {
     const double work = double(p.images) * double(p.rows) * double(p.columns) * double(p.groups) *
                         double(grid.count) * double(p.depth + 16) * 4;
-    return work < kSmall ? 1 : p.threads;
+    return work < kSmall ? 1 : p.call.threads;
 }
 
 template <typename V>
-void forward(const Problem& p, const Level* levels, const double* base) {
+void forward(const Work& p, const Point* points) {
     using A = typename Accumulator<V>::type;
-    const Grid<A> grid(p, levels, base);
+    const Grid<A> grid(p, points);
     const int64_t per_image = p.rows * p.columns, threads = threads_for(p, grid);
     if (p.images * per_image == 0) return;
     const int64_t wanted = (8 * threads + p.images - 1) / p.images;
@@ -309,7 +310,7 @@ void forward(const Problem& p, const Level* levels, const double* base) {
 
 // Whether the sums of so many groups lie in the gradient of the value as they would in the scratch.
 template <typename V, typename A>
-bool is_in_place(const Problem& p, int64_t groups) {
+bool is_in_place(const Work& p, int64_t groups) {
     return std::is_same<V, A>::value && spanned(p.depth) == p.depth &&
            groups * p.depth == p.grad_value.column;
 }
@@ -317,8 +318,8 @@ bool is_in_place(const Problem& p, int64_t groups) {
 // Call f(sums) for the zeroed sums of a block of the gradient of the value, and see that they
 // become it: they are summed in the tensor where they lie there as they would in the scratch.
 template <typename V, typename A, typename F>
-void with_sums(const Problem& p, int64_t image, Sums<A> sums, F&& f) {
-    const auto to = (V*)p.grad_value.data + p.grad_value.at(image, 0, sums.low, sums.first_group);
+void with_sums(const Work& p, int64_t image, Sums<A> sums, F&& f) {
+    const auto to = (V*)p.call.grad_value + index_of(p.grad_value, image, 0, sums.low, sums.first_group);
     const bool there = is_in_place<V, A>(p, sums.last_group - sums.first_group);
     if (there) sums.at = reinterpret_cast<A*>(to);
     std::fill_n(sums.at, (sums.high - sums.low) * sums.stride(), A(0));
@@ -343,9 +344,9 @@ struct Reach {
 };
 
 template <typename V>
-void backward(const Problem& p, const Level* levels, const double* base) {
+void backward(const Work& p, const Point* points) {
     using A = typename Accumulator<V>::type;
-    const Grid<A> grid(p, levels, base);
+    const Grid<A> grid(p, points);
     const int64_t per_image = p.rows * p.columns, threads = threads_for(p, grid);
     const int64_t owners = p.images * p.groups, depth = spanned(p.depth);
     const auto spread_all = [&](Points<A>& s, int64_t image, int64_t slices, const Sums<A>* sums,
@@ -422,20 +423,11 @@ void backward(const Problem& p, const Level* levels, const double* base) {
     });
 }
 
-struct Call {
-    char* data[7];  // of the views
-    int64_t threads, forked;
-};
-
 template <typename F>
-int run(Problem p, const Call& call, const F& f) {
-    View* const views[] = {&p.value,      &p.offsets,      &p.weights,     &p.output,
-                           &p.grad_value, &p.grad_offsets, &p.grad_weights};
-    for (int i = 0; i < 7; ++i) views[i]->data = call.data[i];
-    p.threads = call.threads;
-    p.forked = call.forked;
+int run(const Problem& problem, const Call& call, const F& f) {
+    Work p{problem, call};
     // An empty value has no memory to point to, and no point reads it.
-    if (p.pixels == 0) p.value.data = p.grad_value.data = const_cast<char*>(kZeros);
+    if (p.pixels == 0) p.call.value = p.call.grad_value = const_cast<char*>(kZeros);
     try {
         f(p);
         return 0;
@@ -455,27 +447,25 @@ using namespace dcnv4;
 #define DCNV4_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Both return 0, or 1 where memory ran out. `base` is (x, y) of every point, or null.
-DCNV4_EXPORT int dcnv4_forward(const Problem* problem, const Level* levels, const double* base,
-                               const Call* call) {
-    return run(*problem, *call, [=](const Problem& p) {
+// Both return 0, or 1 where memory ran out. `points` are those of a slice.
+DCNV4_EXPORT int dcnv4_forward(const Problem* problem, const Point* points, const Call* call) {
+    return run(*problem, *call, [=](const Work& p) {
         switch (p.value.dtype) {
-            case 0: return forward<double>(p, levels, base);
-            case 1: return forward<float>(p, levels, base);
-            case 2: return forward<bfloat>(p, levels, base);
-            default: return forward<half>(p, levels, base);
+            case float64: return forward<double>(p, points);
+            case float32: return forward<float>(p, points);
+            case bfloat16: return forward<bfloat>(p, points);
+            case float16: return forward<half>(p, points);
         }
     });
 }
 
-DCNV4_EXPORT int dcnv4_backward(const Problem* problem, const Level* levels, const double* base,
-                                const Call* call) {
-    return run(*problem, *call, [=](const Problem& p) {
+DCNV4_EXPORT int dcnv4_backward(const Problem* problem, const Point* points, const Call* call) {
+    return run(*problem, *call, [=](const Work& p) {
         switch (p.value.dtype) {
-            case 0: return backward<double>(p, levels, base);
-            case 1: return backward<float>(p, levels, base);
-            case 2: return backward<bfloat>(p, levels, base);
-            default: return backward<half>(p, levels, base);
+            case float64: return backward<double>(p, points);
+            case float32: return backward<float>(p, points);
+            case bfloat16: return backward<bfloat>(p, points);
+            case float16: return backward<half>(p, points);
         }
     });
 }

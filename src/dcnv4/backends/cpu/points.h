@@ -11,34 +11,31 @@
 #include <type_traits>
 
 #include "../include/sampling.h"
+#include "records.h"
 #include "vectors.h"
 
 namespace dcnv4 {
 namespace {
 
-// The arguments, as `_plan` in __init__.py packs them, and as `_run` does what differs from call to
-// call. Strides are in elements.
-struct View {
-    char* data;
-    int64_t dtype;  // 0 float64, 1 float32, 2 bfloat16, 3 float16
-    int64_t image, row, column, group;
-
-    int64_t at(int64_t b, int64_t y, int64_t x, int64_t g) const {
-        return b * image + y * row + x * column + g * group;
-    }
+// A problem of one call. Both operators are the same one: they differ in where their points lie.
+struct Work : Problem {
+    Call call;
 };
 
-struct Level {
-    int64_t height, width, start;  // start: its first pixel in the value
-};
+// The first number of a slice in a tensor, or of a pixel of the value.
+int64_t index_of(const View& view, int64_t image, int64_t row, int64_t column, int64_t group) {
+    return image * view.image + row * view.row + column * view.column + group * view.group;
+}
 
-struct Problem {
-    View value, offsets, weights, output, grad_value, grad_offsets, grad_weights;
-    int64_t images, rows, columns, groups, depth, pixels;  // pixels of one image of the value
-    int64_t levels, points;                                // points of each level
-    int64_t softmax, clipped, threads, forked;             // clipped: levels may leave the value
-    double origin_x, origin_y, step_x, step_y;             // of output column 0 and row 0
-    double scale;                                          // of points with a base
+// The numbers of a tensor that are read as slices.
+struct Numbers {
+    Numbers(const Work& p, const View& view, const char* data, int64_t of_slice)
+        : data(data), dtype(view.dtype),
+          end(of_slice + index_of(view, p.images - 1, p.rows - 1, p.columns - 1, p.groups - 1)) {}
+
+    const char* data;
+    Dtype dtype;
+    int64_t end;  // one past the last
 };
 
 // Loops over points take this many lanes at a time; arrays over points are padded to whole blocks.
@@ -69,38 +66,32 @@ using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 // What is the same for every batch, point by point: as the slices' points repeat, so does this.
 template <typename A>
 struct Grid {
-    Grid(const Problem& p, const Level* levels, const double* points)
+    Grid(const Work& p, const Point* points)
         : count(p.levels * p.points), slices(std::max<int64_t>(1, kBatch / count)),
           size(padded(slices * count) + kBlock),
-          offsets_end(end_of(p, p.offsets, 2 * count)), weights_end(end_of(p, p.weights, count)),
-          base(2 * size), scale(2 * size), height(size), width(size), start(size),
-          below(size) {
+          offsets(p, p.offsets, p.call.offsets, 2 * count),
+          weights(p, p.weights, p.call.weights, count), base(2 * size), scale(2 * size),
+          height(size), width(size), start(size), below(size) {
         for (int64_t n = 0; n < size; ++n) {
-            const int64_t k = n % count;
-            const Level& level = levels[k / p.points];
-            base[2 * n] = points ? A(points[2 * k]) : A(0);
-            base[2 * n + 1] = points ? A(points[2 * k + 1]) : A(0);
-            scale[2 * n] = points ? A(p.scale) : A(level.width);
-            scale[2 * n + 1] = points ? A(p.scale) : A(level.height);
-            height[n] = int(level.height);
-            width[n] = int(level.width);
-            start[n] = level.start;
-            below[n] = level.width * p.value.column;
+            const Point& point = points[n % count];
+            base[2 * n] = A(point.x);
+            base[2 * n + 1] = A(point.y);
+            scale[2 * n] = A(point.scale_x);
+            scale[2 * n + 1] = A(point.scale_y);
+            height[n] = int(point.height);
+            width[n] = int(point.width);
+            start[n] = point.start;
+            below[n] = point.width * p.value.column;
         }
     }
 
     int64_t count, slices;  // points of a slice, slices of a batch
-    int64_t size;          // points of a batch, and a block more: a slice's last block may end there
-    int64_t offsets_end, weights_end;  // one past the last number of the tensors
-    Array<A> base, scale;              // x and y in turn
+    int64_t size;  // points of a batch, and a block more: a slice's last block may end there
+    Numbers offsets, weights;
+    Array<A> base, scale;  // x and y in turn
     Array<int> height, width;
     Array<int64_t> start;
     Array<int64_t> below;  // from a row of the value to the next, in elements
-
-  private:
-    static int64_t end_of(const Problem& p, const View& view, int64_t numbers) {
-        return view.at(p.images - 1, p.rows - 1, p.columns - 1, p.groups - 1) + numbers;
-    }
 };
 
 // An output pixel's group: K points, which follow those of the slice before.
@@ -159,29 +150,32 @@ void convert(const A* from, int64_t count, B* to) {
 // `count` numbers as A: where they lie in memory, if their dtype and the tensor's end allow whole
 // blocks of them to be read there, or in `to`. What follows the `count` may be anything.
 template <typename A>
-__attribute__((always_inline)) inline const A* read(const View& view, int64_t end, int64_t at,
+__attribute__((always_inline)) inline const A* read(const Numbers& numbers, int64_t at,
                                                     int64_t count, double* raw, A* to) {
-    const int64_t size = view.dtype <= 1 ? sizeof(A) : 2;
-    const void* from = view.data + at * size;
-    if (__builtin_expect(at + padded(count) > end, 0)) from = std::memcpy(raw, from, count * size);
+    const bool is_half = numbers.dtype == bfloat16 || numbers.dtype == float16;
+    const int64_t size = is_half ? 2 : sizeof(A);
+    const void* from = numbers.data + at * size;
+    if (__builtin_expect(at + padded(count) > numbers.end, 0)) from = std::memcpy(raw, from, count * size);
     if constexpr (std::is_same<A, float>::value) {
-        if (view.dtype == 2) return convert(static_cast<const bfloat*>(from), count, to), to;
-        if (view.dtype == 3) return convert(static_cast<const half*>(from), count, to), to;
+        if (numbers.dtype == bfloat16)
+            return convert(static_cast<const bfloat*>(from), count, to), to;
+        if (numbers.dtype == float16) return convert(static_cast<const half*>(from), count, to), to;
     }
     return static_cast<const A*>(from);
 }
 
 // `from` holds whole blocks.
 template <typename A>
-void write(const View& view, int64_t at, const A* from, int64_t count, double* raw) {
-    if (view.dtype <= 1) return copy(from, count, reinterpret_cast<A*>(view.data) + at);
+void write(char* to, Dtype dtype, int64_t at, const A* from, int64_t count, double* raw) {
+    if (dtype != bfloat16 && dtype != float16)
+        return copy(from, count, reinterpret_cast<A*>(to) + at);
     if constexpr (std::is_same<A, float>::value) {
-        if (view.dtype == 2) {
+        if (dtype == bfloat16) {
             convert(from, count, reinterpret_cast<bfloat*>(raw));
         } else {
             convert(from, count, reinterpret_cast<half*>(raw));
         }
-        copy(reinterpret_cast<uint16_t*>(raw), count, reinterpret_cast<uint16_t*>(view.data) + at);
+        copy(reinterpret_cast<uint16_t*>(raw), count, reinterpret_cast<uint16_t*>(to) + at);
     }
 }
 
@@ -275,7 +269,7 @@ bool are_whole(const int* legal, int64_t points) {
 
 // The points of the first `slices`.
 template <typename A>
-__attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int64_t slices,
+__attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t slices,
                                      Points<A>& s) {
     constexpr int L = kBytes / int(sizeof(A));
     using Lanes = Vector<A, L>;
@@ -283,8 +277,7 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
     const A *const base = grid.base, *const scale = grid.scale;
     A *const pairs = s.pairs, *const weight = s.weight, *const numbers = s.numbers;
     double* const raw = s.raw;
-    const View offsets_view = p.offsets, weights_view = p.weights;
-    const int64_t offsets_end = grid.offsets_end, weights_end = grid.weights_end;
+    const Numbers all_offsets = grid.offsets, all_weights = grid.weights;
     const Slice<A>*const first = s.slices, *const last = first + slices;
     Vector<Integer<A>, L> odd;
     for (int i = 0; i < L; ++i) odd[i] = -(i % 2);
@@ -292,8 +285,7 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
     // Two loops and copies of what they read, so that all of it stays in registers.
     A* to = pairs;
     for (const Slice<A>* at = first; at < last; ++at, to += 2 * count) {
-        const A* const offsets =
-            read<A>(offsets_view, offsets_end, at->offsets, 2 * count, raw, numbers);
+        const A* const offsets = read<A>(all_offsets, at->offsets, 2 * count, raw, numbers);
         const Lanes origin = odd ? Lanes{} + at->y : Lanes{} + at->x;
         // Coordinates are those of geometry.py to the bit.
         for (int64_t i = 0; i < 2 * count; i += L)
@@ -303,8 +295,7 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
     }
     to = weight;
     for (const Slice<A>* at = first; at < last; ++at, to += count) {
-        const A* const weights =
-            read<A>(weights_view, weights_end, at->weights, count, raw, numbers);
+        const A* const weights = read<A>(all_weights, at->weights, count, raw, numbers);
         if (p.softmax) {
             softmax<A>(weights, count, to);
         } else {
@@ -340,19 +331,19 @@ __attribute__((noinline)) void place(const Problem& p, const Grid<A>& grid, int6
 // Place groups [g, last_group) of output pixels [first, last) of one image, in order, a batch at a
 // time, and call f(slices) after each.
 template <typename A, typename F>
-void for_batches(const Problem& p, const Grid<A>& grid, int64_t image, int64_t first, int64_t last,
+void for_batches(const Work& p, const Grid<A>& grid, int64_t image, int64_t first, int64_t last,
                  int64_t first_group, int64_t last_group, Points<A>& s, F&& f) {
     if (first >= last) return;
     int64_t row = first / p.columns, column = first % p.columns, group = first_group;
     for (int64_t left = (last - first) * (last_group - first_group); left > 0;) {
         const int64_t slices = std::min(left, grid.slices);
         for (int64_t u = 0; u < slices;) {
-            Slice<A> next{row, column, group, p.value.at(image, 0, 0, group),
-                         p.offsets.at(image, row, column, group),
-                         p.weights.at(image, row, column, group),
-                         p.output.at(image, row, column, group),
-                         A(p.origin_x + p.step_x * double(column)),
-                         A(p.origin_y + p.step_y * double(row))};
+            Slice<A> next{row, column, group, index_of(p.value, image, 0, 0, group),
+                          index_of(p.offsets, image, row, column, group),
+                          index_of(p.weights, image, row, column, group),
+                          index_of(p.output, image, row, column, group),
+                          A(p.shift + double(p.origin_x + p.step_x * column)),
+                          A(p.shift + double(p.origin_y + p.step_y * row))};
             for (; u < slices && next.group < last_group; ++next.group) {
                 s.slices[u++] = next;
                 next.value += p.value.group;
