@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from ...geometry import Window
 from .. import Call, cache_dir
 from .compile import CompileError, library
-from .records import CALL, DTYPES, POINT, PROBLEM, VIEW
+from .records import CALL, DTYPES, POINT, PROBLEM, TENSORS, VIEW
 
+_T = TypeVar("_T")
 # Column and row numbers are 32-bit integers in the kernels.
 _LARGEST = 2**31 - 1
 
@@ -82,8 +83,7 @@ def attn_forward(
 ) -> Tensor:
     """[B, Q, C]."""
     output = value.new_empty((*locations.shape[:3], value.shape[3]))
-    tensors = {"value": value, "offsets": locations, "weights": weights, "output": output}
-    _attn("dcnv4_forward", spatial_shapes, softmax, tensors)
+    _attn("dcnv4_forward", spatial_shapes, softmax, value, locations, weights, output)
     return output.flatten(2)
 
 
@@ -97,22 +97,18 @@ def attn_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
-    inputs = {"value": value, "offsets": locations, "weights": weights}
-    grads = {
-        f"grad_{name}": torch.empty(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in inputs.items()
-    }
+    grads = (
+        torch.empty(value.shape, dtype=value.dtype),
+        torch.empty(locations.shape, dtype=locations.dtype),
+        torch.empty(weights.shape, dtype=weights.dtype),
+    )
     grad = _inner(grad.to(value.dtype), 1).unflatten(2, value.shape[2:])
-    _attn("dcnv4_backward", spatial_shapes, softmax, {**inputs, "output": grad, **grads})
-    return grads["grad_value"], grads["grad_offsets"], grads["grad_weights"]
+    _attn("dcnv4_backward", spatial_shapes, softmax, value, locations, weights, grad, *grads)
+    return grads
 
 
-class _Layout(NamedTuple):
-    """What the kernels must know of a tensor but where it lies."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""What the kernels must know of a tensor but where it lies: shape, strides, dtype."""
 
 
 class _Plan(NamedTuple):
@@ -153,12 +149,13 @@ def _conv(
 def _conv_plan(
     window: Window, value: _Layout, offset_mask: _Layout, output: _Layout, *grads: _Layout
 ) -> _Plan:
-    batch, height, width, channels = value.shape
+    batch, height, width, channels = value[0]
+    _, rows, columns, _ = offset_mask[0]
     down, right = window.padding
     if max(height + down, width + right) > _LARGEST:
         raise ValueError(
             f"value and padding must have H + padding, W + padding < 2**31 = {2**31}; "
-            f"got {list(value.shape)} and {window.padding}"
+            f"got {list(value[0])} and {window.padding}"
         )
     depth, per_slice = channels // window.groups, 3 * window.points()
     views = {"value": _view(value, depth), "output": _view(output, depth)}
@@ -171,8 +168,8 @@ def _conv_plan(
         **views,
         images=batch,
         pixels=height * width,
-        rows=offset_mask.shape[1],
-        columns=offset_mask.shape[2],
+        rows=rows,
+        columns=columns,
         groups=window.groups,
         depth=depth,
         levels=1,
@@ -192,24 +189,27 @@ def _attn(
     function: str,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
     softmax: bool,
-    tensors: dict[str, Tensor],
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    *grads: Tensor,
 ) -> None:
     """Run an attention; `output` is the forward's result or the backward's gradient of it."""
-    for name, dimensions in (("value", 1), ("offsets", 3), ("weights", 2)):
-        tensors[name] = _inner(tensors[name], dimensions)
+    value, locations, weights = _inner(value, 1), _inner(locations, 3), _inner(weights, 2)
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    layouts = {name: _layout(tensor) for name, tensor in tensors.items()}
-    plan = _attn_plan(tuple(map(tuple, pairs)), softmax, **layouts)
-    _run(function, plan, {name: tensor.data_ptr() for name, tensor in tensors.items()})
+    tensors = value, locations, weights, output, *grads
+    plan = _attn_plan(tuple(map(tuple, pairs)), softmax, *map(_layout, tensors))
+    _run(function, plan, _by_name([tensor.data_ptr() for tensor in tensors]))
 
 
 @lru_cache(maxsize=256)
-def _attn_plan(shapes: tuple[tuple[int, int], ...], softmax: bool, **layouts: _Layout) -> _Plan:
-    batch, pixels, groups, depth = layouts["value"].shape
-    _, queries, _, _, points, _ = layouts["offsets"].shape
+def _attn_plan(shapes: tuple[tuple[int, int], ...], softmax: bool, *tensors: _Layout) -> _Plan:
+    batch, pixels, groups, depth = tensors[0][0]
+    _, queries, _, _, points, _ = tensors[1][0]
     levels, clipped = _levels(shapes, pixels)
     problem = PROBLEM.pack(
-        **{name: _heads_view(layout) for name, layout in layouts.items()},
+        **_by_name([_heads_view(tensor) for tensor in tensors]),
         images=batch,
         pixels=pixels,
         rows=1,
@@ -263,21 +263,24 @@ def _inner(tensor: Tensor, dimensions: int) -> Tensor:
 
 
 def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _by_name(things: list[_T]) -> dict[str, _T]:
+    """What belongs to each of a call's tensors, which are in the order of `records.TENSORS`."""
+    return dict(zip(TENSORS, things, strict=False))
 
 
 def _view(tensor: _Layout, group: int) -> bytes:
     """A tensor [B, rows, columns, channels] whose groups are so many channels apart."""
-    image, row, column, _ = tensor.strides
-    return VIEW.pack(
-        dtype=DTYPES.index(tensor.dtype), image=image, row=row, column=column, group=group
-    )
+    _, (image, row, column, _), dtype = tensor
+    return VIEW.pack(dtype=DTYPES.index(dtype), image=image, row=row, column=column, group=group)
 
 
 def _heads_view(tensor: _Layout) -> bytes:
     """A tensor [B, S or Q, G, ...]: one row of pixels or queries."""
-    image, column, group = tensor.strides[:3]
-    return VIEW.pack(dtype=DTYPES.index(tensor.dtype), image=image, column=column, group=group)
+    _, (image, column, group, *_), dtype = tensor
+    return VIEW.pack(dtype=DTYPES.index(dtype), image=image, column=column, group=group)
 
 
 def _levels(
