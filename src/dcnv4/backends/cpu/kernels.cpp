@@ -1,10 +1,12 @@
 // Both operators and their gradients on a CPU, as one: for every output pixel and group,
 //
 //     out[D] = sum_k w_k * bilinear(value; x_k, y_k)
-//     x_k = origin_x + scale_x * (base_x + offset_x)
+//     x_k = origin_x + scale_x * (base_x + offset_x) + shift
 //
-// A convolution is one level whose points have a base, the kernel's grid; an attention's points
-// have none, its scale is the size of their level and its origin -1/2.
+// A convolution is one level whose points have a base, the kernel's grid, and an origin, the pixel
+// at the centre of the window: an integer that only the floor of the rest is added to, so that no
+// precision is lost where it is large. An attention's points have neither; their scale is the size
+// of their level and their shift -1/2.
 //
 // Work. Every thread takes pieces of output pixels from a counter. The K points of one (pixel,
 // group) are a slice; the points of a batch of slices lie one after another in the lanes of vectors,
@@ -79,7 +81,7 @@ __attribute__((noinline)) void gather(const Work& p, const Grid<A>& grid, const 
     const auto zeros = reinterpret_cast<const V*>(kZeros);
     const V* const value = (const V*)p.call.value + span.first;
     V* const output = (V*)p.call.output + span.first;
-    const Slice<A>*const first = s.slices, *const last = first + slices;
+    const Slice *const first = s.slices, *const last = first + slices;
     const int64_t* position = s.position;
     const int* legal = s.legal;
     const A* coefficient = s.coefficient;
@@ -87,7 +89,7 @@ __attribute__((noinline)) void gather(const Work& p, const Grid<A>& grid, const 
     const int64_t stride = p.value.column, count = grid.count;
     // Sums that do not wait for each other.
     constexpr int chains = S::count < 4 ? 4 / S::count : 1;
-    for (const Slice<A>* at = first; at < last; ++at) {
+    for (const Slice* at = first; at < last; ++at) {
         const V* const channels = value + at->value;
         typename S::Lanes sum[chains][S::count];
         for (auto& chain : sum)
@@ -142,7 +144,7 @@ __attribute__((noinline)) void spread(const Work& p, const Grid<A>& grid, Points
     const int64_t stride = p.value.column, count = grid.count;
     const int64_t sums_stride = sums ? sums->stride() : 0, low = sums ? sums->low : 0;
     for (int64_t u = 0; u < slices; ++u) {
-        const Slice<A>& at = s.slices[u];
+        const Slice& at = s.slices[u];
         const V* const channels = (const V*)p.call.value + at.value + span.first;
         const V* const grad_out = (const V*)p.call.output + at.output + span.first;
         A* const to =
@@ -223,7 +225,7 @@ __attribute__((noinline)) void finish(const Work& p, const Grid<A>& grid, int64_
         }
     }
     for (int64_t u = 0; u < slices; ++u) {
-        const Slice<A>& at = s.slices[u];
+        const Slice& at = s.slices[u];
         const A* grads = grad_weight + u * count;
         if (p.softmax) {
             const A* const own = weight + u * count;

@@ -95,40 +95,40 @@ struct Grid {
 };
 
 // An output pixel's group: K points, which follow those of the slice before.
-template <typename A>
 struct Slice {
     int64_t row, column, group;
     int64_t value, offsets, weights, output;  // its first element in these; of the image in value
-    A x, y;                                   // where its window is
+    int x, y;                                 // the pixel of the value at its centre
 };
 
 // A thread's scratch: the points of a batch.
 template <typename A>
 struct Points {
     explicit Points(const Grid<A>& grid, int64_t sums)
-        : slices(grid.slices), pairs(2 * grid.size), weight(grid.size), fraction_x(grid.size),
-          fraction_y(grid.size), position(grid.size), legal(grid.size),
-          coefficient(4 * grid.size), partial(16 * grid.size), grad_weight(grid.size),
-          raw(2 * padded(2 * grid.count)), numbers(padded(2 * grid.count)), sums(sums),
-          unwanted(64) {
+        : slices(grid.slices), pairs(2 * grid.size), origin_x(grid.size), origin_y(grid.size),
+          weight(grid.size), fraction_x(grid.size), fraction_y(grid.size), position(grid.size),
+          legal(grid.size), coefficient(4 * grid.size), partial(16 * grid.size),
+          grad_weight(grid.size), raw(2 * padded(2 * grid.count)),
+          numbers(padded(2 * grid.count)), sums(sums), unwanted(64) {
         for (auto& sum : dot) sum = Array<A>(grid.size);
     }
 
-    Array<Slice<A>> slices;
-    Array<A> pairs;              // pixels, x and y in turn; then their gradients
-    Array<A> weight;             // what each point counts
+    Array<Slice> slices;
+    Array<A> pairs;  // pixels from the origin, x and y in turn; then their gradients
+    Array<int> origin_x, origin_y;  // its slice's x and y; 0 for queries
+    Array<A> weight;                // what each point counts
     Array<A> fraction_x, fraction_y;
-    Array<int64_t> position;     // of the top left corner in the value, in pixels
+    Array<int64_t> position;  // of the top left corner in the value, in pixels
     Array<int> legal;
-    bool whole;                  // whether all corners are
-    Array<A> coefficient;        // [4]; 0 at illegal corners
-    Array<A> partial;            // [4][4]: partial sums of the gradients of the coefficients
+    bool whole;            // whether all corners are
+    Array<A> coefficient;  // [4]; 0 at illegal corners
+    Array<A> partial;      // [4][4]: partial sums of the gradients of the coefficients
     Array<A> dot[4] = {Array<A>(0), Array<A>(0), Array<A>(0), Array<A>(0)};  // the sums
     Array<A> grad_weight;
-    Array<double> raw;           // of any dtype, as they are in memory
-    Array<A> numbers;            // of one slice
-    Array<A> sums;               // a block of the gradient of the value
-    Array<A> unwanted;           // gradient of what is not there
+    Array<double> raw;  // of any dtype, as they are in memory
+    Array<A> numbers;   // of one slice
+    Array<A> sums;      // a block of the gradient of the value
+    Array<A> unwanted;  // gradient of what is not there
 };
 
 template <typename T>
@@ -278,23 +278,32 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
     A *const pairs = s.pairs, *const weight = s.weight, *const numbers = s.numbers;
     double* const raw = s.raw;
     const Numbers all_offsets = grid.offsets, all_weights = grid.weights;
-    const Slice<A>*const first = s.slices, *const last = first + slices;
-    Vector<Integer<A>, L> odd;
-    for (int i = 0; i < L; ++i) odd[i] = -(i % 2);
+    const Slice *const first = s.slices, *const last = first + slices;
     // Every slice writes whole blocks; what is beyond its points is the next slice's to overwrite.
-    // Two loops and copies of what they read, so that all of it stays in registers.
+    // Loops apart and copies of what they read, so that all of it stays in registers.
+    const Lanes shift = Lanes{} + A(p.shift);
     A* to = pairs;
-    for (const Slice<A>* at = first; at < last; ++at, to += 2 * count) {
+    for (const Slice* at = first; at < last; ++at, to += 2 * count) {
         const A* const offsets = read<A>(all_offsets, at->offsets, 2 * count, raw, numbers);
-        const Lanes origin = odd ? Lanes{} + at->y : Lanes{} + at->x;
         // Coordinates are those of geometry.py to the bit.
         for (int64_t i = 0; i < 2 * count; i += L)
             store<L>(to + i,
                      rounded(load<L>(scale + i) * (load<L>(base + i) + load<L>(offsets + i))) +
-                         origin);
+                         shift);
+    }
+    int *const origin_x = s.origin_x, *const origin_y = s.origin_y;
+    if (p.step_x != 0) {
+        constexpr int N = kBytes / int(sizeof(int));
+        int64_t n = 0;
+        for (const Slice* at = first; at < last; ++at, n += count) {
+            for (int64_t i = n; i < n + count; i += N) {
+                store<N>(origin_x + i, Vector<int, N>{} + at->x);
+                store<N>(origin_y + i, Vector<int, N>{} + at->y);
+            }
+        }
     }
     to = weight;
-    for (const Slice<A>* at = first; at < last; ++at, to += count) {
+    for (const Slice* at = first; at < last; ++at, to += count) {
         const A* const weights = read<A>(all_weights, at->weights, count, raw, numbers);
         if (p.softmax) {
             softmax<A>(weights, count, to);
@@ -311,7 +320,8 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
     for (int64_t block = 0; block < slices * count; block += kBlock) {
 #pragma omp simd
         for (int64_t n = block; n < block + kBlock; ++n) {
-            const Corners<A> c = corners(pairs[2 * n], pairs[2 * n + 1], height[n], width[n]);
+            const Corners<A> c = corners(origin_x[n], origin_y[n], pairs[2 * n],
+                                         pairs[2 * n + 1], height[n], width[n]);
             A out[4];
             coefficients(weight[n], c.fraction_x, c.fraction_y, out);
             legal[n] = c.legal;
@@ -338,12 +348,11 @@ void for_batches(const Work& p, const Grid<A>& grid, int64_t image, int64_t firs
     for (int64_t left = (last - first) * (last_group - first_group); left > 0;) {
         const int64_t slices = std::min(left, grid.slices);
         for (int64_t u = 0; u < slices;) {
-            Slice<A> next{row, column, group, index_of(p.value, image, 0, 0, group),
-                          index_of(p.offsets, image, row, column, group),
-                          index_of(p.weights, image, row, column, group),
-                          index_of(p.output, image, row, column, group),
-                          A(p.shift + double(p.origin_x + p.step_x * column)),
-                          A(p.shift + double(p.origin_y + p.step_y * row))};
+            Slice next{row, column, group, index_of(p.value, image, 0, 0, group),
+                       index_of(p.offsets, image, row, column, group),
+                       index_of(p.weights, image, row, column, group),
+                       index_of(p.output, image, row, column, group),
+                       int(p.origin_x + p.step_x * column), int(p.origin_y + p.step_y * row)};
             for (; u < slices && next.group < last_group; ++next.group) {
                 s.slices[u++] = next;
                 next.value += p.value.group;

@@ -182,7 +182,7 @@ Vector<typename Accumulator<V>::type, N> load_part(const V* from, int count) {
 
 template <int N, typename V, typename X>
 void store(V* to, X x) {
-    if constexpr (std::is_floating_point<V>::value) {
+    if constexpr (std::is_arithmetic<V>::value) {
         std::memcpy(to, &x, sizeof(x));
         return;
     }
@@ -204,7 +204,7 @@ void store(V* to, X x) {
     }
 #endif
 #endif
-    if constexpr (!std::is_floating_point<V>::value) {
+    if constexpr (!std::is_arithmetic<V>::value) {
         for (int i = 0; i < N; ++i) to[i].bits = from_float(x[i], V());
     }
 }

@@ -76,22 +76,21 @@ DCNV4_HD Floor<T> floor_of(T x) {
 // (-1, H), or at NaN, has no legal corner. Sizes, and sizes less an origin, must be below 2^31.
 template <typename T>
 DCNV4_HD Corners<T> corners(int origin_x, int origin_y, T x, T y, int height, int width) {
-    // What no int holds lies outside whatever the origin.
+    // What an int does not hold is outside whatever the origin, and so is -2^31.
     const T most = T(2147483648.0);
-    const bool fits = (x < most) & (x > -most) & (y < most) & (y > -most);
-    const Floor<T> at_x = floor_of(fits ? x : T(0)), at_y = floor_of(fits ? y : T(0));
+    const Floor<T> at_x = floor_of((x < most) & (x > -most) ? x : -most);
+    const Floor<T> at_y = floor_of((y < most) & (y > -most) ? y : -most);
     // Unsigned sums wrap around: one above 2^31 becomes negative, one below -2^31 at least W or H.
-    int column = int(unsigned(origin_x) + unsigned(at_x.whole));
-    int row = int(unsigned(origin_y) + unsigned(at_y.whole));
-    // From -1 on; at -1 itself, to which no fraction is added, a point is outside.
-    const bool above = (column >= -int(at_x.fraction > 0)) & (row >= -int(at_y.fraction > 0));
-    const bool inside = fits & above & (column < width) & (row < height);
-    column = inside ? column : 0;
-    row = inside ? row : 0;
+    const int column = int(unsigned(origin_x) + unsigned(at_x.whole));
+    const int row = int(unsigned(origin_y) + unsigned(at_y.whole));
+    // At column or row -1 a point is inside if a fraction leads on to 0.
+    const bool inside = (column >= -int(at_x.fraction > 0)) & (column < width) &
+                        (row >= -int(at_y.fraction > 0)) & (row < height);
     const bool left = column >= 0, right = column < width - 1;
     const bool top = row >= 0, bottom = row < height - 1;
     const int legal = -int(inside) & (left * 5 | right * 10) & (top * 3 | bottom * 12);
-    return {legal, column, row, at_x.fraction, at_y.fraction, inside, left, right, top, bottom};
+    return {legal, inside ? column : 0, inside ? row : 0, at_x.fraction, at_y.fraction,
+            inside, left, right, top, bottom};
 }
 
 // What each corner counts: its bilinear share of the weight. Not zero at an illegal corner.
