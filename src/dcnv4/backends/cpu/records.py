@@ -30,9 +30,9 @@ class Record:
             else:
                 codes, absent[member] = codes + ("d" if kind == "double" else "q"), 0
             lines.append(f"    {kind} {member};" + (meaning and f"  // {meaning}"))
-        self.name = name
-        self.text = "\n".join((*lines, "};"))
-        self.size = struct.calcsize(codes)
+        self.name, self.size = name, struct.calcsize(codes)
+        lines += ["};", f"static_assert(sizeof({name}) == {self.size});"]
+        self.text = "\n".join(lines)
         self._absent = absent
         self._pack = struct.Struct(codes).pack
 
