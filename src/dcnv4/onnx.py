@@ -44,8 +44,8 @@ def export(
         args: example inputs; a size that may change is 2 or more in them.
         path: the file to write; None for none.
         kwargs: example inputs by name.
-        dynamic_shapes: which sizes may change, as `torch.export.export` takes it; a string in place
-            of a `Dim` names an axis of any size.
+        dynamic_shapes: which sizes may change, as in `torch.export.export`; a string is a `Dim` of
+            any size.
         dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
             input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
         attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
@@ -70,8 +70,8 @@ def export(
     if dynamic_axes is not None:
         if dynamic_shapes is not None:
             raise ValueError("dynamic_axes must be None beside dynamic_shapes; got both")
-        inputs = inspect.signature(model.forward).bind(*args, **(kwargs or {})).arguments
-        dynamic_shapes = _from_axes(dynamic_axes, inputs, **options)
+        inputs = inspect.signature(model.forward).bind(*args, **(kwargs or {}))
+        dynamic_shapes = _from_axes(dynamic_axes, inputs.arguments, **options)
     with torch.no_grad():
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)

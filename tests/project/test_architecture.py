@@ -34,7 +34,7 @@ ARROWS = {
     "backends": {"geometry"},
     "flops": {"modules"},
     "conversion": {"modules"},
-    "checkpoints": {"functional", "modules"},
+    "checkpoints": {"conversion", "functional", "modules"},
     "visualize": {"checkpoints", "modules"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
     "compat": {"functional", "modules"},
