@@ -11,6 +11,8 @@ from torch import nn
 
 from .modules import DCNv4Conv2d
 
+__all__ = ["convert"]
+
 _KINDS: dict[str, Callable[[nn.Conv2d], bool]] = {
     "any": lambda conv: True,
     "depthwise": lambda conv: conv.groups == conv.in_channels == conv.out_channels > 1,

@@ -117,7 +117,7 @@ def _claim(folder: Path, entries: str | None) -> None:
         raise OSError(errno.ENOTDIR, "it is no folder")
     for owned in (folder.lstat(), info):  # a link, and where it leads
         _check_owner(owned)
-    if entries is not None and _is_tightened_by_us(folder, info, entries):
+    if entries is not None and _is_wide_and_ours(folder, info, entries):
         _tighten(folder, info)
         info = folder.stat()
     _check_mode(info)
@@ -133,9 +133,9 @@ def _check_mode(info: os.stat_result) -> None:
         raise OSError(errno.EACCES, "others can write it")
 
 
-def _is_tightened_by_us(folder: Path, info: os.stat_result, entries: str) -> bool:
-    wide = info.st_mode & _WIDE and not info.st_mode & stat.S_ISVTX
-    if not wide or info.st_uid != _user():
+def _is_wide_and_ours(folder: Path, info: os.stat_result, entries: str) -> bool:
+    meant_for_all = info.st_mode & stat.S_ISVTX  # as /tmp
+    if info.st_uid != _user() or not info.st_mode & _WIDE or meant_for_all:
         return False
     return all(re.fullmatch(entries, name) for name in os.listdir(folder))
 

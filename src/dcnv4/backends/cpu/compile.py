@@ -140,8 +140,9 @@ def _name(path: Path, descriptor: int) -> str:
 
     The copied descriptor stays open, because the linker knows a library by its name.
     """
-    name = f"/proc/self/fd/{os.dup(descriptor)}"
-    return name if os.path.exists(name) else str(path)
+    if not os.path.exists(f"/proc/self/fd/{descriptor}"):
+        return str(path)
+    return f"/proc/self/fd/{os.dup(descriptor)}"
 
 
 def _digest(library: bytes) -> str:

@@ -222,7 +222,7 @@ def _sources() -> str:
 def _missing() -> list[str]:
     """Names of source files that this installation has lost."""
     needed = {f"{name}.cu" for name in KERNELS}
-    needed.update(re.findall(r'#include ["<]([^">]+)', _sources()))
+    needed.update(re.findall(r'#include ["<](?:.*/)?(.+)[">]', _sources()))
     return sorted(needed - {file.name for file in _files()})
 
 
