@@ -117,13 +117,6 @@ def test_compiler_that_rejects_the_kernels(tmp_path: Path) -> None:
     assert_falls_back(result, "error: no vectors")
 
 
-@pytest.mark.usefixtures("usable")
-def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    assert_falls_back(probe(DCNV4_CACHE_DIR=str(blocked / "cache")), "DCNV4_CACHE_DIR")
-
-
 def test_named_backend_raises_the_reason(tmp_path: Path) -> None:
     script = """
         import torch
@@ -227,6 +220,13 @@ def test_bits_do_not_depend_on_threads(results: Any, groups: int, dtype: torch.d
         torch.set_num_threads(threads)
         for result, right in zip(results(dtype, groups), expected, strict=True):
             assert torch.equal(result, right)
+
+
+def test_the_library_is_named_after_all_its_sources() -> None:
+    folder = Path(cpu.__file__).parent
+    native = [path for path in folder.iterdir() if path.suffix in (".cpp", ".h")]
+    included = (folder.parent / "include").iterdir()
+    assert {path.resolve() for path in cpu_compile._SOURCES} == {*native, *included}
 
 
 def test_what_the_kernels_are_told_has_names() -> None:
