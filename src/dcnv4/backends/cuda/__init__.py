@@ -67,13 +67,14 @@ def conv_forward(
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    left = _left(plan, value, deterministic)
-    plan(
-        value.data_ptr(),
-        offset_mask.data_ptr(),
-        output.data_ptr(),
-        0 if left is None else left.data_ptr(),
+    leftover = _leftover(plan, value, deterministic)
+    arguments = plan.arguments(
+        value=value.data_ptr(),
+        offset_mask=offset_mask.data_ptr(),
+        output=output.data_ptr(),
+        leftover=0 if leftover is None else leftover.data_ptr(),
     )
+    plan(arguments)
     return output
 
 
@@ -91,18 +92,19 @@ def conv_backward(
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
     grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
-    left = _left(plan, value, deterministic)
+    leftover = _leftover(plan, value, deterministic)
 
-    def run(total: int, units: int) -> None:
-        plan(
-            value.data_ptr(),
-            offset_mask.data_ptr(),
-            grad.data_ptr(),
-            total,
-            grad_mask.data_ptr(),
-            units,
-            0 if left is None else left.data_ptr(),
+    def run(sums: int, fixed_point_scale: int) -> None:
+        arguments = plan.arguments(
+            value=value.data_ptr(),
+            offset_mask=offset_mask.data_ptr(),
+            grad=grad.data_ptr(),
+            grad_value=sums,
+            grad_offset_mask=grad_mask.data_ptr(),
+            fixed_point_scale=fixed_point_scale,
+            leftover=0 if leftover is None else leftover.data_ptr(),
         )
+        plan(arguments)
 
     if not deterministic:
         return _summed(value, run), grad_mask
@@ -130,13 +132,14 @@ def attn_forward(
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    plan(
-        value.data_ptr(),
-        locations.data_ptr(),
-        weights.data_ptr(),
-        output.data_ptr(),
-        0 if shapes is None else shapes.data_ptr(),
+    arguments = plan.arguments(
+        value=value.data_ptr(),
+        locations=locations.data_ptr(),
+        weights=weights.data_ptr(),
+        output=output.data_ptr(),
+        shapes=0 if shapes is None else shapes.data_ptr(),
     )
+    plan(arguments)
     return output
 
 
@@ -169,18 +172,19 @@ def attn_backward(
     grad_locations = _empty(locations, locations.shape, deterministic)
     grad_weights = _empty(weights, weights.shape, deterministic)
 
-    def run(total: int, units: int) -> None:
-        plan(
-            value.data_ptr(),
-            locations.data_ptr(),
-            weights.data_ptr(),
-            grad.data_ptr(),
-            total,
-            grad_locations.data_ptr(),
-            grad_weights.data_ptr(),
-            units,
-            0 if shapes is None else shapes.data_ptr(),
+    def run(sums: int, fixed_point_scale: int) -> None:
+        arguments = plan.arguments(
+            value=value.data_ptr(),
+            locations=locations.data_ptr(),
+            weights=weights.data_ptr(),
+            grad=grad.data_ptr(),
+            grad_value=sums,
+            grad_locations=grad_locations.data_ptr(),
+            grad_weights=grad_weights.data_ptr(),
+            fixed_point_scale=fixed_point_scale,
+            shapes=0 if shapes is None else shapes.data_ptr(),
         )
+        plan(arguments)
 
     if not deterministic:
         return _summed(value, run), grad_locations, grad_weights
@@ -204,22 +208,26 @@ def _empty(
     return empty.set_(torch.UntypedStorage(size, device=like.device)).view(shape)
 
 
-def _left(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor | None:
-    """Where the launch says what it leaves to the next."""
-    return _empty(beside, (plan.parts,), deterministic, torch.uint8) if plan.parts else None
+def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor | None:
+    """Where the first launch says what it leaves to the second."""
+    return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
 def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
     """The gradient of `value`, which `run` adds to zeros at an address."""
-    dtype = sum_dtype(value.dtype)
-    total = _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(total.nbytes, value.get_device())(total.data_ptr())
-    run(total.data_ptr(), 0)
+    dtype, device = sum_dtype(value.dtype), value.get_device()
+    sums = _empty(value, value.shape, False, dtype)
+    zeros = plans.zeros_plan(sums.nbytes, device)
+    zeros(zeros.arguments(vectors=sums.data_ptr()))
+    run(sums.data_ptr(), 0)
     if dtype == value.dtype:
-        return total
+        return sums
     result = _empty(value, value.shape, False)
-    totals = plans.totals_plan(1, value.numel(), value.dtype, False, value.get_device())
-    totals(total.data_ptr(), 0, result.data_ptr())
+    convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
+    arguments = convert.arguments(
+        sums=sums.data_ptr(), fixed_point_scale=0, result=result.data_ptr()
+    )
+    convert(arguments)
     return result
 
 
@@ -250,26 +258,29 @@ def _summed_in_any_order(
         weights: None where they are at most 1.
         groups: G.
         points: of a slice.
-        run: adds to integers at an address; the second one is that of each image's multiplier.
+        run: adds to integers at an address; the second one is that of each image's scale.
     """
-    images, numbers = value.shape[0], value.numel()
-    # The integers, then each image's largest numbers and multiplier: see units.cu.
+    images, numbers, device = value.shape[0], value.numel(), value.get_device()
+    # The integers, then what fixed_point_scale.cu keeps and makes of each image.
     sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
-    beside = sums.data_ptr() + 8 * numbers
-    multipliers = beside + 8 * (images + 1)
+    largest = sums.data_ptr() + 8 * numbers
+    fixed_point_scale = largest + 8 * (images + 1)
     result = _empty(value, value.shape, True)
     held = None if weights is None else (plans.layout(weights.tensor), *weights[1:])
-    device = value.get_device()
-    units = plans.units_plan(plans.layout(grad), held, groups, points, device)
-    units(
-        grad.data_ptr(),
-        0 if weights is None else weights.tensor.data_ptr(),
-        beside,
-        multipliers,
+    choose = plans.fixed_point_scale_plan(plans.layout(grad), held, groups, points, device)
+    arguments = choose.arguments(
+        grad=grad.data_ptr(),
+        weights=0 if weights is None else weights.tensor.data_ptr(),
+        largest=largest,
+        fixed_point_scale=fixed_point_scale,
     )
-    run(sums.data_ptr(), multipliers)
-    totals = plans.totals_plan(images, numbers // images, value.dtype, True, device)
-    totals(sums.data_ptr(), multipliers, result.data_ptr())
+    choose(arguments)
+    run(sums.data_ptr(), fixed_point_scale)
+    convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
+    arguments = convert.arguments(
+        sums=sums.data_ptr(), fixed_point_scale=fixed_point_scale, result=result.data_ptr()
+    )
+    convert(arguments)
     return result
 
 

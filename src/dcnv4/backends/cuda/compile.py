@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from .. import cache_dir
+from . import launch
 
 Macros = tuple[tuple[str, str], ...]
 
-_FOLDER = Path(__file__).parent
-_INCLUDE = _FOLDER.parent / "include"
+_FOLDER = Path(__file__).parent / "kernels"
+_INCLUDE = Path(__file__).parents[1] / "include"
 _DIGEST = 32  # bytes of the checksum that an entry of the cache begins with
 _OLDEST = (7, 0)  # compute capability: what `numbers.cuh` is written for
 _lock = Lock()
@@ -187,8 +188,13 @@ def compile(name: str, macros: Macros, arch: str) -> bytes:
         include_path=[str(_FOLDER), str(_INCLUDE)],
         define_macro=list(macros),
     )
-    source = (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
-    return bytes(Program(source, "c++", options).compile("cubin").code)
+    return bytes(Program(source(name), "c++", options).compile("cubin").code)
+
+
+def source(name: str) -> str:
+    """What is compiled as kernel `name`: its file, the structure of its arguments in front."""
+    (file,) = _FOLDER.glob(f"*/{name}.cu")
+    return launch.structure(name) + file.read_text(encoding="utf-8")
 
 
 def _keep(path: Path, entry: bytes) -> None:
@@ -211,7 +217,7 @@ def _checksum(key: str, code: bytes) -> bytes:
 @cache
 def _sources() -> str:
     """The text of all kernels, which every cache entry depends on."""
-    files = sorted([*_FOLDER.glob("*.cu"), *_FOLDER.glob("*.cuh"), *_INCLUDE.glob("*.h")])
+    files = sorted([*_FOLDER.glob("*/*.cu*"), *_INCLUDE.glob("*.h"), Path(launch.__file__)])
     return "\0".join(file.read_text(encoding="utf-8") for file in files)
 
 
