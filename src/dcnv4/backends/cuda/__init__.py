@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,26 +55,13 @@ def conv_forward(
 ) -> Tensor:
     """[B, Ho, Wo, C]"""
     value, offset_mask = _pixels(value), _pixels(offset_mask)
-    plan = plans.conv_plan(
-        "conv_forward",
-        plans.layout(value),
-        plans.layout(offset_mask),
-        None,
-        window,
-        False,
-        value.get_device(),
-    )
+    layouts = plans.layout(value), plans.layout(offset_mask), None
+    plan = plans.conv_plan("conv_forward", *layouts, window, False, value.get_device())
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
     output = _empty(value, plan.output, deterministic)
     leftover = _leftover(plan, value, deterministic)
-    arguments = plan.arguments(
-        value=value.data_ptr(),
-        offset_mask=offset_mask.data_ptr(),
-        output=output.data_ptr(),
-        leftover=0 if leftover is None else leftover.data_ptr(),
-    )
-    plan(arguments)
+    plan.start(value=value, offset_mask=offset_mask, output=output, leftover=leftover)
     return output
 
 
@@ -94,23 +81,13 @@ def conv_backward(
     grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
     leftover = _leftover(plan, value, deterministic)
 
-    def run(sums: int, fixed_point_scale: int) -> None:
-        arguments = plan.arguments(
-            value=value.data_ptr(),
-            offset_mask=offset_mask.data_ptr(),
-            grad=grad.data_ptr(),
-            grad_value=sums,
-            grad_offset_mask=grad_mask.data_ptr(),
-            fixed_point_scale=fixed_point_scale,
-            leftover=0 if leftover is None else leftover.data_ptr(),
-        )
-        plan(arguments)
-
+    inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
+    run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
     if not deterministic:
         return _summed(value, run), grad_mask
-    last = 3 * window.points()
-    weights = None if window.softmax else _Weights(offset_mask, 2 * window.points(), last)
-    grad_value = _summed_in_any_order(value, grad, weights, window.groups, window.points(), run)
+    points = window.points()
+    held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
+    grad_value = _summed_in_any_order(value, grad, held, window.groups, points, run)
     return grad_value, grad_mask
 
 
@@ -132,14 +109,7 @@ def attn_forward(
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    arguments = plan.arguments(
-        value=value.data_ptr(),
-        locations=locations.data_ptr(),
-        weights=weights.data_ptr(),
-        output=output.data_ptr(),
-        shapes=0 if shapes is None else shapes.data_ptr(),
-    )
-    plan(arguments)
+    plan.start(value=value, locations=locations, weights=weights, output=output, shapes=shapes)
     return output
 
 
@@ -156,12 +126,7 @@ def attn_backward(
     grad, value = _rows(grad), _rows(value)
     locations, weights = _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = (
-        plans.layout(value),
-        plans.layout(locations),
-        plans.layout(weights),
-        plans.layout(grad),
-    )
+    layouts = (*map(plans.layout, (value, locations, weights)), plans.layout(grad))
     plan = plans.attn_plan(
         "attn_backward", *layouts, sizes, softmax, deterministic, value.get_device()
     )
@@ -172,24 +137,15 @@ def attn_backward(
     grad_locations = _empty(locations, locations.shape, deterministic)
     grad_weights = _empty(weights, weights.shape, deterministic)
 
-    def run(sums: int, fixed_point_scale: int) -> None:
-        arguments = plan.arguments(
-            value=value.data_ptr(),
-            locations=locations.data_ptr(),
-            weights=weights.data_ptr(),
-            grad=grad.data_ptr(),
-            grad_value=sums,
-            grad_locations=grad_locations.data_ptr(),
-            grad_weights=grad_weights.data_ptr(),
-            fixed_point_scale=fixed_point_scale,
-            shapes=0 if shapes is None else shapes.data_ptr(),
-        )
-        plan(arguments)
-
+    run = partial(
+        plan.start,
+        **{"value": value, "locations": locations, "weights": weights, "grad": grad},
+        **{"grad_locations": grad_locations, "grad_weights": grad_weights, "shapes": shapes},
+    )
     if not deterministic:
         return _summed(value, run), grad_locations, grad_weights
     points = locations.shape[3] * locations.shape[4]
-    held = None if softmax else _Weights(weights, 0, points)
+    held = None if softmax else (weights, 0, points)
     grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
     return grad_value, grad_locations, grad_weights
 
@@ -213,41 +169,27 @@ def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor |
     return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros at an address."""
+def _summed(value: Tensor, run: Callable[..., None]) -> Tensor:
+    """The gradient of `value`, which `run` adds to zeros."""
     dtype, device = sum_dtype(value.dtype), value.get_device()
     sums = _empty(value, value.shape, False, dtype)
-    zeros = plans.zeros_plan(sums.nbytes, device)
-    zeros(zeros.arguments(vectors=sums.data_ptr()))
-    run(sums.data_ptr(), 0)
+    plans.zeros_plan(sums.nbytes, device).start(sums=sums)
+    run(grad_value=sums, fixed_point_scale=None)
     if dtype == value.dtype:
         return sums
     result = _empty(value, value.shape, False)
     convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
-    arguments = convert.arguments(
-        sums=sums.data_ptr(), fixed_point_scale=0, result=result.data_ptr()
-    )
-    convert(arguments)
+    convert.start(sums=sums, fixed_point_scale=None, result=result)
     return result
-
-
-class _Weights(NamedTuple):
-    """The tensor that holds points' weights."""
-
-    tensor: Tensor
-    first: int
-    """Where they begin among the numbers of a group."""
-    of_group: int
-    """How many numbers a group has."""
 
 
 def _summed_in_any_order(
     value: Tensor,
     grad: Tensor,
-    weights: _Weights | None,
+    weights: tuple[Tensor, int, int] | None,
     groups: int,
     points: int,
-    run: Callable[[int, int], None],
+    run: Callable[..., None],
 ) -> Tensor:
     """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
@@ -255,32 +197,25 @@ def _summed_in_any_order(
     Args:
         value: [B, ...]
         grad: of the output, [B, ..., C].
-        weights: None where they are at most 1.
+        weights: the tensor that holds points' weights, where they begin among the numbers of a
+            group, and how many numbers a group has; None where weights are at most 1.
         groups: G.
         points: of a slice.
-        run: adds to integers at an address; the second one is that of each image's scale.
+        run: adds to integers.
     """
     images, numbers, device = value.shape[0], value.numel(), value.get_device()
     # The integers, then what fixed_point_scale.cu keeps and makes of each image.
     sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
-    largest = sums.data_ptr() + 8 * numbers
-    fixed_point_scale = largest + 8 * (images + 1)
+    largest, scale = sums[numbers:], sums[numbers + images + 1 :]
     result = _empty(value, value.shape, True)
-    held = None if weights is None else (plans.layout(weights.tensor), *weights[1:])
-    choose = plans.fixed_point_scale_plan(plans.layout(grad), held, groups, points, device)
-    arguments = choose.arguments(
-        grad=grad.data_ptr(),
-        weights=0 if weights is None else weights.tensor.data_ptr(),
-        largest=largest,
-        fixed_point_scale=fixed_point_scale,
-    )
-    choose(arguments)
-    run(sums.data_ptr(), fixed_point_scale)
+    held, layout = None, None
+    if weights is not None:
+        held, layout = weights[0], (plans.layout(weights[0]), *weights[1:])
+    choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
+    choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
+    run(grad_value=sums, fixed_point_scale=scale)
     convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
-    arguments = convert.arguments(
-        sums=sums.data_ptr(), fixed_point_scale=fixed_point_scale, result=result.data_ptr()
-    )
-    convert(arguments)
+    convert.start(sums=sums, fixed_point_scale=scale, result=result)
     return result
 
 

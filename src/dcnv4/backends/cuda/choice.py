@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -113,6 +113,7 @@ class Slices(NamedTuple):
     points: int
     """Of a slice."""
     softmax: bool
+    deterministic: bool
     dtype: torch.dtype
     """Of the value."""
     alignment: int
@@ -120,7 +121,6 @@ class Slices(NamedTuple):
     index64: bool
     """Whether pixels or slices need 64-bit numbers."""
     backward: bool
-    deterministic: bool
 
     def large(self, name: str) -> bool:
         """Whether there are enough for a kernel that pays in large calls."""
@@ -237,20 +237,10 @@ class Block(NamedTuple):
         }
 
 
-class Occupancy(NamedTuple):
-    """Of kernels that sort."""
-
-    threads: int
-    """For which an SM must have registers."""
-    rounds: int
-    """Of points that a thread holds at once in those."""
-
-    def macros(self) -> Macros:
-        return {"RESIDENT_THREADS": self.threads, "MOST_ROUNDS": self.rounds}
-
-
-_SORTING = Occupancy(512, 5)
-_SORTING_ENCODERS = Occupancy(768, 2)
+_SORTING = {"RESIDENT_THREADS": 512, "MOST_ROUNDS": 5}
+"""Occupancy of kernels that sort: for how many threads an SM must have registers, and how many
+rounds of points a thread holds at once in those."""
+_SORTING_ENCODERS = {"RESIDENT_THREADS": 768, "MOST_ROUNDS": 2}
 """In an encoder of half-precision heads of 32 channels or more."""
 
 
@@ -390,18 +380,9 @@ def conv(
     """What runs `deform_conv`, or its backward where there is `grad`."""
     batch, rows, columns, _ = offset_mask.shape
     pixels, groups = value.shape[1] * value.shape[2], window.groups
-    slices = _slices(
-        value,
-        value.pixels,
-        pixels,
-        grad,
-        total=batch * rows * columns * groups,
-        groups=groups,
-        depth=value.shape[3] // groups,
-        points=window.points(),
-        softmax=window.softmax,
-        deterministic=deterministic,
-    )
+    depth = value.shape[3] // groups
+    settings = groups, depth, window.points(), window.softmax, deterministic
+    slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
     way, after_zeros = _way(slices)
     by_tiles, by_sorting = f"conv_tile_{way}", f"conv_sorted_{way}"
     why_not = {
@@ -411,7 +392,7 @@ def conv(
     tiled = why_not[by_tiles] is None
     tiles = batch * -(-columns // TILE_W), -(-rows // TILE_H)
     # Without tiles only the channels of a strip count, which are then a whole group.
-    shared = *tiles, value.shape[3], slices.depth
+    shared = *tiles, value.shape[3], depth
     forward_tiles = tiled and grad is None
     strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
@@ -419,8 +400,11 @@ def conv(
     if why_not[by_sorting] is None:
         block = sorting_block(slices)
         blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
-        sorting = macros | block.macros() | _SORTING.macros() | {"LEVELS": 1}
-        last, resident = Kernel(by_sorting, sorting, blocks, threads, after_zeros), _SORTING.threads
+        sorting = macros | block.macros() | _SORTING | {"LEVELS": 1}
+        last, resident = (
+            Kernel(by_sorting, sorting, blocks, threads, after_zeros),
+            _SORTING["RESIDENT_THREADS"],
+        )
     else:
         blocks, threads = (math.prod(tiles), MAX_THREADS) if tiled else slices.grid(gpu)
         last = Kernel(f"conv_{way}", macros, blocks, threads, after_zeros)
@@ -476,18 +460,8 @@ def attn(
     """What runs `ms_deform_attn`, or its backward where there is `grad`."""
     batch, length, groups, depth = value.shape
     queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
-    slices = _slices(
-        value,
-        value.strides[:2],
-        length,
-        grad,
-        total=batch * queries * groups,
-        groups=groups,
-        depth=depth,
-        points=levels * points,
-        softmax=softmax,
-        deterministic=deterministic,
-    )
+    settings = groups, depth, levels * points, softmax, deterministic
+    slices = _slices(value, value.strides[:2], grad, length, batch * queries * groups, settings)
     way, after_zeros = _way(slices)
     name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
     macros = slices.macros() | _attn_macros(locations, weights.dtype)
@@ -498,7 +472,7 @@ def attn(
         if why_not[by_sorting] is None:
             name, block = by_sorting, sorting_block(slices)
             full = depth >= 32 and value.dtype in _HALVES and not deterministic
-            macros |= (_SORTING_ENCODERS if full else _SORTING).macros()
+            macros |= _SORTING_ENCODERS if full else _SORTING
         elif slices.large(name) and not slices.index64:
             block = query_block(depth, groups, slices.shape(), itemsize(value.dtype))
     macros |= (block or Block(1, 1, slices.shape())).macros()
@@ -531,20 +505,19 @@ def zeros(size: int, gpu: GPU) -> Kernel:
     return Kernel("zeros", {}, blocks, MAX_THREADS)
 
 
-class Weights(NamedTuple):
-    """The tensor that holds points' weights."""
+def fixed_point_scale(
+    grad: Layout, weights: tuple[Layout, int, int] | None, groups: int, gpu: GPU
+) -> Kernel:
+    """What chooses the multipliers of integer sums.
 
-    layout: Layout
-    first: int
-    """Where they begin among the numbers of a group."""
-    of_group: int
-    """How many numbers a group has."""
-
-
-def fixed_point_scale(grad: Layout, weights: Weights | None, groups: int, gpu: GPU) -> Kernel:
-    """What chooses the multipliers of integer sums; `weights`: None where they are at most 1."""
+    Args:
+        grad: of the output, [B, ..., C].
+        weights: where points' weights lie, from which on in a group's numbers, and how many numbers
+            a group has; None where weights are at most 1.
+        groups: G.
+    """
     images, channels = grad.shape[0], grad.shape[-1]
-    held, first, of_group = weights or Weights(grad, 0, 1)
+    held, first, of_group = weights or (grad, 0, 1)
     numbers = math.prod(grad.shape[1:-1]) * max(channels, groups * of_group)
     macros: Macros = {
         **_types(grad.dtype, numbers >= 1 << 31, True),
@@ -580,26 +553,25 @@ def _types(value: torch.dtype, index64: bool, deterministic: bool) -> Macros:
 
 
 def _slices(
-    value: Layout, strides: tuple[int, ...], pixels: int, grad: Layout | None, **settings: Any
+    value: Layout,
+    strides: tuple[int, ...],
+    grad: Layout | None,
+    pixels: int,
+    total: int,
+    settings: tuple[int, int, int, bool, bool],
 ) -> Slices:
     """Those of a call.
 
     Args:
-        strides: from image to image of the value, and from pixel to pixel.
+        strides: of the value, from image to image and from pixel to pixel.
         pixels: of an image, or of all levels.
-        settings: what else `Slices` has.
+        settings: what `Slices` has from groups to deterministic.
     """
-    most = max(settings["total"] >> 2, pixels, strides[1] * itemsize(value.dtype) >> 2)
     alignment = value.alignment(*strides)
     if grad is not None:
         alignment = min(alignment, grad.alignment(*grad.pixels))
-    return Slices(
-        dtype=value.dtype,
-        alignment=alignment,
-        index64=most >= 1 << 29,
-        backward=grad is not None,
-        **settings,
-    )
+    index64 = max(total >> 2, pixels, strides[1] * itemsize(value.dtype) >> 2) >= 1 << 29
+    return Slices(total, *settings, value.dtype, alignment, index64, grad is not None)
 
 
 def itemsize(dtype: torch.dtype) -> int:

@@ -16,41 +16,20 @@ from torch import Tensor
 from ...geometry import Window
 from . import choice, compile
 from .choice import Layout
-from .launch import Number, packer
+from .launch import Number, starter
 
 _PLANS = 4096  # remembered
 
 
-class Launch(NamedTuple):
-    """One of a kernel."""
-
-    kernel: compile.Kernel
-    blocks: int
-    threads: int
-    early: bool
-    """Whether it may begin before the launch before has ended, for which the kernel then waits."""
-
-
 class Plan(NamedTuple):
-    """Launches but for their tensors: `plan(plan.arguments(value=address, ...))`."""
+    """Launches but for their tensors."""
 
-    launches: tuple[Launch, ...]
-    """One after another, with the same arguments."""
-    arguments: Callable[..., bytes]
-    """Makes them from the tensors' addresses."""
-    device: int
+    start: Callable[..., None]
+    """With tensors, by keyword: see `launch.ARGUMENTS`."""
     output: tuple[int, ...] = ()
     """Shape of the forward's result."""
     leftover: int = 0
     """Bytes in which the first launch says what it leaves to the second."""
-
-    def __call__(self, arguments: bytes) -> None:
-        if torch._C._cuda_getDevice() != self.device:
-            with torch.cuda.device(self.device):
-                return self(arguments)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for kernel, blocks, threads, early in self.launches:
-            kernel(blocks, threads, stream, arguments, early)
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -100,8 +79,8 @@ def conv_plan(
             "grad_pixel": grad_pixel,
             "offset_mask_channels": offset_mask.shape[3],
         }
-    plan = _plan(chosen.kernels, numbers, device)
-    return plan._replace(output=(batch, rows, columns, channels), leftover=chosen.leftover)
+    start = _starter(chosen.kernels, numbers, device)
+    return Plan(start, (batch, rows, columns, channels), chosen.leftover)
 
 
 @lru_cache(_PLANS)
@@ -141,14 +120,13 @@ def attn_plan(
     if grad is not None:
         grad_image, grad_query = grad.pixels
         numbers |= {"grad_image": grad_image, "grad_query": grad_query}
-    plan = _plan(chosen.kernels, numbers, device)
-    return plan._replace(output=(batch, queries, groups * depth))
+    return Plan(_starter(chosen.kernels, numbers, device), (batch, queries, groups * depth))
 
 
 @lru_cache(_PLANS)
 def zeros_plan(size: int, device: int) -> Plan:
     """Of zeros.cu; `size` bytes, whole words."""
-    return _plan((choice.zeros(size, _gpu(device)),), {"bytes": size}, device)
+    return Plan(_starter((choice.zeros(size, _gpu(device)),), {"bytes": size}, device))
 
 
 @lru_cache(_PLANS)
@@ -159,13 +137,13 @@ def fixed_point_scale_plan(
     points: int,
     device: int,
 ) -> Plan:
-    """Of fixed_point_scale.cu; `weights`: what makes `choice.Weights`."""
+    """Of fixed_point_scale.cu; `weights`: as of `choice.fixed_point_scale`."""
     grad = Layout(*grad)
-    held = None if weights is None else choice.Weights(Layout(*weights[0]), *weights[1:])
+    held = None if weights is None else (Layout(*weights[0]), *weights[1:])
     kernel = choice.fixed_point_scale(grad, held, groups, _gpu(device))
     images, rows = grad.shape[0], math.prod(grad.shape[1:-1])
     grad_image, grad_row = grad.pixels
-    weights_image, weights_row = (grad if held is None else held.layout).pixels
+    weights_image, weights_row = (grad if held is None else held[0]).pixels
     numbers: dict[str, Number] = {
         "grad_image": grad_image,
         "grad_row": grad_row,
@@ -176,7 +154,7 @@ def fixed_point_scale_plan(
         "blocks": kernel.blocks // (images * (1 if held is None else 2)),
         "terms": (rows * points).bit_length(),
     }
-    return _plan((kernel,), numbers, device)
+    return Plan(_starter((kernel,), numbers, device))
 
 
 @lru_cache(_PLANS)
@@ -186,22 +164,29 @@ def convert_sums_plan(
     """Of convert_sums.cu; `count` numbers an image."""
     kernel = choice.convert_sums(images, count, dtype, deterministic)
     numbers: dict[str, Number] = {"count": count, "blocks": kernel.blocks // images}
-    return _plan((kernel,), numbers, device)
+    return Plan(_starter((kernel,), numbers, device))
 
 
-def _plan(kernels: tuple[choice.Kernel, ...], numbers: Mapping[str, Number], device: int) -> Plan:
-    """Launches of kernels one after another, all of the same arguments."""
+def _starter(
+    kernels: tuple[choice.Kernel, ...], numbers: Mapping[str, Number], device: int
+) -> Callable[..., None]:
+    """What launches kernels one after another, all with the same arguments."""
+    compiled = []
+    for name, own, blocks, threads, waits in kernels:
+        macros = {"MAX_THREADS": choice.MAX_THREADS, **own}
+        texts = tuple((macro, str(value)) for macro, value in macros.items())
+        kernel = compile.kernel(name, texts, device)
+        compiled.append((kernel, blocks, threads, waits and compile.overlaps(device)))
 
-    def launch(kernel: choice.Kernel) -> Launch:
-        macros = {"MAX_THREADS": choice.MAX_THREADS, **kernel.macros}
-        texts = tuple((name, str(macro)) for name, macro in macros.items())
-        made = compile.kernel(kernel.name, texts, device)
-        return Launch(
-            made, kernel.blocks, kernel.threads, kernel.waits and compile.overlaps(device)
-        )
+    def launch(arguments: bytes) -> None:
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return launch(arguments)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        for kernel, blocks, threads, early in compiled:
+            kernel(blocks, threads, stream, arguments, early)
 
-    arguments = packer(kernels[0].name, kernels[0].macros, numbers)
-    return Plan(tuple(map(launch, kernels)), arguments, device)
+    return starter(kernels[0].name, kernels[0].macros, numbers, launch)
 
 
 def _gpu(index: int) -> choice.GPU:

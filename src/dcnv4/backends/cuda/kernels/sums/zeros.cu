@@ -10,6 +10,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) zeros(Arguments a) {
     const long long own = blockIdx.x * (long long)MAX_THREADS + threadIdx.x;
     const long long threads = gridDim.x * (long long)MAX_THREADS, count = a.bytes / 16;
 #pragma unroll 4
-    for (long long i = own; i < count; i += threads) a.vectors[i] = make_uint4(0, 0, 0, 0);
-    if (own < a.bytes % 16 / 4) ((unsigned*)(a.vectors + count))[own] = 0;
+    for (long long i = own; i < count; i += threads) a.sums[i] = make_uint4(0, 0, 0, 0);
+    if (own < a.bytes % 16 / 4) ((unsigned*)(a.sums + count))[own] = 0;
 }
