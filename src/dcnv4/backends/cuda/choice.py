@@ -465,16 +465,15 @@ def attn(
     way, after_zeros = _way(slices)
     name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
     macros = slices.macros() | _attn_macros(locations, weights.dtype)
-    why_not: dict[str, str | None] = {by_sorting: "needs as many queries as pixels"}
-    block = None
-    if queries == length:
-        why_not = {by_sorting: why_not_sorted(by_sorting, slices, length, gpu)}
-        if why_not[by_sorting] is None:
-            name, block = by_sorting, sorting_block(slices)
-            full = depth >= 32 and value.dtype in _HALVES and not deterministic
-            macros |= _SORTING_ENCODERS if full else _SORTING
-        elif slices.large(name) and not slices.index64:
-            block = query_block(depth, groups, slices.shape(), itemsize(value.dtype))
+    encoder, block = queries == length, None
+    unmet = _unmet((encoder, "as many queries as pixels"))
+    unmet = unmet or why_not_sorted(by_sorting, slices, length, gpu)
+    if unmet is None:
+        name, block = by_sorting, sorting_block(slices)
+        full = depth >= 32 and value.dtype in _HALVES and not deterministic
+        macros |= _SORTING_ENCODERS if full else _SORTING
+    elif encoder and slices.large(name) and not slices.index64:
+        block = query_block(depth, groups, slices.shape(), itemsize(value.dtype))
     macros |= (block or Block(1, 1, slices.shape())).macros()
     macros["QUERY_TILES"] = int(block is not None)
     if block is None:
@@ -484,7 +483,7 @@ def attn(
         known = sizes or (length // block.columns + 1, block.columns)
         tiles = max(1, sum(map(block.blocks, known[::2], known[1::2])))
         blocks, threads = batch * groups // block.groups * tiles, block.threads
-    return Choice((Kernel(name, macros, blocks, threads, after_zeros),), why_not)
+    return Choice((Kernel(name, macros, blocks, threads, after_zeros),), {by_sorting: unmet})
 
 
 def _attn_macros(locations: Layout, weights: torch.dtype) -> Macros:

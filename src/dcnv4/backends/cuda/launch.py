@@ -108,10 +108,12 @@ def _arguments(name: str) -> str:
 
 def structure(name: str) -> str:
     """What comes in front of the source of kernel `name`."""
-    return (
-        "#include <common/numbers.cuh>\n"
-        f"namespace dcnv4 {{\nstruct Arguments {{{_arguments(name)}}};\n}}\n#line 1\n"
-    )
+    return f"""#include <common/numbers.cuh>
+namespace dcnv4 {{
+struct Arguments {{{_arguments(name)}}};
+}}
+#line 1
+"""
 
 
 def starter(
