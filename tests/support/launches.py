@@ -15,6 +15,20 @@ from dcnv4.backends.cuda import compile, plans
 from support import cases
 
 ZEROS, FIXED_POINT_SCALE, CONVERT_SUMS = "zeros", "units", "totals"
+KERNELS = {
+    "conv_forward",
+    "conv_backward",
+    "conv_tile_forward",
+    "conv_tile_backward",
+    "conv_sorted_backward",
+    "attn_forward",
+    "attn_backward",
+    "attn_sorted_backward",
+    ZEROS,
+    FIXED_POINT_SCALE,
+    CONVERT_SUMS,
+}
+"""All entry names."""
 _LEFTOVER = "_left"
 """The backend's function that makes the tensor in which tiles are noted that a launch leaves."""
 

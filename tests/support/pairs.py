@@ -18,7 +18,8 @@ def rows(given: Sequence[Row], free: Mapping[str, Sequence[Any]]) -> list[Row]:
     A greedy choice from a fixed seed: the same rows on every run.
     """
     rng = random.Random(0)
-    settings = {name: {row[name]: None for row in given} for name in given[0]} | dict(free)
+    settings = {name: list(dict.fromkeys(row[name] for row in given)) for name in given[0]}
+    settings |= {name: list(of_factor) for name, of_factor in free.items()}
     missing = {
         frozenset(((name, one), (other, two)))
         for name in free
@@ -29,16 +30,14 @@ def rows(given: Sequence[Row], free: Mapping[str, Sequence[Any]]) -> list[Row]:
     }
     found: list[Row] = []
     while missing or len(found) < len(given):
-        drawn = []
-        wanted = sorted(missing, key=lambda pair: sorted(map(repr, pair)))
-        for _ in range(_DRAWN):
-            row = {name: rng.choice(settings[name]) for name in free}
-            if len(found) < len(given):
-                drawn.append({**given[len(found)], **row})
-            else:
-                pair = dict(rng.choice(wanted))
-                fits = [base for base in given if all(base.get(n, s) == s for n, s in pair.items())]
-                drawn.append({**rng.choice(fits), **row, **pair})
+        rest = {name: rng.choices(settings[name], k=_DRAWN) for name in free}
+        drawn = [dict(zip(rest, row, strict=True)) for row in zip(*rest.values(), strict=True)]
+        if len(found) < len(given):
+            drawn = [{**given[len(found)], **row} for row in drawn]
+        else:
+            pair = dict(min(missing, key=lambda pair: sorted(map(repr, pair))))
+            fits = [base for base in given if all(base.get(n, s) == s for n, s in pair.items())]
+            drawn = [{**rng.choice(fits), **row, **pair} for row in drawn]
         found.append(max(drawn, key=lambda row: len(_pairs(row) & missing)))
         missing -= _pairs(found[-1])
     return found
