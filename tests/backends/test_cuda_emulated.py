@@ -20,9 +20,15 @@ from support import cases, fuzz_cuda, kernel_cases, launches, pairs
 from support.emulated import emulated, why_not
 from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
 from support.launches import DIRECT, EVERY, SORTED
+from support.tiers import one_in
 
 NAMED = [name for name, _ in cases.CASES]
 DTYPES = cases.DTYPES[1:]
+
+
+def case_id(case: cases.Case) -> str:
+    return case.id
+
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
 
@@ -63,7 +69,7 @@ def check_in_either_order(
         )
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", one_in(4, NAMED))
 def test_oracle(name: str) -> None:
     """Each case in one dtype, and the threads of every other in the other order."""
     number = NAMED.index(name)
@@ -72,7 +78,7 @@ def test_oracle(name: str) -> None:
     case.check(run(case, dtype, DIRECT, backwards=number % 2 == 1), dtype)
 
 
-@pytest.mark.parametrize("row", kernel_cases.tile_rows(), ids=kernel_cases.row_id)
+@pytest.mark.parametrize("row", one_in(30, kernel_cases.tile_rows(), kernel_cases.row_id))
 def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
     """All that tile kernels are compiled for, and every pair of it with what they are given."""
     case, dtype = kernel_cases.tile_case(row), row["dtype"]
@@ -89,24 +95,25 @@ def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
     case.check(results, dtype, kernel_cases.finite(row, case))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*sorted_conv_cases(), *not_tiled()], ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", one_in(3, DTYPES))
+@pytest.mark.parametrize("case", one_in(9, [*sorted_conv_cases(), *not_tiled()], case_id))
 def test_sorted_convolutions(case: cases.ConvCase, dtype: torch.dtype) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     check_in_either_order(case, dtype, SORTED, ("grad_offset_mask",))
 
 
-@pytest.mark.parametrize("case", not_tiled(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", one_in(4, not_tiled(), case_id))
 def test_what_tiles_refuse_is_sorted(case: cases.ConvCase) -> None:
     names = launches.expected(case, torch.float16, SORTED)
     with emulated(pays_from=EVERY), launches.launching(*names):
         case.run(torch.float16, "cpu", "cuda")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [*((case, torch.bfloat16) for case in not_sorted()), (plain_tiles(), torch.float64)],
-    ids=lambda of: of.id if isinstance(of, cases.Case) else str(of),
+    ids=lambda of: case_id(of) if isinstance(of, cases.Case) else str(of),
 )
 def test_what_sorting_refuses_is_direct(case: cases.ConvCase, dtype: torch.dtype) -> None:
     names = launches.expected(case, dtype, DIRECT)
@@ -114,7 +121,9 @@ def test_what_sorting_refuses_is_direct(case: cases.ConvCase, dtype: torch.dtype
         case.check(case.run(dtype, "cpu", "cuda"), dtype)
 
 
-@pytest.mark.parametrize("number", range(len(sorted_cases())), ids=lambda i: sorted_cases()[i].id)
+@pytest.mark.parametrize(
+    "number", one_in(9, range(len(sorted_cases())), lambda i: sorted_cases()[i].id)
+)
 def test_sorted(number: int) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     case, dtype = sorted_cases()[number], DTYPES[number % 3]
@@ -131,7 +140,7 @@ def test_an_encoders_forward_takes_queries_in_blocks() -> None:
         assert ("BLOCK_COLUMNS" in macros) == blocks
 
 
-@pytest.mark.parametrize("number", [0, 2, 7])
+@pytest.mark.parametrize("number", one_in(3, [0, 2, 7]))
 def test_sorted_with_sizes_that_the_host_does_not_know(number: int) -> None:
     case = sorted_cases()[number]
     sizes = {"_sizes": lambda shapes: (None, torch.tensor(shapes))}
@@ -140,13 +149,16 @@ def test_sorted_with_sizes_that_the_host_does_not_know(number: int) -> None:
 
 @pytest.mark.parametrize(
     "shapes",
-    [
-        ((9, 11), (5, 7)),
-        ((5, 6), (9, 11)),
-        ((-1, -1), (9, 11)),
-        ((2, 3), (4, -5), (1, 2)),
-        ((0, 0),),
-    ],
+    one_in(
+        5,
+        [
+            ((9, 11), (5, 7)),
+            ((5, 6), (9, 11)),
+            ((-1, -1), (9, 11)),
+            ((2, 3), (4, -5), (1, 2)),
+            ((0, 0),),
+        ],
+    ),
 )
 def test_sorted_whatever_the_sizes(shapes: tuple[tuple[int, int], ...]) -> None:
     """Every query is of one tile even if the levels are not what the value holds."""
@@ -181,8 +193,8 @@ def _attention_gradients(
     return tuple(gradients)
 
 
-@pytest.mark.parametrize("softmax", [True, False])
-@pytest.mark.parametrize("bad", [math.inf, math.nan, 65_504.0])
+@pytest.mark.parametrize("softmax", one_in(2, [True, False]))
+@pytest.mark.parametrize("bad", one_in(3, [math.inf, math.nan, 65_504.0]))
 @pytest.mark.parametrize("where", range(4))
 def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
     where: int, bad: float, softmax: bool
@@ -197,7 +209,7 @@ def test_sorted_is_not_finite_where_the_direct_kernel_is_not(
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("scale", [2.0**-12, 60_000.0])
+@pytest.mark.parametrize("scale", one_in(2, [2.0**-12, 60_000.0]))
 def test_sorted_gradients_of_any_scale(scale: float) -> None:
     inputs = _attention(((9, 11), (5, 6)), levels=2)
     inputs[3] *= scale / inputs[3].abs().max()
@@ -206,6 +218,7 @@ def test_sorted_gradients_of_any_scale(scale: float) -> None:
         torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12 * scale)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("order", [False, True], ids=["any", "deterministic"])
 def test_which_calls_are_sorted(dtype: torch.dtype, order: bool) -> None:
@@ -231,6 +244,7 @@ def test_small_calls_are_direct() -> None:
             case.run(torch.float16, "cpu", "cuda")
 
 
+@pytest.mark.exhaustive
 def test_random_encoders() -> None:
     rng = random.Random(7)
     for i in range(12):
@@ -259,7 +273,7 @@ def _inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return value, offset_mask
 
 
-@pytest.mark.parametrize("sigma", [0.25, 1.0])
+@pytest.mark.parametrize("sigma", one_in(2, [0.25, 1.0]))
 def test_a_tile_is_of_one_image(sigma: float) -> None:
     """Images do not mix. Where tiles are left, what others of the batch hold decides which, and so
     which kernel rounds; otherwise the bits are the same."""
@@ -275,7 +289,7 @@ def test_a_tile_is_of_one_image(sigma: float) -> None:
                 torch.testing.assert_close(result, together[name][part], rtol=2**-8, atol=2**-7)
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("bad", one_in(2, [math.inf, math.nan]))
 def test_what_is_not_finite_stays_where_it_is_sampled(bad: float) -> None:
     """A tile multiplies all its pixels' columns with a whole window: 0 * inf must not be added."""
     value, offset_mask = _inputs(1, 8, 8)
@@ -289,7 +303,7 @@ def test_what_is_not_finite_stays_where_it_is_sampled(bad: float) -> None:
     torch.testing.assert_close(spoilt[~sampled], clean[~sampled], rtol=2**-8, atol=2**-7)
 
 
-@pytest.mark.parametrize("scale", [2.0**-12, 1.0, 60_000.0])
+@pytest.mark.parametrize("scale", one_in(3, [2.0**-12, 1.0, 60_000.0]))
 def test_gradients_of_any_scale(scale: float) -> None:
     """Those that a GradScaler makes large neither overflow within nor lose their small members."""
     case = plain_tiles(batch=1)
@@ -306,6 +320,7 @@ def test_gradients_of_any_scale(scale: float) -> None:
         assert (error <= 2**-8 * right.abs()[legal] + 2**-9 * scale).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("technique", [DIRECT, SORTED, EVERY], ids=["direct", "sorted", "tiles"])
 def test_random_calls(technique: dict[str, int]) -> None:
     rng = random.Random(5)
@@ -315,8 +330,8 @@ def test_random_calls(technique: dict[str, int]) -> None:
         case.check(run(case, dtype, technique, backwards=i % 2 == 0), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", NAMED[::9])
+@pytest.mark.parametrize("dtype", one_in(2, [torch.float32, torch.float16]))
+@pytest.mark.parametrize("name", one_in(5, NAMED[::9]))
 def test_deterministic(name: str, dtype: torch.dtype) -> None:
     """The same bits whichever thread adds first, and right ones."""
     case = dict(cases.CASES)[name]
@@ -325,13 +340,13 @@ def test_deterministic(name: str, dtype: torch.dtype) -> None:
         check_in_either_order(case, dtype, DIRECT)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 0.9, 3.0])
+@pytest.mark.parametrize("sigma", one_in(3, [0.5, 0.9, 3.0]))
 def test_deterministic_tiles(sigma: float) -> None:
     with deterministic():
         check_in_either_order(plain_tiles(sigma=sigma), torch.float16, EVERY)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", one_in(4, range(4)))
 def test_deterministic_sorted(number: int) -> None:
     case = (*sorted_cases()[1:3], *sorted_conv_cases()[3:6:2])[number]
     for dtype in DTYPES:
@@ -339,7 +354,7 @@ def test_deterministic_sorted(number: int) -> None:
             check_in_either_order(case, dtype, SORTED)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("scale", one_in(5, [0.0, 1e-30, 1e-20, 1e30, math.inf, math.nan]))
 @pytest.mark.parametrize("where", ["grad", "weights"])
 def test_deterministic_gradients_of_any_scale(where: str, scale: float) -> None:
     """Images have units of their own; one whose numbers are not finite is NaN throughout."""
