@@ -70,8 +70,8 @@ def check_levels(
         raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
     total = 0
     for height, width in pairs:
-        sizes = [check_integer("spatial_shapes", size, 0) for size in (height, width)]
-        total += sizes[0] * sizes[1]
+        rows = check_integer("spatial_shapes", height, 0)
+        total += rows * check_integer("spatial_shapes", width, 0)
     if len(pairs) != levels:
         raise ValueError(f"{rule}, as in sampling_locations; got {len(pairs)}")
     if total != length:

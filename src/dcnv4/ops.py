@@ -48,7 +48,7 @@ class Operator:
     schema: str
     """The flat arguments."""
     inputs: tuple[int, ...]
-    """Where in a call the tensors stand that it is differentiable in."""
+    """Where in a call the tensors stand that it is differentiable in, the value first."""
     flatten: Callable[..., tuple[Any, ...]]
     """The flat arguments of a call."""
     unflatten: Callable[..., tuple[Any, ...]]
@@ -86,7 +86,7 @@ class Operator:
             _library.impl(f"{name}_backward", run_backward, autocast.name)
 
     def dispatch(self, *call: Any) -> Tensor:
-        """What PyTorch's dispatcher makes of a call."""
+        """The output, by way of PyTorch's dispatcher."""
         output: Tensor = self.operator(*self.flatten(*call))
         return output
 
@@ -134,10 +134,10 @@ class Operator:
         return without_autocast(device, self.dispatch, *call)
 
 
-def _below_autograd(run: Callable[..., T], *arguments: Any) -> T:
+def _below_autograd(function: Callable[..., T], *arguments: Any) -> T:
     guard = torch._C._AutoDispatchBelowAutograd()
     try:
-        return run(*arguments)
+        return function(*arguments)
     finally:
         del guard  # which an exception's frames would keep, and autograd off with it
 
