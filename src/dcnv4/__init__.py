@@ -2,7 +2,7 @@
 
 from . import backends, flops, functional
 from .conversion import convert
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 dcnv4 = DCNv4
 
