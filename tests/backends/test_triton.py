@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dcnv4 import backends, functional
+from dcnv4 import backends, functional, geometry
 from dcnv4.backends import triton as backend
 from support import cases
 from support.runner import Runner
@@ -42,7 +43,7 @@ LAYERS = [
 def test_in_the_interpreter() -> None:
     operators = Path(__file__).parents[1] / "operators"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    others = ("test_operators.py", "test_amp.py", "test_determinism.py")
+    others = ("test_operators.py", "test_positions.py", "test_amp.py", "test_determinism.py")
     files = [*(str(operators / name) for name in others), __file__]
     chosen = ["-k", "interpreted or (triton-cpu and not float32)"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -82,7 +83,7 @@ def test_threads_load_and_add_sixteen_bytes_of_the_usual_layers() -> None:
 
 
 class _Recorder:
-    """In place of the kernels: keeps the arguments of every launch."""
+    """In place of the kernels: keeps the arguments of every launch, by name."""
 
     def __init__(self) -> None:
         from dcnv4.backends.triton import kernels
@@ -91,21 +92,21 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(self.kernels, name)
-        if not name.startswith(("conv_", "attn_")):
+        if name not in ("forward", "backward"):
             return kernel
 
         class Launcher:
             def __getitem__(_, grid: tuple[int, ...]) -> Any:  # noqa: N805
-                return lambda *args, **options: self.calls.append((kernel, args, options))
+                return lambda **arguments: self.calls.append((kernel, arguments))
 
         return Launcher()
 
 
 def _conv_calls(batch: int, height: int, width: int) -> None:
     window = functional.window(3, groups=2)
-    value, fields = torch.ones(batch, height, width, 32), torch.ones(batch, height, width, 56)
-    backend.conv_forward(value, fields, window)
-    backend.conv_backward(value, value, fields, window)
+    value, offset_mask = torch.ones(batch, height, width, 32), torch.ones(batch, height, width, 56)
+    backend.conv_forward(value, offset_mask, window)
+    backend.conv_backward(value, value, offset_mask, window)
 
 
 def _attn_calls(batch: int, height: int, width: int) -> None:
@@ -132,16 +133,18 @@ def test_a_compilation_depends_on_no_batch_and_no_image(
     assert directions == 2
     for direction in range(directions):
         launches = recorder.calls[direction::directions]
-        kernel, first, options = launches[0]
-        for _, others, other_options in launches[1:]:
-            assert other_options == options
-            for parameter, a, b in zip(kernel.params, first, others, strict=True):
-                if parameter.is_constexpr:
-                    assert a == b, parameter.name
+        kernel, first = launches[0]
+        parameters = {parameter.name: parameter for parameter in kernel.params}
+        for _, others in launches[1:]:
+            assert others.keys() == first.keys()
+            for name, a in first.items():
+                parameter = parameters.get(name)
+                if parameter is None or parameter.is_constexpr or a is None:
+                    assert a == others[name], name
                 elif isinstance(a, torch.Tensor):
-                    assert a.dtype == b.dtype, parameter.name
+                    assert a.dtype == others[name].dtype, name
                 else:
-                    assert parameter.do_not_specialize, parameter.name
+                    assert parameter.do_not_specialize, name
 
 
 @needs_triton
@@ -265,12 +268,42 @@ def test_interpreted_memory_accesses_stay_inside(case: cases.Case) -> None:
 
 
 @only_interpreted
+@pytest.mark.parametrize("size", [64, 2**20, 2**31 - 2**10])
+def test_interpreted_corners_are_those_of_the_geometry(size: int) -> None:
+    """Next to both borders, as far from the first pixel as an image goes; what is not finite and
+    what is too far away is outside, and no corner outside counts."""
+    from support import triton_probe
+
+    small = torch.tensor([0.0, -0.0, 0.25, -0.25, 1e-10, -1e-10, -1.0, 1.0, 3.5, -3.5, 60.0, -60.0])
+    big = torch.tensor([np.inf, -np.inf, np.nan, 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**30])
+    numbers = torch.cat((small, big, -big[-1:], 2.0**20 + small[:3]))
+    origins = torch.tensor([-2, -1, 0, 1, 63, size - 2, size - 1, size, size + 1])
+    origins = origins.repeat(len(numbers))
+    numbers = numbers.repeat_interleave(9)
+    x, origin = (F.pad(t, (0, 256 - len(t))) for t in (numbers, origins))
+    before, counts = (torch.zeros(256, dtype=torch.int32) for _ in range(2))
+    fraction = torch.zeros(256)
+    triton_probe.around[(1,)](x, origin.int(), before, fraction, counts, size, COUNT=256)
+    expected = geometry._around(x, origin, size)
+    legal = expected[2][0].int() + 2 * expected[2][1].int()
+    near = x.abs() < 2**24
+    assert torch.equal(counts[near], legal[near])
+    counted = counts > 0
+    assert torch.equal(before[counted & near], expected[0][counted & near].int())
+    assert torch.equal(fraction[counted & near], expected[1][counted & near])
+    assert counted.any()
+    for offset in (0, 1):
+        column = before[(counts >> offset & 1) == 1].long() + offset
+        assert ((column >= 0) & (column < size)).all()
+
+
+@only_interpreted
 @pytest.mark.parametrize("case", [cases.CONV[2], cases.ATTENTION[0]], ids=lambda case: case.id)
 def test_interpreted_wide_offsets(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tensors of 2³¹ elements or more take."""
-    assert backend._index(10, 2**30) == "int32"
-    assert backend._index(10, 2**31) == "int64"
-    monkeypatch.setattr(backend, "_index", lambda *elements: "int64")
+    assert backend._index(2**30) == "int32"
+    assert backend._index(2**31) == "int64"
+    monkeypatch.setattr(backend, "_index", lambda elements: "int64")
     case.check(case.run(torch.float32, "cpu", "triton"), torch.float32)
 
 
@@ -292,17 +325,17 @@ def _guarded() -> Iterator[list[int]]:
     class Guard:
         def __getattr__(self, name: str) -> Any:
             kernel = getattr(kernels, name)
-            if not name.startswith(("conv_", "attn_")):
+            if name not in ("forward", "backward"):
                 return kernel
 
             class Launcher:
                 def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                    def launch(*args: Any, **options: Any) -> None:
-                        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+                    def launch(**arguments: Any) -> None:
+                        tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
                         starts = [t.untyped_storage().data_ptr() for t in tensors]
                         sizes = [t.untyped_storage().nbytes() for t in tensors]
                         ranges[:] = [(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-                        kernel[grid](*args, **options)
+                        kernel[grid](**arguments)
 
                     return launch
 

@@ -477,6 +477,8 @@ CONV = (
     ConvCase("float_coordinates", coordinates=(torch.float32,), depth=16),
     ConvCase("half_coordinates", coordinates=(torch.float16,), softmax=True),
     ConvCase("double_coordinates", coordinates=(torch.float64,)),
+    ConvCase("long_row", size=(1, 8192), window={"stride": (1, 1170)}),
+    ConvCase("long_column", size=(8192, 1), window={"stride": (1170, 1)}, softmax=True),
 )
 
 _F16, _F32, _F64 = torch.float16, torch.float32, torch.float64
