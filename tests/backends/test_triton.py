@@ -83,7 +83,7 @@ def test_threads_load_and_add_sixteen_bytes_of_the_usual_layers() -> None:
 
 
 class _Recorder:
-    """In place of the kernels: keeps the arguments of every launch, by name."""
+    """In place of the kernels: keeps the arguments of every launch."""
 
     def __init__(self) -> None:
         from dcnv4.backends.triton import kernels
@@ -96,8 +96,10 @@ class _Recorder:
             return kernel
 
         class Launcher:
+            fn = staticmethod(kernel.fn)
+
             def __getitem__(_, grid: tuple[int, ...]) -> Any:  # noqa: N805
-                return lambda **arguments: self.calls.append((kernel, arguments))
+                return lambda *args, **options: self.calls.append((kernel, args, options))
 
         return Launcher()
 
@@ -133,18 +135,16 @@ def test_a_compilation_depends_on_no_batch_and_no_image(
     assert directions == 2
     for direction in range(directions):
         launches = recorder.calls[direction::directions]
-        kernel, first = launches[0]
-        parameters = {parameter.name: parameter for parameter in kernel.params}
-        for _, others in launches[1:]:
-            assert others.keys() == first.keys()
-            for name, a in first.items():
-                parameter = parameters.get(name)
-                if parameter is None or parameter.is_constexpr or a is None:
-                    assert a == others[name], name
+        kernel, first, options = launches[0]
+        for _, others, other_options in launches[1:]:
+            assert other_options == options
+            for parameter, a, b in zip(kernel.params, first, others, strict=True):
+                if parameter.is_constexpr or a is None:
+                    assert a == b, parameter.name
                 elif isinstance(a, torch.Tensor):
-                    assert a.dtype == others[name].dtype, name
+                    assert a.dtype == b.dtype, parameter.name
                 else:
-                    assert parameter.do_not_specialize, name
+                    assert parameter.do_not_specialize, parameter.name
 
 
 @needs_triton
@@ -162,8 +162,8 @@ def test_a_new_image_size_compiles_nothing() -> None:
         counts = []
         for batch, size in ((1, 5), (2, 16), (3, 1), (16, 33)):
             value = torch.randn(batch, size, size, 3 * 7, device="cuda", requires_grad=True)
-            fields = torch.randn(batch, size, size, 81, device="cuda", requires_grad=True)
-            output = functional.deform_conv(value, fields, groups=3, backend="triton")
+            offset_mask = torch.randn(batch, size, size, 81, device="cuda", requires_grad=True)
+            output = functional.deform_conv(value, offset_mask, groups=3, backend="triton")
             output.sum().backward()
             counts.append(len(compiled))
     finally:
@@ -329,13 +329,15 @@ def _guarded() -> Iterator[list[int]]:
                 return kernel
 
             class Launcher:
+                fn = staticmethod(kernel.fn)
+
                 def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                    def launch(**arguments: Any) -> None:
-                        tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
+                    def launch(*args: Any, **options: Any) -> None:
+                        tensors = [a for a in args if isinstance(a, torch.Tensor)]
                         starts = [t.untyped_storage().data_ptr() for t in tensors]
                         sizes = [t.untyped_storage().nbytes() for t in tensors]
                         ranges[:] = [(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-                        kernel[grid](**arguments)
+                        kernel[grid](*args, **options)
 
                     return launch
 

@@ -192,8 +192,8 @@ class ConvCase(Case):
         rng = np.random.default_rng(self._seed)
         value = rng.standard_normal((self.batch, *self.size, self.groups * self.depth))
         outer = self.batch, *self.output_size
-        fields = 3 * self.groups * self.points_per_group
-        offset_mask = rng.standard_normal((*outer, fields + self.extra))
+        channels = 3 * self.groups * self.points_per_group + self.extra
+        offset_mask = rng.standard_normal((*outer, channels))
         scale = self.window.get("offset_scale", 1.0)
         undeformed = offset_mask.copy()
         undeformed[...] = 0

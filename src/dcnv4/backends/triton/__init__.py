@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -191,42 +192,49 @@ def _run(
         return
     leading = 3 if spatial_shapes is None else 2
     arguments: dict[str, Any] = {}
-    elements = 0
+    strides: list[int] = []
     for name, tensor in tensors.items():
-        arguments[name] = tensor
-        if tensor is not None:
-            arguments[name], stride = _pixels(tensor, leading)
-            arguments[f"{name.upper()}_STRIDE"] = stride
-            elements = max(elements, stride * tensor.shape[:leading].numel())
+        arguments[name], stride = (None, 0) if tensor is None else _pixels(tensor, leading)
+        strides.append(stride)
+    index = _index(max(strides) * max(pixels, batch * height * width))
     depth = value.shape[leading:].numel() // layer.groups
-    launch, constants = _constants(
-        layer, depth, value.dtype, _index(elements), backward=kernel == "backward"
+    launch, constants, order = _constants(
+        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides))
     )
+    arguments |= {
+        "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "columns": columns,
+        "pixels": pixels,
+    }
     with _on(value.device):
         getattr(_kernels(), kernel)[(launch.programs(pixels, layer.groups),)](
-            shapes=None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
-            height=height,
-            width=width,
-            rows=rows,
-            columns=columns,
-            pixels=pixels,
-            num_warps=launch.warps,
-            **arguments,
-            **constants,
+            *(arguments[name] for name in order), *constants, num_warps=launch.warps
         )
 
 
 @lru_cache(maxsize=1024)
 def _constants(
-    layer: Window | Heads, depth: int, dtype: torch.dtype, index: str, backward: bool
-) -> tuple[Launch, dict[str, Any]]:
-    """The launch, and the kernels' constants but for strides, by name."""
+    kernel: str,
+    layer: Window | Heads,
+    depth: int,
+    dtype: torch.dtype,
+    index: str,
+    names: tuple[str, ...],
+    strides: tuple[int, ...],
+) -> tuple[Launch, tuple[Any, ...], tuple[str, ...]]:
+    """The launch of a kernel on tensors of these strides, its constants, and the names of what
+    comes before them: in the order of its parameters, because dozens of names cost microseconds."""
     tl = _kernels().tl
     if isinstance(layer, Window):
         levels, points, constants = None, layer.points(), _window_constants(layer)
     else:
         levels, points, constants = layer.levels, layer.points_per_level, {}
-    launch = preferred(layer.groups, depth, levels, points, torch.finfo(dtype).bits // 8, backward)
+    itemsize = torch.finfo(dtype).bits // 8
+    launch = preferred(layer.groups, depth, levels, points, itemsize, kernel == "backward")
+    constants |= {f"{name.upper()}_STRIDE": n for name, n in zip(names, strides, strict=True)}
     constants |= {
         "GROUPS": layer.groups,
         "DEPTH": depth,
@@ -241,7 +249,10 @@ def _constants(
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "INDEX": getattr(tl, index),
     }
-    return launch, constants
+    parameters = inspect.signature(getattr(_kernels(), kernel).fn).parameters.values()
+    # What a compilation depends on is in capitals, and comes last.
+    ordered = (constants.get(p.name, p.default) for p in parameters if p.name.isupper())
+    return launch, tuple(ordered), tuple(p.name for p in parameters if not p.name.isupper())
 
 
 def _window_constants(window: Window) -> dict[str, Any]:
