@@ -7,8 +7,8 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache, partial, update_wrapper
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 
 from .backends import Backend, choose, load, reference
 from .geometry import Window
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _library = torch.library.Library("dcnv4", "DEF")
 
@@ -413,3 +415,19 @@ ms_deform_attn = _define(
     _attn_backward,
     _attn_differentiable,
 )
+
+
+def composite(arguments: str) -> Callable[[_Function], _Function]:
+    """Make a function an operator that is made of others, and is traced and differentiated as they
+    are; `arguments` are its schema's."""
+
+    def register(function: _Function) -> _Function:
+        name = function.__name__
+        _library.define(f"{name}({arguments}) -> Tensor")
+        _library.impl(name, function, "CompositeImplicitAutograd")
+        operator = getattr(torch.ops.dcnv4, name).default
+        # Its name, module and the rest stay PyTorch's.
+        update_wrapper(operator, function, ("__doc__",), ())
+        return cast(_Function, operator)
+
+    return register

@@ -24,9 +24,11 @@ NATIVE = {
     if path.suffix in (".h", ".hpp", ".cuh", ".cu", ".cpp")
 }
 
+COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
+
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "conversion", "flops", "functional", "modules"},
+    "__init__": {"backends", "compat.fork", "conversion", "flops", "functional", "modules"},
     "geometry": set(),
     "functional": {"geometry", "backends", "ops"},
     "ops": {"geometry", "backends", "backends.reference"},
@@ -37,7 +39,12 @@ ARROWS = {
     "checkpoints": {"functional", "modules"},
     "visualize": {"checkpoints", "modules"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
-    "compat": {"functional", "modules"},
+    "compat": {f"compat.{name}" for name in COMPAT},
+    "compat.deformable_detr": {"functional", "modules"},
+    "compat.fork": {"compat.opengvlab", "functional", "ops"},
+    "compat.mmcv": {"compat.deformable_detr", "compat.torchvision", "functional", "modules"},
+    "compat.opengvlab": {"compat.deformable_detr", "functional"},
+    "compat.torchvision": {"functional", "geometry"},
     "integrations": set(),
     "integrations.transformers": {"functional"},
 }
