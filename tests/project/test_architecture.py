@@ -42,7 +42,9 @@ ARROWS = {
     "compat": {f"compat.{name}" for name in COMPAT},
     "compat.deformable_detr": {"functional", "modules"},
     "compat.fork": {"compat.opengvlab", "functional", "ops"},
-    "compat.mmcv": {"compat.deformable_detr", "compat.torchvision", "functional", "modules"},
+    "compat.mmcv": {
+        *("compat.deformable_detr", "compat.torchvision", "functional", "modules", "ops")
+    },
     "compat.opengvlab": {"compat.deformable_detr", "functional"},
     "compat.torchvision": {"functional", "geometry"},
     "integrations": set(),

@@ -111,8 +111,8 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
     load.
     """
 
-    is_init = True
-    """What mmengine asks before it calls `init_weights`."""
+    is_init = _is_init = True
+    """What mmengine asks before it calls `init_weights`: whether that has been done."""
 
     def __init__(
         self,
@@ -373,7 +373,8 @@ class _Pack(_DeformConv2d):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # In mmcv's first version these parameters lay beside the layer, not in it.
+        # In mmcv's first version these parameters lay beside the layer, not in it. Only a loader
+        # that shows a layer the whole state finds them, as PyTorch's was at that time.
         if (local_metadata.get("version") or 1) < self._version:
             for kind in ("weight", "bias"):
                 former, name = f"{prefix[:-1]}_offset.{kind}", f"{prefix}conv_offset.{kind}"

@@ -72,7 +72,9 @@ def deform_conv2d(
     grid = (settings.groups, *settings.kernel_size)
     points = offset.unflatten(1, (*grid, 2)).movedim(4, -1).flip(-1)
     factors = None if mask is None else mask.unflatten(1, grid)
-    if _is_ones(weight, input.shape[1]):
+    # With an edge of zeros (see there) the sum of points needs some padding to take it from.
+    has_edge = not offset.requires_grad or min(settings.padding) > 0
+    if has_edge and _is_ones(weight, input.shape[1]):
         output = _added(input, points, factors, settings)
     else:
         output = _multiplied(input, points, factors, weight, settings)
@@ -150,7 +152,7 @@ def _added(input: Tensor, points: Tensor, factors: Tensor | None, settings: Wind
     if factors is None:
         factors = torch.ones_like(points[..., 0])
     value = input.permute(0, 2, 3, 1)
-    if points.requires_grad and min(settings.padding) > 0:
+    if points.requires_grad:
         value, settings = _edged(value, settings)
     # The kernel's columns are outermost in `offset_mask`.
     offsets = points.permute(0, 4, 5, 1, 3, 2, 6).flatten(4)
