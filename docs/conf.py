@@ -74,6 +74,12 @@ def in_the_package(
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, text)
 
 
+def where_it_is_written(app: Sphinx, module: str, name: str) -> str | None:
+    """These two are operators, which say that they are PyTorch's."""
+    return "dcnv4.compat.fork" if name in ("dcnv4_forward", "flash_deform_attn") else None
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", as_in_markdown, priority=400)  # before napoleon
     app.connect("missing-reference", in_the_package)
+    app.connect("viewcode-follow-imported", where_it_is_written)

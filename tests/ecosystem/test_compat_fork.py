@@ -156,7 +156,7 @@ def test_refusals() -> None:
         for function in (compat.dcnv4_forward, compat.dcnv4_forward_pytorch):
             with pytest.raises(ValueError, match=f"{name} must be an integer >= .; got -1"):
                 function(**{**arguments, name: -1})
-    with pytest.raises(TypeError, match="offset_mask must be a tensor .*; got NoneType"):
+    with pytest.raises(TypeError, match=r"offset_mask must be a tensor .*; got NoneType"):
         compat.dcnv4_forward(**{**arguments, "offset_mask": None})
     for name, wrong in (("offset_mask", np.zeros((2, 4, 9, 92))), ("kernel_h", "3")):
         with pytest.raises(RuntimeError, match=f"for argument '{name}'"):  # PyTorch's own

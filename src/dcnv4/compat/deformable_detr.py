@@ -50,7 +50,7 @@ class MSDeformAttnFunction:
 
         Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159.
         """
-        check_starts(value_level_start_index, value_spatial_shapes)
+        _check_starts(value_level_start_index, value_spatial_shapes)
         return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -76,7 +76,7 @@ def ms_deform_attn_core_pytorch(
     return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-def check_starts(starts: Starts, shapes: Shapes) -> None:
+def _check_starts(starts: Starts, shapes: Shapes) -> None:
     """Check that the levels start where they do when one follows another."""
     if starts is None:
         return

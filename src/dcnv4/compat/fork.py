@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional import _integer as check_integer
 from ..ops import composite
-from .opengvlab import FlashDeformAttnFunction, windowed
+from .opengvlab import FlashDeformAttnFunction, _deform_conv
 
 
 @composite(
@@ -55,7 +55,7 @@ def dcnv4_forward(
     Source: Xiong et al., CVPR 2024, arXiv:2401.06197.
     """
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    return windowed(
+    return _deform_conv(
         input, offset_mask, window, group, group_channels, offset_scale, remove_center, softmax
     )
 
@@ -93,7 +93,7 @@ def dcnv4_forward_pytorch(
     """
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     sizes = (group, group_channels, offset_scale, remove_center)
-    return windowed(input, offset_mask, window, *sizes, softmax, backend="reference")
+    return _deform_conv(input, offset_mask, window, *sizes, softmax, backend="reference")
 
 
 @composite(

@@ -469,8 +469,9 @@ class ModulatedDeformConv2d(_DeformConv2d):
     """mmcv's layer around its `modulated_deform_conv2d`: offsets and mask are given.
 
     Args:
-        in_channels to deform_groups, deformable_groups: as in `DeformConv2d`.
+        in_channels to deform_groups: as in `DeformConv2d`.
         bias: add a learned bias; "auto" means True, as in mmcv.
+        deformable_groups: `deform_groups` by its former name.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range, by its name.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..functional import _integer as check_integer
 from ..functional import check_tensor, deform_conv, ms_deform_attn
-from .deformable_detr import Shapes, Starts, check_starts
+from .deformable_detr import Shapes, Starts, _check_starts
 
 
 class FlashDeformAttnFunction:
@@ -41,7 +41,7 @@ class FlashDeformAttnFunction:
 
         Source: Xiong et al., CVPR 2024, arXiv:2401.06197.
         """
-        check_starts(value_level_start_index, value_spatial_shapes)
+        _check_starts(value_level_start_index, value_spatial_shapes)
         check_integer("K", K, 1)
         check_tensor("value", value, "[B, S, G, D]", (4,))
         layout = "[B, Q, G, 3*L*K] or [B, Q, G*3*L*K]"
@@ -105,7 +105,7 @@ class DCNv4Function:
         Source: Xiong et al., CVPR 2024, arXiv:2401.06197.
         """
         window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-        return windowed(
+        return _deform_conv(
             input, offset_mask, window, group, group_channels, offset_scale, remove_center
         )
 
@@ -211,7 +211,7 @@ def dcnv3_core_pytorch(
     )
 
 
-def windowed(
+def _deform_conv(
     input: Tensor,
     offset_mask: Tensor,
     window: tuple[int, ...],

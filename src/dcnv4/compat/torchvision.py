@@ -72,9 +72,9 @@ def deform_conv2d(
     grid = (settings.groups, *settings.kernel_size)
     points = offset.unflatten(1, (*grid, 2)).movedim(4, -1).flip(-1)
     factors = None if mask is None else mask.unflatten(1, grid)
-    # With an edge of zeros (see there) the sum of points needs some padding to take it from.
-    has_edge = not offset.requires_grad or min(settings.padding) > 0
-    if has_edge and _is_ones(weight, input.shape[1]):
+    # For offsets' gradients `_added` takes an edge from the padding.
+    is_edged = not offset.requires_grad or min(settings.padding) > 0
+    if is_edged and _is_ones(weight, input.shape[1]):
         output = _added(input, points, factors, settings)
     else:
         output = _multiplied(input, points, factors, weight, settings)
@@ -99,7 +99,7 @@ def _check(
     check_tensor("offset", offset, "[B, 2*G*kh*kw, Ho, Wo]", (4,), input)
     batch, channels, height, width = input.shape
     outputs, per_group, kh, kw = weight.shape
-    if per_group == 0 or channels % per_group or outputs % (channels // per_group):
+    if 0 in weight.shape or channels % per_group or outputs % (channels // per_group):
         raise ValueError(
             "weight must be [Co, C / groups, kh, kw] with groups that divide Co and C = "
             f"{channels}; got {list(weight.shape)}"
@@ -177,17 +177,17 @@ def _multiplied(
     """[B, Co, Ho, Wo]: the weight times the samples; `points` and `factors` are as in `_added`."""
     batch, channels = input.shape[:2]
     rows, columns = points.shape[4:6]
-    part = partial(_part, weight=weight, settings=settings)
-    # What is traced is divided, and computed anew, as the tracer sees fit.
-    if is_traced(input):
-        return part(input, points, factors, top=0)
-    if torch.is_grad_enabled():
-        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     row = columns * channels * settings.points()
+    part = partial(_part, weight=weight, settings=settings)
+    traced = is_traced(input)  # then what is kept and what computed anew is the tracer's to decide
+    if torch.is_grad_enabled() and not traced:
+        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    if traced or batch * rows * row <= MOST_SAMPLES:
+        return part(input, points, factors, top=0)
     lines = min(rows, max(1, MOST_SAMPLES // row))
     images = max(1, MOST_SAMPLES // (lines * row))
     outputs = []
-    for first in range(0, max(1, batch), images):
+    for first in range(0, batch, images):
         some = slice(first, first + images)
         parts = []
         for top in range(0, rows, lines):
