@@ -75,8 +75,10 @@ def in_the_package(
 
 
 def where_it_is_written(app: Sphinx, module: str, name: str) -> str | None:
-    """These two are operators, which say that they are PyTorch's."""
-    return "dcnv4.compat.fork" if name in ("dcnv4_forward", "flash_deform_attn") else None
+    """Two operators say that they are PyTorch's; they and the function between them are shown where
+    they are exported."""
+    exported = ("dcnv4_forward", "dcnv4_forward_pytorch", "flash_deform_attn")
+    return module if name in exported else None
 
 
 def setup(app: Sphinx) -> None:
