@@ -264,6 +264,6 @@ def test_attention_refusals() -> None:
     for name in needed:
         with pytest.raises(TypeError, match=f"{name} must be given; got None"):
             layer(query, **{**needed, name: None})
-    for name in ("query", "value"):
+    for name in ("query", "value", "identity", "query_pos"):
         with pytest.raises(TypeError, match=f"{name} must be a tensor"):
             layer(**{"query": query, **needed, name: [1.0]})

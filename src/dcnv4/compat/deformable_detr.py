@@ -78,12 +78,14 @@ def ms_deform_attn_core_pytorch(
 
 def _check_starts(starts: Starts, shapes: Shapes) -> None:
     """Check that the levels start where they do when one follows another."""
-    if starts is None:
-        return
-    for name, argument in (("value_level_start_index", starts), ("value_spatial_shapes", shapes)):
+    given = [] if starts is None else starts
+    named = {"value_spatial_shapes": shapes, "value_level_start_index": given}
+    for name, argument in named.items():
         if not isinstance(argument, (Tensor, list, tuple)):
             kind = type(argument).__name__
             raise TypeError(f"{name} must be a tensor or a sequence of L levels; got {kind}")
+    if starts is None:
+        return
     levels = len(shapes)
     rule = f"value_level_start_index must be the first rows of L = {levels} levels"
     if len(starts) != levels:

@@ -26,14 +26,14 @@ class MultiScaleDeformableAttnFunction(MSDeformAttnFunction):
     """Multi-scale deformable attention as mmcv calls it: as Deformable DETR does."""
 
 
-class MultiScaleDeformableAttnFunction_fp32(MSDeformAttnFunction):  # noqa: N801
-    """`MultiScaleDeformableAttnFunction` that under autocast computes in float32, as BEVFormer's.
+class _CastFunction:
+    """`MSDeformAttnFunction` that under autocast takes the value in a dtype of its own."""
 
-    Source: Li et al., BEVFormer, ECCV 2022, arXiv:2203.17270.
-    """
+    _dtype: torch.dtype
 
-    @staticmethod
+    @classmethod
     def apply(
+        cls,
         value: Tensor,
         value_spatial_shapes: Shapes,
         value_level_start_index: Starts,
@@ -42,11 +42,24 @@ class MultiScaleDeformableAttnFunction_fp32(MSDeformAttnFunction):  # noqa: N801
         im2col_step: int = 64,
     ) -> Tensor:
         """As `MultiScaleDeformableAttnFunction.apply`."""
-        tensors = value, sampling_locations, attention_weights
-        return _cast(torch.float32, value_spatial_shapes, value_level_start_index, *tensors)
+        check_tensor("value", value, "[B, S, G, D]", (4,))
+        rest = value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+        if not is_autocast(value.device.type):
+            return MSDeformAttnFunction.apply(value, *rest)
+        with torch.autocast(value.device.type, enabled=False):
+            return MSDeformAttnFunction.apply(value.to(cls._dtype), *rest)
 
 
-class MultiScaleDeformableAttnFunction_fp16(MSDeformAttnFunction):  # noqa: N801
+class MultiScaleDeformableAttnFunction_fp32(_CastFunction):  # noqa: N801
+    """`MultiScaleDeformableAttnFunction` that under autocast computes in float32, as BEVFormer's.
+
+    Source: Li et al., BEVFormer, ECCV 2022, arXiv:2203.17270.
+    """
+
+    _dtype = torch.float32
+
+
+class MultiScaleDeformableAttnFunction_fp16(_CastFunction):  # noqa: N801
     """`MultiScaleDeformableAttnFunction` that under autocast takes the value in float16.
 
     Locations and weights stay as precise as they came, where BEVFormer's rounds them too.
@@ -54,34 +67,7 @@ class MultiScaleDeformableAttnFunction_fp16(MSDeformAttnFunction):  # noqa: N801
     Source: as `MultiScaleDeformableAttnFunction_fp32`.
     """
 
-    @staticmethod
-    def apply(
-        value: Tensor,
-        value_spatial_shapes: Shapes,
-        value_level_start_index: Starts,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int = 64,
-    ) -> Tensor:
-        """As `MultiScaleDeformableAttnFunction.apply`."""
-        tensors = value, sampling_locations, attention_weights
-        return _cast(torch.float16, value_spatial_shapes, value_level_start_index, *tensors)
-
-
-def _cast(
-    dtype: torch.dtype,
-    shapes: Shapes,
-    starts: Starts,
-    value: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """`MSDeformAttnFunction.apply`; under autocast of a value in this dtype, and no other."""
-    check_tensor("value", value, "[B, S, G, D]", (4,))
-    if not is_autocast(value.device.type):
-        return MSDeformAttnFunction.apply(value, shapes, starts, locations, weights)
-    with torch.autocast(value.device.type, enabled=False):
-        return MSDeformAttnFunction.apply(value.to(dtype), shapes, starts, locations, weights)
+    _dtype = torch.float16
 
 
 multi_scale_deformable_attn_pytorch = ms_deform_attn_core_pytorch
@@ -204,13 +190,15 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
         if reference_points is None or spatial_shapes is None:
             name = "reference_points" if reference_points is None else "spatial_shapes"
             raise TypeError(f"{name} must be given; got None")
-        layout = "[B, Q, C]" if self.batch_first else "[Q, B, C]"
-        check_tensor("query", query, layout, (3,))
+        layout = "[B, length, C]" if self.batch_first else "[length, B, C]"
         value = query if value is None else value
         identity = query if identity is None else identity
+        tensors = {"query": query, "value": value, "identity": identity, "query_pos": query_pos}
+        for name, tensor in tensors.items():
+            if tensor is not None or name == "query":
+                check_tensor(name, tensor, layout, (3,))
         query = query if query_pos is None else query + query_pos
         if not self.batch_first:
-            check_tensor("value", value, "[S, B, C]", (3,))
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         output = super().forward(
             query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask
