@@ -23,7 +23,7 @@ import torch
 
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile, plans
 from support import cases, fuzz_cuda
 from support.kernel_cases import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
 
@@ -58,7 +58,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
-    monkeypatch.setattr(plans, "PAYS_FROM", EVERY)
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
     for case in (*cases.CONV, *tile_cases()):
         _plan(case, torch.float16, case.batch)
     for case in tile_cases()[:4]:
@@ -71,12 +71,12 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     for dtype in cases.DTYPES[1:]:
         layout = (2, 3, 5, 40), (600, 200, 40, 1), dtype, 0
         for weights in (None, (layout, 18, 27)):
-            plans.units_plan.__wrapped__(layout, weights, 1, 9, 0)
-            plans.units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__(layout, weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
             for deterministic in (False, True):
-                plans.totals_plan.__wrapped__(2, count, dtype, deterministic, 0)
+                plans.convert_sums_plan.__wrapped__(2, count, dtype, deterministic, 0)
     return list(found)
 
 
@@ -129,7 +129,7 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
             for alignment in (2, 4, 8, 16):
                 if alignment < itemsize:
                     continue
-                vector, lanes = plans.launch_shape(depth, points, itemsize, alignment, backward)
+                vector, lanes = choice.launch_shape(depth, points, itemsize, alignment, backward)
                 assert depth % vector == 0
                 assert vector * itemsize <= alignment
                 assert lanes in (1, 2, 4, 8, 16, 32)
@@ -141,18 +141,18 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
 def test_threads_move_sixteen_bytes_of_the_usual_layers() -> None:
     for itemsize, vector in ((2, 8), (4, 4)):
         for depth in (16, 32, 64):
-            assert plans.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
-            assert plans.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
+            assert choice.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
+            assert choice.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
 
 
 def test_block_size() -> None:
     for threads in (1, 63, 64, 1000, 77_000, 132 * 256, 132 * 256 + 1, 10**7, 2**33):
-        size = plans.block_size(threads, 132)
+        size = choice.block_size(threads, 132)
         assert size in (64, 128, 256)
         load = {s: math.ceil(math.ceil(threads / s) / 132) * s for s in (64, 128, 256)}
         assert load[size] <= 1.1 * min(load.values())
-    assert plans.block_size(10**7, 132) == 256
-    assert plans.block_size(132 * 64, 132) == 64
+    assert choice.block_size(10**7, 132) == 256
+    assert choice.block_size(132 * 64, 132) == 64
 
 
 def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,33 +173,44 @@ def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPa
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
-        assert 1 <= plans.strip_height(columns, tiles, 528) <= min(tiles, 64)
-    assert plans.strip_height(448, 14, 528) == 2  # 3136 strips in six rounds, all but the last full
-    assert plans.strip_height(3136, 14, 2112) == 7  # 6272 in three
-    assert plans.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
+        assert 1 <= choice.strip_height(columns, tiles, 528) <= min(tiles, 64)
+    assert (
+        choice.strip_height(448, 14, 528) == 2
+    )  # 3136 strips in six rounds, all but the last full
+    assert choice.strip_height(3136, 14, 2112) == 7  # 6272 in three
+    assert choice.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
 
 
-def test_tiles_take_what_they_can() -> None:
-    def fits(
+def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
+
+    def why_not(
         depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any
-    ) -> bool:
+    ) -> str | None:
         window = functional.window(**{"groups": 4, **settings})
+        rows, columns = window.output_size(8, 8)
         value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
-        fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
-        layouts = (
-            plans.Layout(*plans.layout(value)),
-            plans.Layout(*plans.layout(fields)),
-        )
-        return plans.fits_tiles(window, depth, *layouts, 16, 9)
+        offset_mask = torch.empty(2, rows, columns, 4 * 28 + extra, dtype=dtype)
+        layouts = (choice.Layout(*plans.layout(tensor)) for tensor in (value, offset_mask))
+        chosen = choice.conv(*layouts, None, window, False, choice.GPU(9, 132))
+        reason = chosen.why_not["conv_tile_forward"]
+        names = ["conv_forward"] if reason else ["conv_tile_forward", "conv_forward"]
+        assert [kernel.name for kernel in chosen.kernels] == names
+        return reason
 
-    assert all(fits(depth) for depth in (16, 32, 48, 64))
-    assert fits(dtype=torch.bfloat16)
-    assert fits(remove_center=True, softmax=True, padding=0)
-    assert not any(fits(depth) for depth in (8, 24, 80))
-    assert not fits(dtype=torch.float32)
-    assert not fits(extra=1)  # pixels of offset_mask must begin on whole 8 bytes
-    for setting in ({"stride": 2}, {"dilation": 2}, {"kernel_size": 5}, {"offset_scale": 2.0}):
-        assert not fits(**setting)
+    for depth in (16, 32, 48, 64):
+        assert why_not(depth) is None
+    assert why_not(dtype=torch.bfloat16) is None
+    assert why_not(remove_center=True, softmax=True, padding=0) is None
+    for depth in (8, 24, 80):
+        assert why_not(depth) == "needs 16, 32, 48 or 64 channels a group"
+    assert why_not(dtype=torch.float32) == "needs a value in half precision"
+    assert why_not(extra=1) == "needs offset_mask's pixels on 8 bytes"
+    assert why_not(stride=2) == why_not(dilation=2) == "needs stride and dilation of 1"
+    assert why_not(kernel_size=5) == "needs a kernel of at most 3 x 3"
+    assert why_not(offset_scale=2.0) == "needs offset_scale of 1"
+    monkeypatch.undo()
+    assert why_not() == "needs 32768 slices"
 
 
 @pytest.fixture
@@ -436,7 +447,7 @@ def test_kernels_for_large_calls(
 ) -> None:
     if deterministic and torch.float64 in case.dtypes(dtype):
         pytest.skip("float64 has no deterministic gradients")
-    monkeypatch.setattr(plans, "PAYS_FROM", kernels)
+    monkeypatch.setattr(choice, "PAYS_FROM", kernels)
     made = plans.conv_plan, plans.attn_plan
     for plan in made:
         plan.cache_clear()
@@ -458,7 +469,7 @@ def test_kernels_for_large_calls(
 @pytest.mark.parametrize("tiles", [False, True])
 def test_batch_independence(batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits alone and among others, from one and the same kernel."""
-    monkeypatch.setattr(plans, "PAYS_FROM", EVERY if tiles else {})
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY if tiles else {})
     plans.conv_plan.cache_clear()
     value, offset_mask = _call(batch, size=7)
     inputs = value, offset_mask / 4  # near enough for tiles

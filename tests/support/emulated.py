@@ -23,7 +23,7 @@ import torch
 from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cpu import compile as cpu_compile
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile, plans
 
 _FOLDER = Path(__file__).parent / "emulator"
 _MAIN = """
@@ -56,11 +56,11 @@ def _folder() -> Path:
 @cache
 def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
     """The kernel `name`, compiled."""
-    text = (cuda_folder() / f"{name}.cu").read_text(encoding="utf-8") + _MAIN % name
+    text = compile.source(name) + _MAIN % name
     key = sha256(repr((name, macros)).encode()).hexdigest()[:24]
     source, built = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
     source.write_text(text, encoding="utf-8")
-    folders = (_FOLDER, cuda_folder(), cuda_folder().parent / "include")
+    folders = (_FOLDER, compile._FOLDER, compile._INCLUDE)
     command = [
         *cpu_compile._compiler(),
         *("-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive"),
@@ -90,10 +90,6 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
     return start
 
 
-def cuda_folder() -> Path:
-    return Path(cuda.__file__).parent
-
-
 @contextmanager
 def emulated(
     backwards: bool = False, pays_from: dict[str, int] | None = None, **patches: Any
@@ -102,7 +98,7 @@ def emulated(
 
     Args:
         backwards: whether the last thread of a block runs first.
-        pays_from: of `plans`, meanwhile.
+        pays_from: of `choice`, meanwhile.
         patches: what attributes of the backend are meanwhile.
     """
     # So few processors that blocks go on from one piece of work to the next.
@@ -110,16 +106,18 @@ def emulated(
     caches = (
         plans.conv_plan,
         plans.attn_plan,
-        plans.units_plan,
+        plans.fixed_point_scale_plan,
         plans.zeros_plan,
-        plans.totals_plan,
+        plans.convert_sums_plan,
         backends._choose,
     )
     for cached in caches:
         cached.cache_clear()
     with (
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
-        mock.patch.object(plans, "PAYS_FROM", plans.PAYS_FROM if pays_from is None else pays_from),
+        mock.patch.object(
+            choice, "PAYS_FROM", choice.PAYS_FROM if pays_from is None else pays_from
+        ),
         mock.patch.object(
             compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)
         ),

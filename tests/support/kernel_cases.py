@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dcnv4.backends.cuda import plans
+from dcnv4.backends.cuda import choice
 from support import cases
 
-EVERY = dict.fromkeys(plans.PAYS_FROM, 0)
+EVERY = dict.fromkeys(choice.PAYS_FROM, 0)
 SORTED = {name: 0 for name in EVERY if "sorted" in name}
 
 

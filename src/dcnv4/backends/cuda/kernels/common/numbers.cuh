@@ -4,7 +4,7 @@
 // bytes. `Sum` is the type that sums are made in.
 #pragma once
 
-#include <ptx.cuh>
+#include <common/ptx.cuh>
 
 namespace dcnv4 {
 
@@ -40,28 +40,28 @@ struct Number<double> {
     }
 };
 
-// `packed`: `multiply` and `multiply_add` work on both halves of a word at once. `mma` is the
-// tensor cores' c += a b, `as_f16` and `of_f16` convert a pair; `exponents` are the bits that are
+// `packed`: `mul` and `fma` work on both halves of a word at once. `mma_m16n8k16` is the tensor
+// cores' c += a b, `as_f16` and `of_f16` convert a pair; `exponents` are the bits that are
 // set where a half of a word is not finite.
 template <>
 struct Number<float16> {
     using Sum = float;
     static constexpr bool packed = true;
     static constexpr unsigned exponents = 0x7c007c00u;
-    static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-        ptx::mma_f16(c, a, b0, b1);
+    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        ptx::mma_m16n8k16_f16(c, a, b0, b1);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) { return pair; }
     static DCNV4_DEVICE unsigned of_f16(unsigned pair) { return pair; }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
-        return ptx::from_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
+        return ptx::cvt_f32_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
     }
-    static DCNV4_DEVICE unsigned short round(float number) { return ptx::to_f16(number); }
-    static DCNV4_DEVICE unsigned multiply(unsigned a, unsigned b) {
-        return ptx::multiply_f16x2(a, b);
+    static DCNV4_DEVICE unsigned short round(float number) { return ptx::cvt_f16_f32(number); }
+    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) {
+        return ptx::mul_f16x2(a, b);
     }
-    static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
-        return ptx::multiply_add_f16x2(a, b, c);
+    static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {
+        return ptx::fma_f16x2(a, b, c);
     }
     static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
         const unsigned bits = round(number);
@@ -74,14 +74,14 @@ struct Number<bfloat16> {
     using Sum = float;
     static constexpr bool packed = __CUDA_ARCH__ >= 800;
     static constexpr unsigned exponents = 0x7f807f80u;
-    static DCNV4_DEVICE void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-        ptx::mma_bf16(c, a, b0, b1);
+    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        ptx::mma_m16n8k16_bf16(c, a, b0, b1);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) {
-        return ptx::pack_f16(get(&pair, 0), get(&pair, 1));
+        return ptx::cvt_f16x2_f32(get(&pair, 0), get(&pair, 1));
     }
     static DCNV4_DEVICE unsigned of_f16(unsigned pair) {
-        return ptx::pack_bf16(Number<float16>::get(&pair, 0), Number<float16>::get(&pair, 1));
+        return ptx::cvt_bf16x2_f32(Number<float16>::get(&pair, 0), Number<float16>::get(&pair, 1));
     }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
         const unsigned word = words[i / 2];
@@ -89,18 +89,18 @@ struct Number<bfloat16> {
     }
     static DCNV4_DEVICE unsigned short round(float number) {
 #if __CUDA_ARCH__ >= 800
-        return ptx::to_bf16(number);
+        return ptx::cvt_bf16_f32(number);
 #else
         const unsigned bits = __float_as_uint(number);
         if (number != number) return 0x7fff;
         return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
 #endif
     }
-    static DCNV4_DEVICE unsigned multiply(unsigned a, unsigned b) {
-        return multiply_add(a, b, 0x80008000u);
+    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) {
+        return fma(a, b, 0x80008000u);
     }
-    static DCNV4_DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
-        return ptx::multiply_add_bf16x2(a, b, c);
+    static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {
+        return ptx::fma_bf16x2(a, b, c);
     }
     static DCNV4_DEVICE void set(unsigned* words, int i, float number) {
         const unsigned bits = round(number);
@@ -161,20 +161,20 @@ DCNV4_DEVICE void store(T* at, typename Number<T>::Sum number) {
 
 // Adds to memory that other threads add to.
 template <typename T, int N>
-DCNV4_DEVICE void add(T* at, const T (&terms)[N]) {
+DCNV4_DEVICE void red_add(T* at, const T (&terms)[N]) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (sizeof(T) == 4 && N % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < N; i += 4)
-            ptx::add(at + i, terms[i], terms[i + 1], terms[i + 2], terms[i + 3]);
+            ptx::red_add(at + i, terms[i], terms[i + 1], terms[i + 2], terms[i + 3]);
         return;
     } else if constexpr (sizeof(T) == 4 && N == 2) {
-        ptx::add(at, terms[0], terms[1]);
+        ptx::red_add(at, terms[0], terms[1]);
         return;
     }
 #endif
 #pragma unroll
-    for (int i = 0; i < N; ++i) ptx::add(at + i, terms[i]);
+    for (int i = 0; i < N; ++i) ptx::red_add(at + i, terms[i]);
 }
 
 // A term of a sum. Sums of integers have the same bits in any order.
@@ -186,9 +186,9 @@ DCNV4_DEVICE Total rounded(Sum term) {
         return __float2ll_rn(term);
 }
 template <int N>
-DCNV4_DEVICE void add(long long* at, const float (&terms)[N]) {
+DCNV4_DEVICE void red_add(long long* at, const float (&terms)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) ptx::add(at + i, rounded<long long>(terms[i]));
+    for (int i = 0; i < N; ++i) ptx::red_add(at + i, rounded<long long>(terms[i]));
 }
 
 // Four terms of each lane of a quad, transposed: lane t gets the t-th of every lane's.
@@ -207,20 +207,20 @@ DCNV4_DEVICE void transpose_quad(float (&terms)[4]) {
         }
 }
 
-// Four neighbouring numbers, times `unit` where sums are integers, or none. All lanes come here.
-DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4], float) {
+// Four neighbouring numbers, times `scale` where sums are integers, or none. All lanes come here.
+DCNV4_DEVICE void red_add_if(bool wanted, float* at, const float (&terms)[4], float) {
     const bool any = terms[0] != 0 || terms[1] != 0 || terms[2] != 0 || terms[3] != 0;
-    ptx::add_if(wanted && any, at, terms);
+    ptx::red_add_if(wanted && any, at, terms);
 }
 // The lanes of a quad add to 16 neighbours, and want them or do not; each has one of every lane's
 // four, so that the quad adds to a whole sector at once.
-DCNV4_DEVICE void add_if(bool wanted, long long* at, float (&terms)[4], float unit) {
+DCNV4_DEVICE void red_add_if(bool wanted, long long* at, float (&terms)[4], float scale) {
     const int lane = threadIdx.x % 4;
     transpose_quad(terms);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         if (wanted && terms[i] != 0)
-            ptx::add(at + 4 * (i - lane) + lane, rounded<long long>(terms[i] * unit));
+            ptx::red_add(at + 4 * (i - lane) + lane, rounded<long long>(terms[i] * scale));
 }
 
 }  // namespace dcnv4

@@ -1,10 +1,11 @@
-// Queries in tiles: for an encoder, whose queries are the pixels of the levels.
+// Which queries a block takes: neighbours in memory or, for an encoder, whose queries are the pixels
+// of the levels, neighbours in the image.
 //
-// A block owns BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS heads: neighbours
-// sample the same pixels. Any queries are right, these are fast.
+// A block of the latter has BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS heads:
+// they sample the same pixels. Any queries are right, these are fast.
 #pragma once
 
-#include "attn.cuh"
+#include <common/attn.cuh>
 
 namespace dcnv4 {
 
@@ -55,7 +56,7 @@ struct Tiling {
 // Blocks stride over the tiles, as their number is known only where the levels' sizes are; a tile's
 // heads come one after another. LAST_FIRST: as a backward goes.
 template <bool LAST_FIRST, typename Visit>
-DCNV4_DEVICE void each_tile(const Attention& a, const Levels& levels, Visit visit) {
+DCNV4_DEVICE void each_tile(const Arguments& a, const Levels& levels, Visit visit) {
     __shared__ Tiling tiling;
     tiling.fill(levels, a.queries);
     constexpr int PARTS = GROUPS / BLOCK_GROUPS;  // of a tile's heads
@@ -70,6 +71,18 @@ DCNV4_DEVICE void each_tile(const Attention& a, const Levels& levels, Visit visi
         const Index legal = query < a.queries ? query : a.queries - 1;
         visit(Slice(query < a.queries, image * a.queries + legal, head, threadIdx.x % LANES),
               image, legal);
+    }
+}
+
+// The same, where queries are in tiles; otherwise for the slice that the thread's number says.
+template <typename Visit>
+DCNV4_DEVICE void each_slice(const Arguments& a, const Levels& levels, Visit visit) {
+    if constexpr (QUERY_TILES) {
+        each_tile<false>(a, levels, visit);
+    } else {
+        const Slice slice(a.slices);
+        const Index image = slice.pixel / a.queries;
+        visit(slice, image, slice.pixel - image * a.queries);
     }
 }
 

@@ -7,13 +7,10 @@
 // additions for every pixel and channel.
 // Limit: the latency of its own instructions, at 11 warps a multiprocessor for want of registers;
 // L1 is 62 % busy, L2 70 %.
-#include "conv.cuh"
-#include "conv_tile.cuh"
+#include <common/backward.cuh>
+#include <tiles/points.cuh>
 
 using namespace dcnv4;
-
-using Arguments = BackwardArguments;
-static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
 // V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write
 // columns two apart, of eight pixels: to different banks.
@@ -25,15 +22,15 @@ struct Products {
 };
 
 // What a warp keeps in shared memory.
-using Rows = Window<DEPTH>;
+using Rows = HaloWindow<DEPTH>;
 struct __align__(128) Shared {
     Rows window;
     union {
         Spread spread;
         Products products;
-        Fields gradients;
+        StagedPoints gradients;
     };
-    Fields fields;
+    StagedPoints staged;
 };
 
 constexpr int MOST_FAR = 48;
@@ -47,43 +44,42 @@ constexpr int KEPT = CHUNKS == 1 ? WINDOW_H - TILE_H : 0;  // rows that the next
 extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
     conv_tile_backward(Arguments a) {
     __shared__ Shared shared;
-    const Convolution& c = a.c;
-    Tile tile(c, from_last(blockIdx.x, gridDim.x));
+    Tile tile(a, from_last(blockIdx.x, gridDim.x));
     const int lane = tile.lane, g = lane / 4, t = lane % 4, group = tile.part;
-    const VALUE* image = a.value + tile.image * c.value_image + group * DEPTH;
+    const VALUE* image = a.value + tile.image * a.value_image + group * DEPTH;
     const VALUE* grad_output = a.grad + tile.image * a.grad_image + group * DEPTH + 4 * t;
     Total* grad_image = a.grad_value +
-                        (long long)tile.image * c.height * c.width * (GROUPS * DEPTH) +
+                        (long long)tile.image * a.height * a.width * (GROUPS * DEPTH) +
                         group * DEPTH + 4 * t;
-    FIELDS* grad_fields =
-        a.grad_fields + (long long)tile.image * c.out_height * c.out_width * a.channels;
+    OFFSET_MASK* grad_offset_mask =
+        a.grad_offset_mask + (long long)tile.image * a.out_height * a.out_width * a.offset_mask_channels;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
     // What the lane copies first of the next tile.
-    Fields::Source fields(tile, group, a.fields + tile.image * c.fields_image, c.fields_pixel);
-    const char* window = Rows::first(left, tile.row - above, c.width, image, c.stride);
-    const Sum unit = unit_of_total(a.units, tile.image);
+    StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image, a.offset_mask_pixel);
+    const char* window = Rows::first(left, tile.row - above, a.width, image, a.pixel_bytes);
+    const Sum fixed_point_scale = scale_of_sums(a, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
-    const long long line = c.width * (long long)(GROUPS * DEPTH);
+    const long long line = a.width * (long long)(GROUPS * DEPTH);
     Total* const first_position = grad_image + x * (long long)(GROUPS * DEPTH);
-    const bool legal[2] = {x >= 0 && x < c.width, x + 8 >= 0 && x + 8 < c.width};
+    const bool legal[2] = {x >= 0 && x < a.width, x + 8 >= 0 && x + 8 < a.width};
     const auto add_to = [&](int y, int chunk, const Row& row) {
         Total* to = first_position + y * line + 16 * chunk;
-        const bool there = y >= 0 && y < c.height;
+        const bool there = y >= 0 && y < a.height;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
                            row[1][2 * half + 1]};
-            add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term, unit);
+            red_add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term, fixed_point_scale);
         }
     };
     int first = 0;  // where the window begins in the ring
     Row kept[KEPT ? KEPT : 1] = {};
 
-    shared.fields.load(tile, fields, c.fields_pixel);
-    ptx::end_group();
-    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, c.height, c.width, window, c.stride);
-    ptx::end_group();
+    shared.staged.load(tile, source, a.offset_mask_pixel);
+    ptx::cp_async_commit();
+    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, a.height, a.width, window, a.pixel_bytes);
+    ptx::cp_async_commit();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
         // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
@@ -101,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             }
             from += tile.width * a.grad_pixel;
         }
-        ptx::wait_for_groups<1>();
+        ptx::cp_async_wait<1>();
         __syncwarp();
-        const Own own(shared.fields, lane, group);
+        const Own own(shared.staged, lane, group);
         if (!own.fits || own.count > MOST_FAR) break;
 
         __syncwarp();
@@ -111,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         next.row += TILE_H;
         // Far points are read again below.
         if (next.row < next.last && !own.count)
-            shared.fields.load(next, fields, c.fields_pixel);
-        ptx::end_group();
+            shared.staged.load(next, source, a.offset_mask_pixel);
+        ptx::cp_async_commit();
 
         // The value's gradient, S T.
         build(shared.spread, own, lane);
@@ -125,9 +121,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                 odd |= not_finite(out[r][i]);
             }
         if (__any_sync(~0u, odd)) break;
-        ptx::wait_for_groups<1>();
+        ptx::cp_async_wait<1>();
         __syncwarp();
-        ptx::wait_for_launch_before();  // for zeros to add to
+        ptx::griddepcontrol_wait();  // for zeros to add to
         const int top = tile.row - above;
         int first_share = Spread::first(lane);
         ptx::hold(first_share);
@@ -137,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
             for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) turned[r][j] = ptx::transpose(out[r][chunk][j]);
+                for (int j = 0; j < 2; ++j) turned[r][j] = ptx::movmatrix(out[r][chunk][j]);
 #pragma unroll
             for (int row = 0; row < WINDOW_H; ++row) {
                 Row sum = {};
@@ -151,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                     shared.spread.read(first_share, row, m, lane, shares);
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        Number<VALUE>::mma(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
+                        Number<VALUE>::mma_m16n8k16(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
                 }
                 if (row < WINDOW_H - KEPT)
                     add_to(top + row, chunk, sum);
@@ -189,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                         if (!reaches(row, m)) continue;
                         const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
                                                     out[2 * m][i][1], out[2 * m + 1][i][1]};
-                        Number<VALUE>::mma(dot[m][half], pixels, four.x, four.y);
+                        Number<VALUE>::mma_m16n8k16(dot[m][half], pixels, four.x, four.y);
                     }
                 }
 #pragma unroll
@@ -207,9 +203,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         __syncwarp();
         first = Rows::row(first, TILE_H);
         if (next.row < next.last)
-            shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left, top + WINDOW_H, c.height,
-                                       c.width, window, c.stride);
-        ptx::end_group();
+            shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left, top + WINDOW_H, a.height,
+                                       a.width, window, a.pixel_bytes);
+        ptx::cp_async_commit();
 
         PointGradient<Sum> gradient[POINTS];
         const unsigned char* own_products =
@@ -245,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             for (int i = 0; i < 4; ++i) {
                 const bool legal = some && at.legal >> i & 1;
                 if (!DETERMINISTIC && !legal) continue;  // integers are added by all lanes at once
-                const int where = (at.row + i / 2) * c.width + at.column + i % 2;
-                const VALUE* corner = dcnv4::at(image + 4 * t, legal ? where : 0, c.stride);
+                const int where = (at.row + i / 2) * a.width + at.column + i % 2;
+                const VALUE* corner = dcnv4::at(image + 4 * t, legal ? where : 0, a.pixel_bytes);
                 Total* to = grad_image + (long long)where * (GROUPS * DEPTH);
 #pragma unroll
                 for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -263,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                         dot[i] += legal ? grad * four[v] : Sum(0);
                         term[v] = share[i] * grad;
                     }
-                    add_if(legal, to + 16 * chunk, term, unit);
+                    red_add_if(legal, to + 16 * chunk, term, fixed_point_scale);
                 }
             }
 #pragma unroll
@@ -277,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             for (int own_k = 0; own_k < POINTS; ++own_k)
                 if (some && r == t && k == own_k) gradient[own_k] = found;
         };
-        if (own.count) each_far(c, own, tile, group, shared.fields, visit);
+        if (own.count) each_far(a, own, tile, group, shared.staged, visit);
         if constexpr (SOFTMAX) {
             Sum mean = 0;
 #pragma unroll
@@ -286,32 +282,32 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             for (int k = 0; k < POINTS; ++k)
                 gradient[k].weight = softmax_backward(gradient[k].weight, own.weight(k), mean);
         }
-        unsigned words[Fields::WORDS];
+        unsigned words[StagedPoints::WORDS];
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
-            Number<FIELDS>::set(words, 2 * k, gradient[k].x);
-            Number<FIELDS>::set(words, 2 * k + 1, gradient[k].y);
+            Number<OFFSET_MASK>::set(words, 2 * k, gradient[k].x);
+            Number<OFFSET_MASK>::set(words, 2 * k + 1, gradient[k].y);
         }
 #pragma unroll
         for (int k = 0; k < POINTS; ++k)
-            Number<FIELDS>::set(words, 2 * POINTS + k, gradient[k].weight);
+            Number<OFFSET_MASK>::set(words, 2 * POINTS + k, gradient[k].weight);
         __syncwarp();
         if (next.row < next.last && own.count) {
-            shared.fields.load(next, fields, c.fields_pixel);
-            ptx::end_group();
-            ptx::wait_for_groups<0>();
+            shared.staged.load(next, source, a.offset_mask_pixel);
+            ptx::cp_async_commit();
+            ptx::cp_async_wait<0>();
         }
-        shared.gradients.store(tile, group, words, grad_fields, a.channels);
+        shared.gradients.store(tile, group, words, grad_offset_mask, a.offset_mask_channels);
         if (group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
-            for (long long i = 3 * GROUPS * POINTS; i < a.channels; ++i)
-                store(grad_fields + tile.pixel(g, t) * a.channels + i, Sum(0));
+            for (long long i = 3 * GROUPS * POINTS; i < a.offset_mask_channels; ++i)
+                store(grad_offset_mask + tile.pixel(g, t) * a.offset_mask_channels + i, Sum(0));
         __syncwarp();
     }
-    ptx::wait_for_launch_before();
-    tile.leave(c, a.left, tile.row);
+    ptx::griddepcontrol_wait();
+    tile.leave(a, tile.row);
     if constexpr (KEPT != 0)
 #pragma unroll
         for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);
-    ptx::wait_for_groups<0>();
-    ptx::let_next_launch_begin();
+    ptx::cp_async_wait<0>();
+    ptx::griddepcontrol_launch_dependents();
 }

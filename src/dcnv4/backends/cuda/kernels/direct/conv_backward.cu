@@ -7,16 +7,15 @@
 // Limit: those additions, of which L2 took 91 sectors of 32 bytes a nanosecond on an H200, the
 // issue slots being 26 % busy. Hence vectors of four (sm_90 on), neighbouring threads on
 // neighbouring channels so that sectors are whole, and no addition where a corner counts nothing.
-#include "conv_backward.cuh"
+#include <common/conv_backward.cuh>
+#include <direct/scatter.cuh>
 
 using namespace dcnv4;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
-    each_slice(a.c, a.left, [&](const Slice& slice, const OutputPixel& at) {
+    each_slice(a, [&](const Slice& slice, const OutputPixel& at) {
         const Group group(a, slice, at);
-        const Weights<ConvPoints> weights(group.points, slice.lane);
-        scatter(group.points, weights, group.image, a.c.stride, group.grad, group.grad_image,
-                Group::grad_stride, unit_of_total(a.units, at.image), slice);
+        scatter(a, group.points, group.operands, slice);
         group.fill_up(a, slice);
     });
 }

@@ -1,20 +1,9 @@
 // Where the points of ms_deform_attn lie: the mirror of `attn_points` and `levels` in geometry.py.
 #pragma once
 
-#include "points.cuh"
+#include <common/slices.cuh>
 
 namespace dcnv4 {
-
-// What both kernels are told. Strides are in elements but for `stride`. Channels and heads of a row
-// of the value lie side by side, and so do heads, levels and points of a query.
-struct Attention {
-    long long value_image, locations_image, locations_query, weights_image, weights_query;
-    long long length;  // S
-    Index stride;      // bytes from row to row of the value
-    Index slices;      // B * Q * G
-    Index queries;
-    int sizes[2 * LEVELS];
-};
 
 // The levels' sizes and first rows in the value, shared by a block. A level without pixels, or one
 // that does not fit in the value, gets sizes of -1: no point lies inside it.
@@ -22,8 +11,8 @@ struct Levels {
     int height[LEVELS], width[LEVELS];
     Index first[LEVELS];
 
-    // `shapes`: [L, 2] where only the device knows the sizes, otherwise null.
-    DCNV4_DEVICE void fill(const Attention& a, const long long* shapes) {
+    DCNV4_DEVICE void fill(const Arguments& a) {
+        const long long* shapes = a.shapes;
         for (int level = threadIdx.x; level < LEVELS; level += blockDim.x) {
             long long start = 0, rows, columns;
             for (int l = 0;; ++l) {
@@ -42,6 +31,7 @@ struct Levels {
     }
 };
 
+// Those of a slice.
 struct AttnPoints {
     const Levels& levels;
     const LOCATIONS* locations;  // [L, P, 2]

@@ -8,24 +8,20 @@
 // gradients and 28 bytes of list through shared memory. Locations and weights are read once.
 // Limit: instructions: a warp has 8 slices of 32 halves, and needs 67 for a corner of each and 1600
 // besides, 200 M for that encoder, which takes 400 us on an H100.
-#include "attn_backward.cuh"
-#include "attn_tiles.cuh"
-#include "sorted.cuh"
+#include <common/attn_backward.cuh>
+#include <common/queries.cuh>
+#include <sorted/sorted.cuh>
 
 using namespace dcnv4;
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
-    attn_sorted_backward(Arguments arguments) {
-    const Attention& a = arguments.a;
+    attn_sorted_backward(Arguments a) {
     __shared__ Levels levels;
     __shared__ Sorted sorted;
     sorted.clear();
-    levels.fill(a, arguments.shapes);
+    levels.fill(a);
     each_tile<true>(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const Head head(arguments, levels, slice, image, query);
-        const Weights<AttnPoints> weights(head.points, slice.lane);
-        scatter_sorted(sorted, head.points, weights, head.image, a.stride, head.grad,
-                       head.grad_image, Head::grad_stride,
-                       unit_of_total(arguments.units, image), slice);
+        const Head head(a, levels, slice, image, query);
+        scatter_sorted(a, sorted, head.points, head.operands, slice);
     });
 }

@@ -24,22 +24,22 @@ DCNV4_DEVICE unsigned upper_twice(unsigned pair) {
     return out;
 }
 
-DCNV4_DEVICE float from_f16(unsigned short bits) {
+DCNV4_DEVICE float cvt_f32_f16(unsigned short bits) {
     float number;
     asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
     return number;
 }
-DCNV4_DEVICE unsigned short to_f16(float number) {
+DCNV4_DEVICE unsigned short cvt_f16_f32(float number) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
     return bits;
 }
-DCNV4_DEVICE unsigned multiply_f16x2(unsigned a, unsigned b) {
+DCNV4_DEVICE unsigned mul_f16x2(unsigned a, unsigned b) {
     unsigned product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
 }
-DCNV4_DEVICE unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
+DCNV4_DEVICE unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     unsigned sum;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
@@ -56,7 +56,7 @@ constexpr DCNV4_DEVICE unsigned half_bits(int number) {
 constexpr DCNV4_DEVICE unsigned two_f16(int lower, int upper) {
     return half_bits(lower) | half_bits(upper) << 16;
 }
-DCNV4_DEVICE unsigned pack_f16(float lower, float upper) {
+DCNV4_DEVICE unsigned cvt_f16x2_f32(float lower, float upper) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
     return pair;
@@ -74,50 +74,50 @@ DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
 // sm_80 on.
 
 // The larger magnitude of each half, or NaN.
-DCNV4_DEVICE unsigned largest_f16x2(unsigned a, unsigned b) {
+DCNV4_DEVICE unsigned max_abs_f16x2(unsigned a, unsigned b) {
     unsigned most;
     asm("{.reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y;}"
         : "=r"(most)
         : "r"(a), "r"(b));
     return most;
 }
-DCNV4_DEVICE unsigned pack_bf16(float lower, float upper) {
+DCNV4_DEVICE unsigned cvt_bf16x2_f32(float lower, float upper) {
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
     return pair;
 }
-DCNV4_DEVICE unsigned short to_bf16(float number) {
+DCNV4_DEVICE unsigned short cvt_bf16_f32(float number) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
     return bits;
 }
-DCNV4_DEVICE unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
+DCNV4_DEVICE unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
     unsigned sum;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 }
 
 // Additions to memory that other threads add to. Relaxed: they order nothing and return nothing.
-DCNV4_DEVICE void add(float* at, float a) {
+DCNV4_DEVICE void red_add(float* at, float a) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(a));
 }
-DCNV4_DEVICE void add(double* at, double a) {
+DCNV4_DEVICE void red_add(double* at, double a) {
     asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(at), "d"(a));
 }
-DCNV4_DEVICE void add(long long* at, long long a) {
+DCNV4_DEVICE void red_add(long long* at, long long a) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(a));
 }
 // sm_90 on.
-DCNV4_DEVICE void add(float* at, float a, float b) {
+DCNV4_DEVICE void red_add(float* at, float a, float b) {
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b));
 }
-DCNV4_DEVICE void add(float* at, float a, float b, float c, float d) {
+DCNV4_DEVICE void red_add(float* at, float a, float b, float c, float d) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(a),
                  "f"(b), "f"(c), "f"(d));
 }
 
 // Four of them, or none.
-DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4]) {
+DCNV4_DEVICE void red_add_if(bool wanted, float* at, const float (&terms)[4]) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{.reg .pred p; setp.ne.s32 p, %5, 0; "
@@ -125,11 +125,11 @@ DCNV4_DEVICE void add_if(bool wanted, float* at, const float (&terms)[4]) {
         "f"(terms[0]), "f"(terms[1]), "f"(terms[2]), "f"(terms[3]), "r"(int(wanted)));
 #else
     if (wanted)
-        for (int i = 0; i < 4; ++i) add(at + i, terms[i]);
+        for (int i = 0; i < 4; ++i) red_add(at + i, terms[i]);
 #endif
 }
 
-DCNV4_DEVICE void store_if(bool wanted, void* at, unsigned word) {
+DCNV4_DEVICE void st_if(bool wanted, void* at, unsigned word) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(at),
                  "r"(word), "r"(int(wanted))
                  : "memory");
@@ -137,12 +137,12 @@ DCNV4_DEVICE void store_if(bool wanted, void* at, unsigned word) {
 
 // The launch after this one may begin, if it was told that it may, as soon as every block has come
 // here; it must wait before it uses what this one writes. sm_90 on, nothing before.
-DCNV4_DEVICE void let_next_launch_begin() {
+DCNV4_DEVICE void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-DCNV4_DEVICE void wait_for_launch_before() {
+DCNV4_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -158,13 +158,13 @@ DCNV4_DEVICE void hold(int& number) { asm volatile("" : "+r"(number)); }
 DCNV4_DEVICE void hold(unsigned (&words)[2]) { asm volatile("" : "+r"(words[0]), "+r"(words[1])); }
 
 // c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
-DCNV4_DEVICE void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+DCNV4_DEVICE void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DCNV4_DEVICE void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+DCNV4_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -172,7 +172,7 @@ DCNV4_DEVICE void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, u
 }
 
 // An 8 x 8 block of halves that a warp holds, a word a lane, transposed.
-DCNV4_DEVICE unsigned transpose(unsigned word) {
+DCNV4_DEVICE unsigned movmatrix(unsigned word) {
     unsigned out;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
     return out;
@@ -180,7 +180,7 @@ DCNV4_DEVICE unsigned transpose(unsigned word) {
 
 // Four such blocks from shared memory, lane 8i + r naming row r of block i.
 template <bool TRANSPOSED>
-DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
+DCNV4_DEVICE void ldmatrix(unsigned (&out)[4], const void* row) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
     if constexpr (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -197,7 +197,7 @@ DCNV4_DEVICE void load_blocks(unsigned (&out)[4], const void* row) {
 // BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1. L2 gets
 // whole lines, whose other sectors are wanted next.
 template <int BYTES>
-DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
+DCNV4_DEVICE void cp_async(void* to, const void* from, bool there) {
     const unsigned shared = __cvta_generic_to_shared(to), wanted = there ? BYTES : 0;
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
@@ -209,10 +209,10 @@ DCNV4_DEVICE void copy_async(void* to, const void* from, bool there) {
                      : "memory");
 }
 // What the lane has copied since the last time is a group.
-DCNV4_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DCNV4_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait for the lane's own groups but the last LATER; others see them after they met.
 template <int LATER>
-DCNV4_DEVICE void wait_for_groups() {
+DCNV4_DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 

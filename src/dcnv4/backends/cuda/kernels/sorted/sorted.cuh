@@ -19,16 +19,15 @@
 //     int level(int k)      which of LEVELS images point k lies in
 #pragma once
 
-#include "points.cuh"
+#include <common/backward.cuh>
 
 namespace dcnv4 {
 
 constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
-// Points are sorted in passes of so many rounds at most: a thread keeps what it knows of its points
-// in registers, and where a processor shall hold more threads it has fewer of those.
-constexpr int MOST_ROUNDS = RESIDENT_THREADS > 512 ? 2 : 5;
+// Points are sorted in passes of MOST_ROUNDS rounds at most: a thread keeps what it knows of its
+// points in registers, and where an SM shall hold more threads it has fewer of those.
 // Levels that a pass has points of, each with buckets of its own.
 constexpr int PASS_LEVELS = (MOST_ROUNDS * LANES * LEVELS + POINTS - 1) / POINTS;
 constexpr int MOST_LEVELS = LEVELS < 4 ? LEVELS : 4;
@@ -176,8 +175,8 @@ struct Dots {
         if constexpr (matrix) {
             // The upper rows hold one half of a slice's channels, the lower ones the other.
             float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
-            Number<T>::mma(upper, grad.word, pixel.word[0], pixel.word[2]);
-            Number<T>::mma(lower, grad.word, pixel.word[1], pixel.word[3]);
+            Number<T>::mma_m16n8k16(upper, grad.word, pixel.word[0], pixel.word[2]);
+            Number<T>::mma_m16n8k16(lower, grad.word, pixel.word[1], pixel.word[3]);
             dot[j] = threadIdx.x / LANES % 2 ? upper[1] + lower[3] : upper[0] + lower[2];
         } else {
             dot[j] = 0;
@@ -192,17 +191,17 @@ struct Dots {
                 if (lane == threadIdx.x % 32 / (2 * LANES)) list[j].share = dot[j];
             return;
         }
-        int left = BATCH;
+        int summed = BATCH;
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) {
-            if (left == 1) {
+            if (summed == 1) {
                 dot[0] += __shfl_xor_sync(~0u, dot[0], step);
                 continue;
             }
-            left /= 2;
+            summed /= 2;
 #pragma unroll
             for (int i = 0; i < BATCH / 2; ++i) {
-                if (i >= left) break;
+                if (i >= summed) break;
                 const bool odd = lane & step;
                 const Sum kept = odd ? dot[2 * i + 1] : dot[2 * i];
                 const Sum given = odd ? dot[2 * i] : dot[2 * i + 1];
@@ -225,7 +224,7 @@ struct Batch {
     static_assert(BATCH % 2 == 0 && STRETCH % BATCH == 0, "two corners are read at once");
 
     // `pixel`: of the corner before.
-    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index stride) {
+    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index bytes) {
 #pragma unroll
         for (int j = 0; j < BATCH; j += 2) {
             const uint4 two = *(const uint4*)(list + j);
@@ -235,34 +234,34 @@ struct Batch {
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             begins[j] = corner[j].pixel() != (j ? corner[j - 1].pixel() : pixel);
-            if (begins[j]) fresh[j] = Held::load(at(image, corner[j].pixel(), stride));
+            if (begins[j]) fresh[j] = Held::load(at(image, corner[j].pixel(), bytes));
         }
     }
 };
 
-// Step 4. `image` and `grad_image` are the first of a thread's channels at the first pixel.
-DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Total* grad_image,
-                       Index grad_stride, int lane) {
+// Step 4. `image` and `sums` are the first of a thread's channels at the first pixel.
+DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, Total* sums,
+                       int lane) {
     const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
     if (part == 0) return;
     const auto finish_run = [&](unsigned pixel, const Total(&sum)[CHANNELS]) {
-        Total* to = at(grad_image, pixel, grad_stride);
+        Total* to = at(sums, pixel, Operands::sums_bytes);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c += VECTOR) {
             Total term[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) term[v] = sum[c + v];
-            add(to + c * LANES, term);
+            red_add(to + c * LANES, term);
         }
     };
     Corner* list = shared.list + Sorted::padded(first);
     unsigned pixel = list->pixel();
-    Held value = Held::load(at(image, pixel, stride));
+    Held value = Held::load(at(image, pixel, pixel_bytes));
     Total sum[CHANNELS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
     Batch batch;
-    batch.load(list, pixel, image, stride);
+    batch.load(list, pixel, image, pixel_bytes);
 #pragma unroll 1
     for (unsigned place = first; place < first + part; place += BATCH) {
         Held grad[BATCH];
@@ -291,7 +290,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index stride, Total* 
         }
         Corner* done = list;  // The last batch is read again, for nothing: cheaper than a branch.
         list = shared.list + Sorted::padded(min(place + BATCH, first + part - BATCH));
-        batch.load(list, run[BATCH - 1], image, stride);
+        batch.load(list, run[BATCH - 1], image, pixel_bytes);
         __syncwarp();  // all lanes have read these corners
         dots.store(done, lane);
 #pragma unroll
@@ -319,13 +318,14 @@ DCNV4_DEVICE void each_point(int first, int lane, const Visit& visit) {
 
 // As `scatter`, for all slices of a block at once: all its threads must come here.
 template <typename Points>
-DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
-                                 const Weights<Points>& weights, const VALUE* image, Index stride,
-                                 const VALUE* grad, Total* grad_image, Index grad_stride,
-                                 Sum unit, const Slice& slice) {
+DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Points& points,
+                                 const Operands& o, const Slice& slice) {
+    const Weights<Points> weights(points, slice.lane);
+    const Sum fixed_point_scale = scale_of_sums(a, o.number);
+    const Index pixel_bytes = a.pixel_bytes;
     const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
     {
-        const Held out = Held::load(grad + channel);
+        const Held out = Held::load(o.grad + channel);
 #pragma unroll
         for (int q = 0; q < Held::quads; ++q)
             shared.grad[q][threadIdx.x] = make_uint4(out.word[4 * q], out.word[4 * q + 1],
@@ -353,7 +353,7 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         each_point(first, slice.lane, [&](int r, int k) {
             const Corners<Sum>& c = at[r].corners;
             Sum share[4];
-            coefficients(weights[k < POINTS ? k : POINTS - 1] * unit, c.fraction_x, c.fraction_y,
+            coefficients(weights[k < POINTS ? k : POINTS - 1] * fixed_point_scale, c.fraction_x, c.fraction_y,
                          share);
             const Buckets buckets(at[r], points.level(k));
             const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
@@ -369,8 +369,8 @@ DCNV4_DEVICE void scatter_sorted(Sorted& shared, const Points& points,
         });
         __syncthreads();
         shared.clear_buckets();
-        ptx::wait_for_launch_before();  // for zeros to add to
-        walk(shared, image + channel, stride, grad_image + channel, grad_stride, slice.lane);
+        ptx::griddepcontrol_wait();  // for zeros to add to
+        walk(shared, o.image + channel, pixel_bytes, o.sums + channel, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;
         each_point(first, slice.lane, [&](int r, int k) {

@@ -1,12 +1,23 @@
 // The points of deform_conv in a tile of output pixels.
 #pragma once
 
-#include "tile.cuh"
+#include <tiles/patches.cuh>
+#include <tiles/staged.cuh>
 
 namespace dcnv4 {
 
-using Fields = Staged<3 * POINTS>;
+using StagedPoints = Staged<3 * POINTS>;
 constexpr int COUPLES = (POINTS + 1) / 2;  // words that hold a half for each point
+
+// Whether either half of any word is infinite or NaN.
+template <int N>
+DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
+    constexpr unsigned exponents = Number<VALUE>::exponents, carry = 0x80008000u - exponents;
+    unsigned found = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) found |= (words[i] & exponents) + carry;
+    return found & 0x80008000u;
+}
 
 // A lane's pixel.
 struct Own {
@@ -18,40 +29,40 @@ struct Own {
     int count;                  // of the tile's far points
     bool fits;                  // whether float16 holds all of the tile's weights
 
-    DCNV4_DEVICE Own(const Fields& fields, int lane, int group) {
-        unsigned words[Fields::WORDS];
-        fields.read(lane, group, words);
+    DCNV4_DEVICE Own(const StagedPoints& staged, int lane, int group) {
+        unsigned words[StagedPoints::WORDS];
+        staged.read(lane, group, words);
         unsigned all = 0;
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k) all |= offsets[k] = Number<FIELDS>::as_f16(words[k]);
+        for (int k = 0; k < POINTS; ++k) all |= offsets[k] = Number<OFFSET_MASK>::as_f16(words[k]);
         unsigned any = 0;
 #pragma unroll
         for (int i = 0; i < COUPLES; ++i) {
             logits[i] = words[POINTS + i];
             if (POINTS % 2 && i == COUPLES - 1) logits[i] &= 0xffff;
-            weights[i] = Number<FIELDS>::as_f16(logits[i]);
+            weights[i] = Number<OFFSET_MASK>::as_f16(logits[i]);
             any |= logits[i];
         }
         peak = 0, share = 1;
         if constexpr (SOFTMAX) {
             Sum count[2 * COUPLES] = {}, total = 0;
-            peak = Number<FIELDS>::get(logits, 0);
+            peak = Number<OFFSET_MASK>::get(logits, 0);
 #pragma unroll
-            for (int k = 1; k < POINTS; ++k) peak = max(peak, Number<FIELDS>::get(logits, k));
+            for (int k = 1; k < POINTS; ++k) peak = max(peak, Number<OFFSET_MASK>::get(logits, k));
 #pragma unroll
             for (int k = 0; k < POINTS; ++k)
-                total += count[k] = exp(Number<FIELDS>::get(logits, k) - peak);
+                total += count[k] = exp(Number<OFFSET_MASK>::get(logits, k) - peak);
             share = 1 / total;
 #pragma unroll
             for (int i = 0; i < COUPLES; ++i)
-                weights[i] = ptx::pack_f16(count[2 * i] * share, count[2 * i + 1] * share);
+                weights[i] = ptx::cvt_f16x2_f32(count[2 * i] * share, count[2 * i + 1] * share);
             fits = !__any_sync(~0u, !(share <= 1));
         } else {
             // Sums of POINTS weights stay finite, and what is lost below the least float16 is
             // 2^-14 of a weight at most.
             unsigned most = 0;
 #pragma unroll
-            for (int i = 0; i < COUPLES; ++i) most = ptx::largest_f16x2(most, weights[i]);
+            for (int i = 0; i < COUPLES; ++i) most = ptx::max_abs_f16x2(most, weights[i]);
             const int largest = __reduce_max_sync(~0u, int(max(most & 0xffff, most >> 16)));
             constexpr int LEAST = 0x1000, GREATEST = 0x6800;  // 2^-11, 2^11
             fits = largest < GREATEST && (largest >= LEAST || !__any_sync(~0u, any & 0x7fff7fffu));
@@ -69,7 +80,7 @@ struct Own {
     }
 
     DCNV4_DEVICE Sum weight(int k) const {
-        const Sum logit = Number<FIELDS>::get(logits, k);
+        const Sum logit = Number<OFFSET_MASK>::get(logits, k);
         return SOFTMAX ? exp(logit - peak) * share : logit;
     }
 };
@@ -77,8 +88,8 @@ struct Own {
 // Calls `visit(some, row, k, weight, corners)` for the far points of the pixels of column g, one by
 // one, in quad g; by all lanes, with `some` false where a quad has none left.
 template <typename Visit>
-DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& tile, int group,
-                           const Fields& fields, Visit visit) {
+DCNV4_DEVICE void each_far(const Arguments& a, const Own& own, const Tile& tile, int group,
+                           const StagedPoints& staged, Visit visit) {
     const int quad = tile.lane & ~3, column = quad / 4;
     unsigned mask[TILE_H];
 #pragma unroll
@@ -92,16 +103,16 @@ DCNV4_DEVICE void each_far(const Convolution& c, const Own& own, const Tile& til
                 some = true, row = r, k = __ffs(mask[r]) - 1;
                 mask[r] &= mask[r] - 1;
             }
-        Sum weight = fields.read(column, row, group, 2 * POINTS + k);
+        Sum weight = staged.read(column, row, group, 2 * POINTS + k);
         if constexpr (SOFTMAX) {
             const Sum peak = __shfl_sync(~0u, own.peak, quad + row);
             const Sum share = __shfl_sync(~0u, own.share, quad + row);
             weight = exp(weight - peak) * share;
         }
-        const OwnWindow window(c, tile.row + row, tile.column + column);
+        const OwnWindow window(a, tile.row + row, tile.column + column);
         visit(some, row, k, weight,
-              window.point(k, fields.read(column, row, group, 2 * k),
-                           fields.read(column, row, group, 2 * k + 1)));
+              window.point(k, staged.read(column, row, group, 2 * k),
+                           staged.read(column, row, group, 2 * k + 1)));
     }
 }
 

@@ -2,25 +2,12 @@
 // gradient, its largest weight and the number of terms allow.
 //
 // Work: a thread some numbers; BLOCKS blocks an image of either tensor, of which the last one done
-// makes the units. Limit: device memory, which is read once.
-#include "numbers.cuh"
+// makes the scales. Limit: device memory, which is read once.
+#include <common/numbers.cuh>
 
 using namespace dcnv4;
 
 using Index = INDEX;
-
-struct Arguments {
-    const VALUE* grad;       // of the output
-    const WEIGHTS* weights;  // the fields that hold them
-    unsigned* largest;       // zeros: two an image, and how many blocks are done
-    float* units;            // an image
-    long long grad_image, grad_row, weights_image, weights_row;  // strides
-    Index rows;                                                  // of an image
-    int images, blocks;                                          // blocks: of an image
-    int terms;                                                   // fewer than 2**terms are added
-};
-
-static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the structure must be what Python packs");
 
 constexpr int INFINITE = 0x7f800000;
 
@@ -47,16 +34,16 @@ DCNV4_DEVICE unsigned largest_of(const T* image, long long stride, const Argumen
 // The least e with numbers below 2**e, of bits of a finite one, or somewhat more.
 DCNV4_DEVICE int exponent(unsigned bits) { return int(bits >> 23) - 126; }
 
-DCNV4_DEVICE float unit(unsigned grad, unsigned weight, int terms) {
+DCNV4_DEVICE float scale(unsigned grad, unsigned weight, int terms) {
     if (grad >= INFINITE || weight >= INFINITE) return __uint_as_float(0x7fc00000);
     const int of_weight = SOFTMAX ? 0 : exponent(weight);
     const int fits = 62 - terms - exponent(grad) - of_weight;
-    // Neither the unit nor its product with a weight may overflow in float32.
+    // Neither the scale nor its product with a weight may overflow in float32.
     const int power = max(-126, min(fits, 126 - max(of_weight, 0)));
     return __uint_as_float(unsigned(power + 127) << 23);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) units(Arguments a) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) fixed_point_scale(Arguments a) {
     int rest = blockIdx.x;
     const int block = rest % a.blocks;
     rest /= a.blocks;
@@ -83,5 +70,5 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) units(Arguments a) {
     __threadfence();
     const volatile unsigned* largest = a.largest;
     for (int i = threadIdx.x; i < a.images; i += blockDim.x)
-        a.units[i] = unit(largest[2 * i], largest[2 * i + 1], a.terms);
+        a.fixed_point_scale[i] = scale(largest[2 * i], largest[2 * i + 1], a.terms);
 }

@@ -1,4 +1,4 @@
-// What src/dcnv4/backends/cuda/ptx.cuh offers, for the emulator.
+// What src/dcnv4/backends/cuda/kernels/common/ptx.cuh offers, for the emulator.
 #pragma once
 
 #define DCNV4_DEVICE inline
@@ -9,12 +9,12 @@ namespace ptx {
 inline unsigned lower_twice(unsigned pair) { return (pair & 0xffff) * 0x10001u; }
 inline unsigned upper_twice(unsigned pair) { return (pair >> 16) * 0x10001u; }
 
-inline float from_f16(unsigned short bits) { return emulated_bits<_Float16>(bits); }
-inline unsigned short to_f16(double number) {
+inline float cvt_f32_f16(unsigned short bits) { return emulated_bits<_Float16>(bits); }
+inline unsigned short cvt_f16_f32(double number) {
     return emulated_bits<unsigned short>((_Float16)number);
 }
-inline float from_bf16(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-inline unsigned short to_bf16(float number) {
+inline float cvt_f32_bf16(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+inline unsigned short cvt_bf16_f32(float number) {
     const unsigned bits = __float_as_uint(number);
     if (number != number) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -24,14 +24,14 @@ template <typename Half>
 unsigned each_half(Half half) {
     return unsigned(half(0)) | unsigned(half(16)) << 16;
 }
-inline unsigned multiply_f16x2(unsigned a, unsigned b) {
+inline unsigned mul_f16x2(unsigned a, unsigned b) {
     return each_half([=](int shift) {
-        return to_f16(double(from_f16(a >> shift)) * from_f16(b >> shift));
+        return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift));
     });
 }
-inline unsigned multiply_add_f16x2(unsigned a, unsigned b, unsigned c) {
+inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     return each_half([=](int shift) {
-        return to_f16(double(from_f16(a >> shift)) * from_f16(b >> shift) + from_f16(c >> shift));
+        return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift) + cvt_f32_f16(c >> shift));
     });
 }
 constexpr unsigned half_bits(int number) {
@@ -44,60 +44,60 @@ constexpr unsigned half_bits(int number) {
 constexpr unsigned two_f16(int lower, int upper) {
     return half_bits(lower) | half_bits(upper) << 16;
 }
-inline unsigned pack_f16(float lower, float upper) {
-    return to_f16(lower) | unsigned(to_f16(upper)) << 16;
+inline unsigned cvt_f16x2_f32(float lower, float upper) {
+    return cvt_f16_f32(lower) | unsigned(cvt_f16_f32(upper)) << 16;
 }
-inline unsigned pack_bf16(float lower, float upper) {
-    return to_bf16(lower) | unsigned(to_bf16(upper)) << 16;
+inline unsigned cvt_bf16x2_f32(float lower, float upper) {
+    return cvt_bf16_f32(lower) | unsigned(cvt_bf16_f32(upper)) << 16;
 }
 inline unsigned hat_f16x2(unsigned center, unsigned x) {
     return each_half([=](int shift) {
-        const float from = from_f16(to_f16(double(from_f16(center >> shift)) - from_f16(x >> shift)));
+        const float from = cvt_f32_f16(cvt_f16_f32(double(cvt_f32_f16(center >> shift)) - cvt_f32_f16(x >> shift)));
         const float hat = 1 - std::abs(from);
-        return to_f16(hat > 0 ? hat : 0);
+        return cvt_f16_f32(hat > 0 ? hat : 0);
     });
 }
-inline unsigned largest_f16x2(unsigned a, unsigned b) {
+inline unsigned max_abs_f16x2(unsigned a, unsigned b) {
     return each_half([=](int shift) {
         const int x = a >> shift & 0x7fff, y = b >> shift & 0x7fff, most = max(x, y);
         return (unsigned short)(most > 0x7c00 ? 0x7fff : most);
     });
 }
-inline unsigned short multiply_add_bf16(unsigned short a, unsigned short b, unsigned short c) {
-    return to_bf16(float(double(from_bf16(a)) * from_bf16(b) + from_bf16(c)));
+inline unsigned short fma_bf16(unsigned short a, unsigned short b, unsigned short c) {
+    return cvt_bf16_f32(float(double(cvt_f32_bf16(a)) * cvt_f32_bf16(b) + cvt_f32_bf16(c)));
 }
-inline unsigned multiply_add_bf16x2(unsigned a, unsigned b, unsigned c) {
+inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
     return each_half(
-        [=](int shift) { return multiply_add_bf16(a >> shift, b >> shift, c >> shift); });
+        [=](int shift) { return fma_bf16(a >> shift, b >> shift, c >> shift); });
 }
 
 inline void adds() {
     if (emulated::early && !emulated::self().waited)
         emulated::fail("a thread adds before it has waited for the launch before");
 }
-inline void add(float* at, float a) { adds(), *at += a; }
-inline void add(double* at, double a) { adds(), *at += a; }
-inline void add(long long* at, long long a) {
+inline void red_add(float* at, float a) { adds(), *at += a; }
+inline void red_add(double* at, double a) { adds(), *at += a; }
+inline void red_add(long long* at, long long a) {
     adds(), *(unsigned long long*)at += (unsigned long long)a;
 }
 inline void aligned(const void* at, size_t bytes) {
     if ((size_t)at % bytes) emulated::fail("a vector of additions is not aligned");
 }
-inline void add(float* at, float a, float b) { adds(), aligned(at, 8), at[0] += a, at[1] += b; }
-inline void add(float* at, float a, float b, float c, float d) {
+inline void red_add(float* at, float a, float b) { adds(), aligned(at, 8), at[0] += a, at[1] += b; }
+inline void red_add(float* at, float a, float b, float c, float d) {
     adds(), aligned(at, 16), at[0] += a, at[1] += b, at[2] += c, at[3] += d;
 }
 
-inline void add_if(bool wanted, float* at, const float (&terms)[4]) {
-    if (wanted) add(at, terms[0], terms[1], terms[2], terms[3]);
+inline void red_add_if(bool wanted, float* at, const float (&terms)[4]) {
+    if (wanted) red_add(at, terms[0], terms[1], terms[2], terms[3]);
 }
 
-inline void store_if(bool wanted, void* at, unsigned word) {
+inline void st_if(bool wanted, void* at, unsigned word) {
     if (wanted) aligned(at, 4), *(unsigned*)at = word;
 }
 
-inline void let_next_launch_begin() {}
-inline void wait_for_launch_before() { emulated::self().waited = true; }
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() { emulated::self().waited = true; }
 
 template <typename T>
 void hold(T&) {}
@@ -122,14 +122,14 @@ void mma(const void* place, float (&c)[4], const unsigned (&a)[4], unsigned b0, 
         c[i] += sum;
     }
 }
-inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    mma(EMULATED_PLACE, c, a, b0, b1, from_f16);
+inline void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    mma(EMULATED_PLACE, c, a, b0, b1, cvt_f32_f16);
 }
-inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    mma(EMULATED_PLACE, c, a, b0, b1, from_bf16);
+inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    mma(EMULATED_PLACE, c, a, b0, b1, cvt_f32_bf16);
 }
 
-inline unsigned transpose(unsigned word) {
+inline unsigned movmatrix(unsigned word) {
     const emulated::Exchange<unsigned> all(EMULATED_PLACE, word);
     const int lane = emulated::current & 31, row = lane / 4, column = lane % 4 * 2;
     return each_half([&](int shift) {
@@ -138,7 +138,7 @@ inline unsigned transpose(unsigned word) {
 }
 
 template <bool TRANSPOSED>
-void load_blocks(unsigned (&out)[4], const void* own) {
+void ldmatrix(unsigned (&out)[4], const void* own) {
     const emulated::Exchange<const unsigned short*> rows(EMULATED_PLACE,
                                                          (const unsigned short*)own);
     aligned(own, 16);
@@ -159,7 +159,7 @@ struct Copy {
 };
 inline std::vector<std::vector<Copy>> groups[1024];  // of each lane; the last is not ended
 template <int BYTES>
-void copy_async(void* to, const void* from, bool there) {
+void cp_async(void* to, const void* from, bool there) {
     aligned(to, BYTES);
     if (there) aligned(from, BYTES);
     std::memset(to, 0xff, BYTES);
@@ -167,12 +167,12 @@ void copy_async(void* to, const void* from, bool there) {
     if (own.empty()) own.resize(1);
     own.back().push_back({to, there ? from : nullptr, BYTES});
 }
-inline void end_group() {
+inline void cp_async_commit() {
     auto& own = groups[emulated::current];
     own.resize(own.empty() ? 2 : own.size() + 1);
 }
 template <int LATER>
-void wait_for_groups() {
+void cp_async_wait() {
     auto& own = groups[emulated::current];
     while (own.size() > LATER + 1) {
         for (const Copy& copy : own.front())
