@@ -25,7 +25,7 @@ import torch
 
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile, plans
 from support import cases, fuzz_cuda, kernel_cases, launches, pairs
 from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
 from support.launches import DIRECT, EVERY, SORTED
@@ -69,18 +69,18 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
     large_calls = *sorted_cases(), *sorted_conv_cases(), *not_tiled(), *not_sorted()
     for i, large in enumerate(large_calls):
         slices = EVERY if isinstance(large, cases.AttnCase) else SORTED
-        monkeypatch.setattr(plans, "PAYS_FROM", slices)
+        monkeypatch.setattr(choice, "PAYS_FROM", slices)
         for j, dtype in enumerate(cases.DTYPES[1:]):
             _plan(large, dtype, large.batch, deterministic=(i + j) % 4 == 0)
     for dtype in cases.DTYPES[1:]:
         layout = (2, 3, 5, 40), (600, 200, 40, 1), dtype, 0
         for weights in (None, (layout, 18, 27)):
-            plans.units_plan.__wrapped__(layout, weights, 1, 9, 0)
-            plans.units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__(layout, weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
             for deterministic in (False, True):
-                plans.totals_plan.__wrapped__(2, count, dtype, deterministic, 0)
+                plans.convert_sums_plan.__wrapped__(2, count, dtype, deterministic, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -158,7 +158,7 @@ def test_tile_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them for sm_80 and sm_90, and for the others so that every pair of settings meets."""
-    monkeypatch.setattr(plans, "PAYS_FROM", EVERY)
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
     rows = kernel_cases.variants()
     spread = pairs.rows(rows, {"architecture": ("sm_86", "sm_89", "sm_100", "sm_120")})
     every = [{**row, "architecture": arch} for row in rows for arch in ("sm_80", "sm_90")]
@@ -178,7 +178,7 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
             for alignment in (2, 4, 8, 16):
                 if alignment < itemsize:
                     continue
-                vector, lanes = plans.launch_shape(depth, points, itemsize, alignment, backward)
+                vector, lanes = choice.launch_shape(depth, points, itemsize, alignment, backward)
                 assert depth % vector == 0
                 assert vector * itemsize <= alignment
                 assert lanes in (1, 2, 4, 8, 16, 32)
@@ -190,18 +190,18 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
 def test_threads_move_sixteen_bytes_of_the_usual_layers() -> None:
     for itemsize, vector in ((2, 8), (4, 4)):
         for depth in (16, 32, 64):
-            assert plans.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
-            assert plans.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
+            assert choice.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
+            assert choice.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
 
 
 def test_block_size() -> None:
     for threads in (1, 63, 64, 1000, 77_000, 132 * 256, 132 * 256 + 1, 10**7, 2**33):
-        size = plans.block_size(threads, 132)
+        size = choice.block_size(threads, 132)
         assert size in (64, 128, 256)
         load = {s: math.ceil(math.ceil(threads / s) / 132) * s for s in (64, 128, 256)}
         assert load[size] <= 1.1 * min(load.values())
-    assert plans.block_size(10**7, 132) == 256
-    assert plans.block_size(132 * 64, 132) == 64
+    assert choice.block_size(10**7, 132) == 256
+    assert choice.block_size(132 * 64, 132) == 64
 
 
 def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,33 +222,44 @@ def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPa
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
-        assert 1 <= plans.strip_height(columns, tiles, 528) <= min(tiles, 64)
-    assert plans.strip_height(448, 14, 528) == 2  # 3136 strips in six rounds, all but the last full
-    assert plans.strip_height(3136, 14, 2112) == 7  # 6272 in three
-    assert plans.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
+        assert 1 <= choice.strip_height(columns, tiles, 528) <= min(tiles, 64)
+    assert (
+        choice.strip_height(448, 14, 528) == 2
+    )  # 3136 strips in six rounds, all but the last full
+    assert choice.strip_height(3136, 14, 2112) == 7  # 6272 in three
+    assert choice.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
 
 
-def test_tiles_take_what_they_can() -> None:
-    def fits(
+def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
+
+    def why_not(
         depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any
-    ) -> bool:
+    ) -> str | None:
         window = functional.window(**{"groups": 4, **settings})
+        rows, columns = window.output_size(8, 8)
         value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
-        fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
-        layouts = (
-            plans.Layout(*plans.layout(value)),
-            plans.Layout(*plans.layout(fields)),
-        )
-        return plans.fits_tiles(window, depth, *layouts, 16, 9)
+        offset_mask = torch.empty(2, rows, columns, 4 * 28 + extra, dtype=dtype)
+        layouts = (choice.Layout(*plans.layout(tensor)) for tensor in (value, offset_mask))
+        chosen = choice.conv(*layouts, None, window, False, choice.GPU(9, 132))
+        reason = chosen.why_not["conv_tile_forward"]
+        names = ["conv_forward"] if reason else ["conv_tile_forward", "conv_forward"]
+        assert [kernel.name for kernel in chosen.kernels] == names
+        return reason
 
-    assert all(fits(depth) for depth in (16, 32, 48, 64))
-    assert fits(dtype=torch.bfloat16)
-    assert fits(remove_center=True, softmax=True, padding=0)
-    assert not any(fits(depth) for depth in (8, 24, 80))
-    assert not fits(dtype=torch.float32)
-    assert not fits(extra=1)  # pixels of offset_mask must begin on whole 8 bytes
-    for setting in ({"stride": 2}, {"dilation": 2}, {"kernel_size": 5}, {"offset_scale": 2.0}):
-        assert not fits(**setting)
+    for depth in (16, 32, 48, 64):
+        assert why_not(depth) is None
+    assert why_not(dtype=torch.bfloat16) is None
+    assert why_not(remove_center=True, softmax=True, padding=0) is None
+    for depth in (8, 24, 80):
+        assert why_not(depth) == "needs 16, 32, 48 or 64 channels a group"
+    assert why_not(dtype=torch.float32) == "needs a value in half precision"
+    assert why_not(extra=1) == "needs offset_mask's pixels on 8 bytes"
+    assert why_not(stride=2) == why_not(dilation=2) == "needs stride and dilation of 1"
+    assert why_not(kernel_size=5) == "needs a kernel of at most 3 x 3"
+    assert why_not(offset_scale=2.0) == "needs offset_scale of 1"
+    monkeypatch.undo()
+    assert why_not() == "needs 32768 slices"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import torch
 from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cpu import compile as cpu_compile
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile
 from support import launches
 
 _FOLDER = Path(__file__).parent / "emulator"
@@ -76,14 +76,12 @@ def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
     with TemporaryDirectory(dir=built.parent) as work:
         source, made = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
-        text = (cuda_folder() / f"{name}.cu").read_text(encoding="utf-8")
-        source.write_text(text + _MAIN % name, encoding="utf-8")
-        folders = (_FOLDER, cuda_folder(), cuda_folder().parent / "include")
+        source.write_text(compile.source(name) + _MAIN % name, encoding="utf-8")
         command = [
             *cpu_compile._compiler(),
             *_FLAGS,
             *("-include", str(_FOLDER / "cuda.h")),
-            *(f"-I{folder}" for folder in folders),
+            *(f"-I{folder}" for folder in (_FOLDER, compile._FOLDER, compile._INCLUDE)),
             *(f"-D{key}={macro}" for key, macro in macros),
             *(str(source), "-o", str(made)),
         ]
@@ -109,10 +107,6 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
     return start
 
 
-def cuda_folder() -> Path:
-    return Path(cuda.__file__).parent
-
-
 @contextmanager
 def emulated(
     backwards: bool = False, pays_from: dict[str, int] | None = None, **patches: Any
@@ -121,14 +115,14 @@ def emulated(
 
     Args:
         backwards: whether the last thread of a block runs first.
-        pays_from: of `plans`, meanwhile.
+        pays_from: of `choice`, meanwhile.
         patches: what attributes of the backend are meanwhile.
     """
     # So few processors that blocks go on from one piece of work to the next.
     properties = SimpleNamespace(multi_processor_count=1, major=9, minor=0)
     backends._choose.cache_clear()
     with (
-        launches.paying_from(plans.PAYS_FROM if pays_from is None else pays_from),
+        launches.paying_from(choice.PAYS_FROM if pays_from is None else pays_from),
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
         mock.patch.object(
             compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)

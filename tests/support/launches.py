@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dcnv4.backends import cuda
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile, plans
 from support import cases
 
-ZEROS, FIXED_POINT_SCALE, CONVERT_SUMS = "zeros", "units", "totals"
+ZEROS, FIXED_POINT_SCALE, CONVERT_SUMS = "zeros", "fixed_point_scale", "convert_sums"
 KERNELS = {
     "conv_forward",
     "conv_backward",
@@ -29,11 +29,11 @@ KERNELS = {
     CONVERT_SUMS,
 }
 """All entry names."""
-_LEFTOVER = "_left"
+_LEFTOVER = "_leftover"
 """The backend's function that makes the tensor in which tiles are noted that a launch leaves."""
 
 DIRECT: dict[str, int] = {}
-EVERY = dict.fromkeys(plans.PAYS_FROM, 0)
+EVERY = dict.fromkeys(choice.PAYS_FROM, 0)
 SORTED = {name: 0 for name in EVERY if "sorted" in name}
 """From how many slices on kernels for large calls are used: never, always, if they sort."""
 
@@ -49,7 +49,7 @@ def forget_plans() -> None:
 def paying_from(slices: dict[str, int]) -> Iterator[None]:
     """Kernels for large calls are meanwhile used from these numbers of slices on."""
     forget_plans()
-    with mock.patch.object(plans, "PAYS_FROM", slices):
+    with mock.patch.object(choice, "PAYS_FROM", slices):
         try:
             yield
         finally:
