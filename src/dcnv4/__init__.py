@@ -1,6 +1,6 @@
 """Deformable Convolution v4 and multi-scale deformable attention for PyTorch."""
 
-from . import backends, functional
+from . import backends, flops, functional
 from .conversion import convert
 from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
@@ -14,5 +14,6 @@ __all__ = [
     "backends",
     "convert",
     "dcnv4",
+    "flops",
     "functional",
 ]

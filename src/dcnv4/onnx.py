@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import ops
 from .backends import reference
@@ -29,6 +31,7 @@ def export(
     *,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
     attention: str = "gather",
     opset_version: int = 20,
     verbose: bool = False,
@@ -38,11 +41,13 @@ def export(
 
     Args:
         model: a module with any of this package's layers or operators; call `eval` on it first.
-        args: example inputs.
+        args: example inputs; a size that may change is 2 or more in them.
         path: the file to write; None for none.
         kwargs: example inputs by name.
-        dynamic_shapes: which sizes may change, as `torch.export.export` takes it; a string in place
-            of a `Dim` names an axis of any size.
+        dynamic_shapes: which sizes may change, as in `torch.export.export`; a string is a `Dim` of
+            any size.
+        dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
+            input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
         attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
             `GridSample` per level; the level sizes must then be numbers in the model.
         opset_version: of the standard opset; at least 19, the first with `DeformConv`.
@@ -61,11 +66,12 @@ def export(
             f"opset_version must be >= 19, the first with DeformConv; got {opset_version}"
         )
     _require_torch()
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"dcnv4.onnx.export needs {' and '.join(missing)}: pip install onnx onnxscript"
-        )
+    _require_packages()
+    if dynamic_axes is not None:
+        if dynamic_shapes is not None:
+            raise ValueError("dynamic_axes must be None beside dynamic_shapes; got both")
+        inputs = inspect.signature(model.forward).bind(*args, **(kwargs or {}))
+        dynamic_shapes = _from_axes(dynamic_axes, inputs.arguments, **options)
     with torch.no_grad():
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)
@@ -79,6 +85,36 @@ def export(
         verbose=verbose,
         **options,
     )
+
+
+def _from_axes(
+    axes: Mapping[str, Mapping[int, str] | Sequence[int]],
+    inputs: Mapping[str, Any],
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The `dynamic_shapes` of the arguments of `forward` that mean these `dynamic_axes`."""
+    leaves, structure = tree_flatten(dict(inputs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    names = input_names or [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    known = (*names, *(output_names or ()))
+    if len(names) != len(tensors) or not set(axes) <= set(known):
+        raise ValueError(
+            "dynamic_axes must name inputs or outputs, and input_names each of the "
+            f"{len(tensors)} tensors of nested inputs = {', '.join(known)}; got {', '.join(axes)}"
+        )
+    shapes: list[Any] = [None] * len(leaves)
+    for i, name in zip(tensors, names, strict=True):
+        given, rank = axes.get(name, ()), leaves[i].ndim
+        if not all(-rank <= axis < rank for axis in given):
+            raise ValueError(
+                f"dynamic_axes of {name} must be in [{-rank}, {rank}); got {list(given)}"
+            )
+        sizes = given.values() if isinstance(given, Mapping) else [torch.export.Dim.DYNAMIC] * rank
+        shapes[i] = {axis % rank: size for axis, size in zip(given, sizes, strict=False)}
+    dynamic_shapes: dict[str, Any] = tree_unflatten(shapes, structure)
+    return dynamic_shapes
 
 
 def _dimension(size: Any) -> Any:
@@ -120,6 +156,14 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
 def _require_torch() -> None:
     if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
         raise ImportError(f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}")
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"dcnv4.onnx.export needs {' and '.join(missing)}: pip install onnx onnxscript"
+        )
 
 
 def _deform_conv(*arguments: Any) -> Tensor:

@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call
+from .. import UNORDERED, Call, set_triton_cache_dir, triton_cache_dir
+from ..folders import private, temporary, warn
+
+_ENTRIES = r"[A-Z2-7]{52}"
+"""What the names of entries of Triton's cache look like."""
 
 
 def why_not(call: Call) -> str | None:
@@ -25,7 +31,8 @@ def why_not(call: Call) -> str | None:
         return f"needs triton >= 3.0 (python -m pip install triton); got {error}"
     if int(version.split(".")[0]) < 3:
         return f"needs triton >= 3.0 (python -m pip install --upgrade triton); got {version}"
-    if call.device.type in ("cuda", "xpu") or _kernels().is_interpreted():
+    kernels = _kernels()
+    if call.device.type in ("cuda", "xpu") or kernels.is_interpreted():
         return UNORDERED if call.deterministic else None
     return f"needs a GPU, or TRITON_INTERPRET=1 when Python starts; got {call.device}"
 
@@ -323,6 +330,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' own."""
     if device.type == "cpu":
         return nullcontext()
+    _guard_cache()
     accelerator = getattr(torch, device.type)
     if device.index == accelerator.current_device():
         return nullcontext()
@@ -333,6 +341,19 @@ def _kernels() -> Any:
     from . import kernels
 
     return kernels
+
+
+@cache
+def _guard_cache() -> None:
+    """Let Triton, which loads whatever lies in its cache, have one that nobody else can write."""
+    folder, named = triton_cache_dir()
+    # A folder that somebody chose may be meant for several users: it is not tightened.
+    kept = private(folder, None if named else _ENTRIES, "TRITON_CACHE_DIR")
+    if kept is not None and not os.access(kept, os.W_OK):
+        warn(kept, PermissionError(errno.EACCES, "it cannot be written"), "TRITON_CACHE_DIR")
+        kept = None
+    if kept is None:
+        set_triton_cache_dir(str(temporary()))
 
 
 def _power(number: int) -> int:
