@@ -84,17 +84,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def conv_points(
-    offset_mask: Tensor, rows: Tensor, columns: Tensor, window: Window
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_points(offset_mask: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """Split `offset_mask` [N, M] of N output pixels into x, y and weights, each [N, G, K].
 
-    x and y are in input pixels. `rows` and `columns` [N] say which output pixels these are.
+    x and y are input pixels from the centre of the window, `Window.origins`.
     """
     offsets, weights = window.split(offset_mask)
     base = torch.tensor(window.cells(), dtype=offsets.dtype, device=offsets.device)
-    origin = torch.stack(window.origins(rows, columns), -1).to(offsets.dtype)
-    x, y = (origin[:, None, None] + window.offset_scale * (base + offsets)).unbind(-1)
+    x, y = (window.offset_scale * (base + offsets)).unbind(-1)
     return x, y, weights.softmax(-1) if window.softmax else weights
 
 
@@ -128,27 +125,44 @@ def attn_points(locations: Tensor, heights: Tensor, widths: Tensor) -> tuple[Ten
 
 
 def corners(
-    x: Tensor, y: Tensor, heights: Tensor | int, widths: Tensor | int
+    x: Tensor,
+    y: Tensor,
+    heights: Tensor | int,
+    widths: Tensor | int,
+    origins: tuple[Tensor | int, Tensor | int] = (0, 0),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The four pixels around each point and where the point lies between them.
 
-    Returns `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the
-    fractions of a pixel [...] from the left and from the top corners. The index of a corner outside
-    the image is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such
-    corners contribute nothing.
+    A point is (x, y) pixels from the pixel of `origins`, which are integers (column, row). Returns
+    `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the fractions
+    of a pixel [...] from the left and from the top corners. The index of a corner outside the image
+    is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such corners
+    contribute nothing.
     """
-    inside = (x > -1) & (x < widths) & (y > -1) & (y < heights)
-    x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
-    left, top = x.detach().floor(), y.detach().floor()
-    column, row = left.long(), top.long()
-    legal_x = inside & (left >= 0), inside & (left < widths - 1)
-    legal_y = top >= 0, top < heights - 1
+    column, fraction_x, legal_x = _around(x, origins[0], widths)
+    row, fraction_y, legal_y = _around(y, origins[1], heights)
     index = [
         torch.where(legal_x[dx] & legal_y[dy], (row + dy) * widths + (column + dx), -1)
         for dy in (0, 1)
         for dx in (0, 1)
     ]
-    return torch.stack(index, -1), x - left, y - top
+    return torch.stack(index, -1), fraction_x, fraction_y
+
+
+def _around(
+    x: Tensor, origin: Tensor | int, size: Tensor | int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Along one axis, the pixel at or before each point `origin` + x, the fraction of a pixel from
+    it, and whether that pixel and the next count.
+
+    Floor and fraction are those of x alone: no precision is lost where the origin is large.
+    """
+    near = x.abs() < 2**31  # false for NaN; no image is larger
+    x = torch.where(near, x, 0.0)
+    floor = x.detach().floor()
+    before, fraction = origin + floor.long(), x - floor
+    inside = near & (before < size) & ((before >= 0) | ((before == -1) & (fraction > 0)))
+    return before, fraction, (inside & (before >= 0), inside & (before < size - 1))
 
 
 def coefficients(weights: Tensor, fraction_x: Tensor, fraction_y: Tensor) -> Tensor:

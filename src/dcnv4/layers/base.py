@@ -63,9 +63,11 @@ class WindowedLayer(nn.Module):
         device = offset_mask.device
         row = torch.arange(rows, device=device).repeat_interleave(columns).repeat(batch)
         column = torch.arange(columns, device=device).repeat(batch * rows)
-        u, v, weights = conv_points(offset_mask.flatten(0, 2), row, column, self.window)
+        x, y, weights = conv_points(offset_mask.flatten(0, 2), self.window)
+        origin_x, origin_y = (o[:, None, None] for o in self.window.origins(row, column))
         shape = (batch, rows, columns, *weights.shape[1:])
-        return torch.stack((u, v), -1).view(*shape, 2), weights.reshape(shape)
+        positions = torch.stack((origin_x + x, origin_y + y), -1)
+        return positions.view(*shape, 2), weights.reshape(shape)
 
     def _at_centers(self, x: Tensor) -> Tensor:
         """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
