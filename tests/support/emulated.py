@@ -57,7 +57,7 @@ def why_not() -> str | None:
 @cache
 def _built() -> Path:
     """Where compiled kernels lie, for all processes: a folder for every state of the sources."""
-    texts = [path.read_bytes() for path in sorted(_FOLDER.iterdir())]
+    texts = [path.read_bytes() for path in sorted(_FOLDER.rglob("*.*h"))]
     key = repr((cpu_compile._compiler(), _FLAGS, _MAIN, compile._sources(), texts))
     folder = Path(backends.cache_dir(), "emulated", sha256(key.encode()).hexdigest()[:24])
     folder.mkdir(parents=True, exist_ok=True)
