@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import DCNv4Conv2d
+from .layers import DCNv4Conv2d
 
 __all__ = ["convert"]
 
@@ -171,9 +171,8 @@ def _carry_kernel(name: str, conv: nn.Conv2d, layer: DCNv4Conv2d) -> None:
             f"init = 'kernel' must keep the bias of {name}; got without_pointwise, which has none"
         )
     # Points run columns outermost.
-    kernels = conv.weight[:, 0].transpose(1, 2).flatten(1)
-    used = layer.offset_mask.bias[: window.fields()].view(window.groups, -1)
-    used[:, 2 * window.points() :] = kernels
+    _, weights = window.split(layer.offset_mask.bias)
+    weights.copy_(conv.weight[:, 0].transpose(1, 2).flatten(1))
     for projection in (layer.value_proj, layer.output_proj):
         if projection is not None:
             nn.init.eye_(projection.weight)

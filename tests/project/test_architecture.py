@@ -24,22 +24,38 @@ NATIVE = {
     if path.suffix in (".h", ".hpp", ".cuh", ".cu", ".cpp")
 }
 
+COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
+
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "conversion", "flops", "functional", "modules"},
+    "__init__": {"backends", "compat.fork", "conversion", "flops", "functional", "layers"},
     "geometry": set(),
-    "functional": {"geometry", "backends", "ops"},
-    "ops": {"geometry", "backends", "backends.reference"},
-    "modules": {"geometry", "functional"},
+    "eager": {"geometry"},
+    "arguments": {"geometry", "backends", "eager"},
+    "functional": {"geometry", "backends", "eager", "arguments", "ops"},
+    "ops": {"geometry", "backends", "backends.reference", "eager"},
+    "layers": {"layers.attention", "layers.conv", "layers.dcnv3"},
+    "layers.base": {"geometry", "arguments"},
+    "layers.conv": {"geometry", "eager", "arguments", "functional", "layers.base"},
+    "layers.attention": {"geometry", "eager", "arguments", "functional", "layers.base"},
+    "layers.dcnv3": {"arguments", "functional", "layers.base"},
+    "modules": {"layers"},
     "backends": {"geometry"},
-    "flops": {"modules"},
-    "conversion": {"modules"},
-    "checkpoints": {"conversion", "functional", "modules"},
-    "visualize": {"checkpoints", "modules"},
+    "flops": {"layers"},
+    "conversion": {"layers"},
+    "checkpoints": {"conversion", "layers", "layers.dcnv3"},
+    "visualize": {"layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
-    "compat": {"functional", "modules"},
+    "compat": {f"compat.{name}" for name in COMPAT},
+    "compat.deformable_detr": {"eager", "functional", "layers"},
+    "compat.fork": {"arguments", "compat.opengvlab", "ops"},
+    "compat.mmcv": {
+        *("arguments", "compat.deformable_detr", "compat.torchvision", "eager", "layers")
+    },
+    "compat.opengvlab": {"arguments", "compat.deformable_detr", "functional"},
+    "compat.torchvision": {"arguments", "eager", "functional", "geometry"},
     "integrations": set(),
-    "integrations.transformers": {"functional"},
+    "integrations.transformers": {"arguments", "functional"},
 }
 
 
