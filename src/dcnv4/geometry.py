@@ -32,9 +32,17 @@ class Window(NamedTuple):
         """K: how many points a group samples for one output pixel."""
         return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
 
-    def fields(self) -> int:
+    def offset_mask_channels(self) -> int:
         """3·G·K: how many channels of `offset_mask` are read."""
         return 3 * self.groups * self.points()
+
+    def split(self, offset_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of `offset_mask` [..., M]: offsets [..., G, K, 2] and weights [..., G, K]."""
+        points = self.points()
+        read = offset_mask[..., : self.offset_mask_channels()]
+        by_group = read.unflatten(-1, (self.groups, 3 * points))
+        offsets = by_group[..., : 2 * points].unflatten(-1, (points, 2))
+        return offsets, by_group[..., 2 * points :]
 
     def center(self) -> tuple[int, int]:
         """The distance from a window's first row and column to its centre, in pixels."""
@@ -57,8 +65,13 @@ class Window(NamedTuple):
         (kh, kw), (dh, dw), (ch, cw) = self.kernel_size, self.dilation, self.center()
         cells = [(i * dw - cw, j * dh - ch) for i in range(kw) for j in range(kh)]
         if self.remove_center:
-            del cells[kw // 2 * kh + kh // 2]
+            del cells[self.center_index()]
         return cells
+
+    def center_index(self) -> int:
+        """Which point of the whole kernel is its centre, the one that `remove_center` drops."""
+        kh, kw = self.kernel_size
+        return kw // 2 * kh + kh // 2
 
     def origins(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the undeformed centre of the windows of these output rows and columns."""
@@ -72,16 +85,13 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def conv_points(offset_mask: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `offset_mask` [N, M] of N output pixels into x, y and weights, each [N, G, K].
+    """Split `offset_mask` [..., M] of output pixels into x, y and weights, each [..., G, K].
 
     x and y are input pixels from the centre of the window, `Window.origins`.
     """
-    groups, points = window.groups, window.points()
-    split = offset_mask[:, : 3 * groups * points].unflatten(1, (groups, 3 * points))
-    offsets = split[..., : 2 * points].unflatten(-1, (points, 2))
+    offsets, weights = window.split(offset_mask)
     base = torch.tensor(window.cells(), dtype=offsets.dtype, device=offsets.device)
     x, y = (window.offset_scale * (base + offsets)).unbind(-1)
-    weights = split[..., 2 * points :]
     return x, y, weights.softmax(-1) if window.softmax else weights
 
 

@@ -53,7 +53,7 @@ def conv_backward(
     table = _table(value, value.shape[3] // window.groups)
     grad_table = torch.zeros_like(table)
     grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    used = grad_mask.flatten(0, 2)[:, : window.fields()]
+    used = grad_mask.flatten(0, 2)[:, : window.offset_mask_channels()]
     problem = _conv_problem(value, offset_mask, window)
     for part, grads, weights in _backward(problem, grad, table, grad_table):
         used[part] = geometry.conv_points_backward(*grads, weights, window).to(used.dtype)

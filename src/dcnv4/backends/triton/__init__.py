@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call
+from .. import UNORDERED, Call, set_triton_cache_dir, triton_cache_dir
+from ..folders import private, temporary, warn
+
+_ENTRIES = r"[A-Z2-7]{52}"
+"""What the names of entries of Triton's cache look like."""
 
 
 def why_not(call: Call) -> str | None:
@@ -26,7 +32,8 @@ def why_not(call: Call) -> str | None:
         return f"needs triton >= 3.0 (python -m pip install triton); got {error}"
     if int(version.split(".")[0]) < 3:
         return f"needs triton >= 3.0 (python -m pip install --upgrade triton); got {version}"
-    if call.device.type in ("cuda", "xpu") or _kernels().is_interpreted():
+    kernels = _kernels()
+    if call.device.type in ("cuda", "xpu") or kernels.is_interpreted():
         return UNORDERED if call.deterministic else None
     return f"needs a GPU, or TRITON_INTERPRET=1 when Python starts; got {call.device}"
 
@@ -257,19 +264,19 @@ def _constants(
 
 def _window_constants(window: Window) -> dict[str, Any]:
     """What only a convolution has."""
-    (ph, pw), (ch, cw), kh = window.padding, window.center(), window.kernel_size[0]
+    (ph, pw), (ch, cw) = window.padding, window.center()
     return {
         "SCALE": window.offset_scale,
         "STRIDE_H": window.stride[0],
         "STRIDE_W": window.stride[1],
         "ORIGIN_H": ch - ph,
         "ORIGIN_W": cw - pw,
-        "KERNEL_H": kh,
+        "KERNEL_H": window.kernel_size[0],
         "DILATION_H": window.dilation[0],
         "DILATION_W": window.dilation[1],
         "CENTER_H": ch,
         "CENTER_W": cw,
-        "REMOVED": window.kernel_size[1] // 2 * kh + kh // 2 if window.remove_center else None,
+        "REMOVED": window.center_index() if window.remove_center else None,
     }
 
 
@@ -326,6 +333,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' own."""
     if device.type == "cpu":
         return nullcontext()
+    _guard_cache()
     accelerator = getattr(torch, device.type)
     if device.index == accelerator.current_device():
         return nullcontext()
@@ -336,6 +344,19 @@ def _kernels() -> Any:
     from . import kernels
 
     return kernels
+
+
+@cache
+def _guard_cache() -> None:
+    """Let Triton, which loads whatever lies in its cache, have one that nobody else can write."""
+    folder, named = triton_cache_dir()
+    # A folder that somebody chose may be meant for several users: it is not tightened.
+    kept = private(folder, None if named else _ENTRIES, "TRITON_CACHE_DIR")
+    if kept is not None and not os.access(kept, os.W_OK):
+        warn(kept, PermissionError(errno.EACCES, "it cannot be written"), "TRITON_CACHE_DIR")
+        kept = None
+    if kept is None:
+        set_triton_cache_dir(str(temporary()))
 
 
 def _power(number: int) -> int:
