@@ -24,9 +24,11 @@ NATIVE = {
     if path.suffix in (".h", ".hpp", ".cuh", ".cu", ".cpp")
 }
 
+COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
+
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "conversion", "flops", "functional", "layers"},
+    "__init__": {"backends", "compat.fork", "conversion", "flops", "functional", "layers"},
     "geometry": set(),
     "eager": {"geometry"},
     "arguments": {"geometry", "backends", "eager"},
@@ -44,7 +46,14 @@ ARROWS = {
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "visualize": {"layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
-    "compat": {"arguments", "eager", "functional", "layers"},
+    "compat": {f"compat.{name}" for name in COMPAT},
+    "compat.deformable_detr": {"eager", "functional", "layers"},
+    "compat.fork": {"arguments", "compat.opengvlab", "ops"},
+    "compat.mmcv": {
+        *("arguments", "compat.deformable_detr", "compat.torchvision", "eager", "layers")
+    },
+    "compat.opengvlab": {"arguments", "compat.deformable_detr", "functional"},
+    "compat.torchvision": {"arguments", "eager", "functional", "geometry"},
     "integrations": set(),
     "integrations.transformers": {"arguments", "functional"},
 }

@@ -21,9 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import INCOMPLETE, folders, host_compiler
+from .records import HEADER
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = SOURCE.parents[1] / "include" / "sampling.h"
+_SOURCES = [
+    Path(__file__).parent / name
+    for name in ("kernels.cpp", "points.h", "vectors.h", "../include/sampling.h")
+]
+"""What is compiled, and what that includes."""
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 # Of the liberties with numbers only these two: nothing here reads errno or floating-point traps.
@@ -49,8 +53,8 @@ def library(folder: str, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     compiler = _compiler()
     native, predefined = _target(compiler)
     options = (*flags, *_TUNING, *native)
-    key = hashlib.sha256(repr((compiler, options)).encode() + predefined)
-    for source in (SOURCE, _HEADER):
+    key = hashlib.sha256(repr((compiler, options)).encode() + predefined + HEADER.encode())
+    for source in _SOURCES:
         try:
             key.update(source.read_bytes())
         except OSError as error:
@@ -112,8 +116,11 @@ def _target(compiler: list[str]) -> tuple[Sequence[str], bytes]:
 def _compile(compiler: list[str], options: Sequence[str], root: Path, stem: str) -> None:
     with tempfile.TemporaryDirectory(prefix="cpu-", dir=root) as folder:
         built = Path(folder) / "kernels.so"
+        Path(folder, "records.h").write_text(HEADER, encoding="utf-8")
         for openmp in _OPENMP:
-            done = _run([*compiler, *options, *openmp, str(SOURCE), "-o", str(built)])
+            done = _run(
+                [*compiler, *options, *openmp, f"-I{folder}", str(_SOURCES[0]), "-o", str(built)]
+            )
             if done.returncode == 0:
                 break
         else:
