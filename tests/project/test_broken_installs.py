@@ -85,7 +85,7 @@ LOST = {
     },
     "other sources": {
         "include/sampling.h": "needs all files of this package.*; got no sampling.h",
-        "cuda/kernels/direct/conv_forward.cu": "needs all files of this package.*; got no .*conv_forward.cu",
+        "cuda/kernels/direct/conv_forward.cu": "needs all files of this package.*conv_forward.cu",
     },
     "modules": {
         "cpu": "needs a sound installation; got ModuleNotFoundError",
