@@ -165,10 +165,10 @@ def plain_tiles(**settings: Any) -> cases.ConvCase:
 def not_tiled() -> list[cases.ConvCase]:
     """Large calls that tiles refuse, each for one reason, and sorting takes."""
     return [
-        _conv("float_coordinates", coordinates=(torch.float32,)),
+        _conv("coordinates_in_float32", coordinates=(torch.float32,)),
         _conv("odd_channels", groups=1, extra=1),
         _conv("channels_on_4_bytes", groups=2, extra=2),
-        _conv("stride", window={"stride": 2}),
+        _conv("stride_2", window={"stride": 2}),
         _conv("dilation", window={"dilation": (1, 2)}),
         _conv("half_scale", window={"offset_scale": 0.5}),
         _conv("kernel_4", window={"kernel_size": (3, 4)}),
