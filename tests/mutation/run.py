@@ -1,0 +1,243 @@
+"""Mutants against the tests, each worker in a copy of the tree; what is known is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import NamedTuple
+
+import pytest
+
+from .mutants import Mutant, StaleError, load
+from .selections import Stage
+
+COPIED = ("src", "tests", "pyproject.toml")
+_POLL = 0.05  # seconds
+
+
+class Outcome(NamedTuple):
+    """What came of one run of pytest."""
+
+    passed: bool
+    test: str
+    """The one that failed, or ran when time was up; none: it did not come to a test."""
+    timed_out: bool = False
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+@dataclass
+class Bench:
+    """Where mutants are run.
+
+    Args:
+        root: the tree, which stays as it is.
+        folder: for copies of it and what is compiled; may be kept for the next run.
+        patience: seconds that one test may take.
+        deadline: of `time.monotonic`, when all must be over.
+        choose: the stages of a mutant.
+    """
+
+    root: Path
+    folder: Path
+    patience: float
+    deadline: float
+    choose: Callable[[Mutant], Sequence[Stage]]
+    _checked: dict[tuple[Stage, str], Lock] = field(default_factory=dict)
+    _sound: set[tuple[Stage, str]] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+
+    def tree(self, name: str) -> Path:
+        """A fresh copy of the tree."""
+        copy = self.folder / "trees" / name
+        shutil.rmtree(copy, ignore_errors=True)
+        for part in COPIED:
+            source = self.root / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                copy.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, copy / part)
+        return copy
+
+    def environment(self, tree: Path, stage: Stage) -> dict[str, str]:
+        compiler = shutil.which("g++") or shutil.which("c++") or "g++"
+        wrapper = f"{sys.executable} -ISB {tree / 'tests/mutation/compiler.py'} {compiler}"
+        hidden = {} if stage.needs_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        return {
+            **os.environ,
+            **hidden,
+            "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree / "tests"))),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may be as long and as old as the original
+            "CXX": wrapper,
+            "DCNV4_CACHE_DIR": str(tree / "cache"),
+            "OMP_NUM_THREADS": "2",
+            "MUTATION_TREE": str(tree),
+            "MUTATION_CACHE": str(self.folder / "compiled"),
+            "MUTATION_LOG": str(tree / "compiled.jsonl"),
+            "MUTATION_TEST": str(tree / "test"),
+            **dict(stage.environment),
+        }
+
+    def pytest(self, tree: Path, stage: Stage) -> Outcome:
+        """Run a stage in a tree up to the first failure.
+
+        Raises:
+            OutOfTimeError: the budget ended before it.
+        """
+        watch = tree / "test"
+        watch.write_text("")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "mutation.watch", "--hypothesis-seed=0", *stage.arguments]
+        with (tree / "output").open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=tree,
+                env=self.environment(tree, stage),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(_POLL)
+                    if time.monotonic() > self.deadline:
+                        raise OutOfTimeError
+                    if time.time() - watch.stat().st_mtime > self.patience:
+                        return Outcome(False, watch.read_text(encoding="utf-8"), timed_out=True)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        gone = stage.may_be_gone and process.returncode == pytest.ExitCode.USAGE_ERROR
+        return Outcome(process.returncode == 0 or gone, watch.read_text(encoding="utf-8"))
+
+    def check(self, stage: Stage, test: str, tree: Path) -> None:
+        """Make sure that a test passes where nothing is changed, once.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        with self._lock:
+            lock = self._checked.setdefault((stage, test), Lock())
+        with lock:
+            if (stage, test) in self._sound:
+                return
+            chosen = (test,) if test else ("--collect-only", *stage.arguments)
+            self.pass_all(tree, stage._replace(arguments=chosen))
+            self._sound.add((stage, test))
+
+    def pass_all(self, tree: Path, stage: Stage) -> None:
+        """Run a stage where nothing is changed.
+
+        Raises:
+            RuntimeError: a test fails.
+        """
+        outcome = self.pytest(tree, stage)
+        if not outcome.passed:
+            said = (tree / "output").read_text(encoding="utf-8")[-3000:]
+            raise RuntimeError(f"{outcome.test or stage} must pass as it is; got\n{said}")
+
+    def try_mutant(self, mutant: Mutant, tree: Path) -> dict[str, object]:
+        """The result of one mutant, in a tree that is then as before.
+
+        Raises:
+            OutOfTimeError: the budget ended before it.
+            RuntimeError: the test that failed also fails without the mutant.
+        """
+        began = time.monotonic()
+        path = tree / mutant.file
+        original = path.read_bytes()
+        log = tree / "compiled.jsonl"
+        entry: dict[str, object] = {"key": mutant.key, "result": "survived"}
+        try:
+            mutant.apply(tree)
+            for number, stage in enumerate(self.choose(mutant)):
+                if not stage.runs_here:
+                    continue
+                log.unlink(missing_ok=True)
+                passed, test, late = self.pytest(tree, stage)
+                if not passed:
+                    broken = any("error" in compiled for compiled in load(log))
+                    result = "timeout" if late else "uncompiled" if broken else "killed"
+                    entry |= {"result": result, "stage": number, "test": test}
+                    break
+        except StaleError:
+            return entry | {"result": "stale"}
+        finally:
+            path.write_bytes(original)
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        if "test" in entry:
+            self.check(stage, test, tree)
+        return entry
+
+
+def run(
+    bench: Bench,
+    mutants: Iterable[Mutant],
+    record: Callable[[dict[str, object]], None],
+    jobs: int = 1,
+) -> int:
+    """Try mutants until all are tried or the time is over; how many were not.
+
+    Args:
+        bench: where.
+        mutants: in the order in which they are tried.
+        record: takes each result, one at a time.
+        jobs: how many run at once.
+
+    Raises:
+        RuntimeError: a test fails without a mutant.
+    """
+    waiting: SimpleQueue[Mutant] = SimpleQueue()
+    for mutant in mutants:
+        waiting.put(mutant)
+    lock = Lock()
+    left = [0]
+
+    def work(name: str) -> None:
+        tree = bench.tree(name)
+        while not waiting.empty():
+            mutant = waiting.get()
+            try:
+                result = bench.try_mutant(mutant, tree)
+            except OutOfTimeError:
+                left[0] += 1
+                return
+            except BaseException:
+                bench.deadline = 0  # the others stop too
+                raise
+            with lock:
+                record(result)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        workers = [pool.submit(work, str(number)) for number in range(jobs)]
+    for worker in workers:
+        worker.result()
+    return left[0] + waiting.qsize()
+
+
+def append(path: Path) -> Callable[[dict[str, object]], None]:
+    """What adds a result to a file of JSON lines, and says so."""
+
+    def record(result: dict[str, object]) -> None:
+        line = json.dumps(result)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    return record
