@@ -24,6 +24,8 @@ _RULES = {
     ".py": ["universal.rules", "python.rules"],
     "": ["universal.rules", "cpp.rules", "c_like.rules"],
 }
+# Lines whose changes say nothing of the tests: what names come from, what a compiler is advised.
+_IGNORED = [r"^\s*from .* import ", r"^\s*#pragma"]
 _TRIED = 6  # variants of a kernel, before a mutant counts as one that changes nothing
 _EMULATED = "static Arguments"  # with which what the emulator adds to a kernel begins
 Lines = list[Mutant]
@@ -54,7 +56,7 @@ def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
             made = mutator.mutants_regexp(
                 source.splitlines(keepends=True),
                 ruleFiles=rules,
-                ignorePatterns=[],
+                ignorePatterns=_IGNORED,
                 ignoreStringOnly=True,
             )
         lines = source.split("\n")
