@@ -163,7 +163,7 @@ def _drawn(
 ) -> list[Mutant]:
     if not lines:
         return []
-    compiles = Compiles(bench, sorted({mutants[0].file for mutants in lines}), depth)
+    compiles = Compiles(bench, sorted({mutants[0].file for mutants in lines}), depth, jobs)
     trees = [bench.tree(f"draw-{number}") for number in range(jobs)]
     return draw(lines, count, seed, compiles, trees)
 

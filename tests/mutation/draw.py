@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from . import compiler
 from .mutants import Mutant, context, digest, load
 from .run import Bench, OutOfTimeError
-from .selections import stages
+from .selections import Stage, stages
 
 _RULES = {
     ".py": ["universal.rules", "python.rules"],
@@ -119,13 +119,16 @@ class Compiles:
         bench: where.
         files: which may be changed.
         depth: of how many stages of tests what they compile counts; None: of all.
+        jobs: stages at once.
     """
 
-    def __init__(self, bench: Bench, files: Sequence[str], depth: int | None) -> None:
+    def __init__(
+        self, bench: Bench, files: Sequence[str], depth: int | None = None, jobs: int = 1
+    ) -> None:
         self._bench = bench
         self._cache = bench.folder / "compiled"
         self._tree = bench.tree("original")
-        self._records = self._record(files, depth)
+        self._records = self._record(files, depth, jobs)
 
     def __call__(self, mutant: Mutant, tree: Path) -> bool:
         if time.monotonic() > self._bench.deadline:
@@ -140,18 +143,25 @@ class Compiles:
         finally:
             path.write_bytes(original)
 
-    def _record(self, files: Sequence[str], depth: int | None) -> list[dict[str, Any]]:
+    def _record(self, files: Sequence[str], depth: int | None, jobs: int) -> list[dict[str, Any]]:
         """What the tests of these files compile."""
-        log = self._tree / "compiled.jsonl"
         for file in files:
             if file.endswith(".py") and not _imports(self._tree / file, self._tree):
                 raise RuntimeError(f"{file} must be imported as it is; it is not")
         compiled = [file for file in files if not file.endswith(".py")]
-        for stage in sorted({stage for file in compiled for stage in stages(file)[:depth]}):
-            if not stage.needs_gpu:
-                self._bench.pass_all(self._tree, stage)
-        unique = {digest(*entry["command"][1:], entry["source"]): entry for entry in load(log)}
-        return [unique[key] for key in sorted(unique) if "files" in unique[key]]
+        chosen = {stage for file in compiled for stage in stages(file)[:depth]}
+
+        def record(stage: Stage) -> list[dict[str, Any]]:
+            tree = self._bench.tree(f"record-{digest(stage)}")
+            self._bench.pass_all(tree, stage)
+            return load(tree / "compiled.jsonl")
+
+        with ThreadPoolExecutor(jobs) as pool:
+            found = pool.map(record, sorted(stage for stage in chosen if not stage.needs_gpu))
+            unique = {
+                _name(entry): entry for entries in found for entry in entries if "files" in entry
+            }
+        return [unique[key] for key in sorted(unique)]
 
     def _library_differs(self, file: str, tree: Path) -> bool:
         for_gpu = all(stage.needs_gpu for stage in stages(file))
@@ -202,6 +212,12 @@ class Compiles:
             command[-1] = str(source)
         command = ["-O2" if part == "-O0" else part for part in command]
         return command, compiler.preprocess(command, tree)[0]
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """Of a recorded library, wherever its source was."""
+    *flags, source = entry["command"]
+    return digest(*flags, Path(source).name, entry["source"])
 
 
 def _machine_code(entry: dict[str, Any], tree: Path) -> bytes:

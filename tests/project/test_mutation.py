@@ -178,7 +178,7 @@ def test_the_draw(root: Path) -> None:
 def test_which_changes_of_python_count(
     root: Path, original: str, mutated: str, counts: bool
 ) -> None:
-    compiles = draw.Compiles(bench(root), [FILE], None)
+    compiles = draw.Compiles(bench(root), [FILE])
     assert compiles(change(original, mutated), root) is counts
     assert (root / FILE).read_text() == SOURCE
 
