@@ -1,8 +1,8 @@
 """Deformable Convolution v4 and multi-scale deformable attention for PyTorch."""
 
-from . import backends, functional
+from . import backends, flops, functional
 from .conversion import convert
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 dcnv4 = DCNv4
 
@@ -14,5 +14,6 @@ __all__ = [
     "backends",
     "convert",
     "dcnv4",
+    "flops",
     "functional",
 ]

@@ -1,159 +1,199 @@
-"""Weights that were trained elsewhere: DCNv3 as a layer on these operators, and `load`."""
+"""Weights that were trained elsewhere: `load`, and `DCNv3` for those of InternImage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .functional import check_tensor, window, windowed_conv
-from .modules import DCNv4, WindowedLayer
+from .conversion import matches
+from .layers import DCNv3, DCNv4
+from .layers.dcnv3 import _ChannelsLast as _ChannelsLast  # whole modules saved before have it here
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
-
-
-class DCNv3(WindowedLayer):
-    """InternImage's DCNv3 on the operator of DCNv4, with its arguments and parameters' names.
-
-    It differs from `DCNv4` in what predicts the points, and no `DCNv4` can compute the same:
-
-        features = act(norm(depthwise convolution(x)))
-        value = input_proj(x);  y = deform_conv(value, [offset(features), mask(features)])
-        output = output_proj(y)
-
-    with the K weights of a group normalised by softmax. With `center_feature_scale`, y becomes
-    y·(1 - s) + value·s, s = sigmoid(linear(features)) per group.
-
-    Args:
-        channels, kernel_size, stride, pad, dilation, group, offset_scale, remove_center: as in
-            `DCNv4`.
-        dw_kernel_size: of the depthwise convolution; None for `kernel_size`.
-        act_layer: "GELU", "ReLU" or "SiLU".
-        norm_layer: "LN" or "BN".
-        center_feature_scale: blend each output with the value at its centre, as above.
-        backend: as in `functional.deform_conv`.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
-
-    Source: Wang et al., InternImage, CVPR 2023, arXiv:2211.05778. Its checkpoints load.
-    """
-
-    def __init__(
-        self,
-        channels: int = 64,
-        kernel_size: int | Sequence[int] = 3,
-        dw_kernel_size: int | None = None,
-        stride: int | Sequence[int] = 1,
-        pad: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        group: int = 4,
-        offset_scale: float = 1.0,
-        act_layer: str = "GELU",
-        norm_layer: str = "LN",
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        settings = window(
-            kernel_size, stride, pad, dilation, group, offset_scale, remove_center, softmax=True
-        )
-        super().__init__(
-            channels, settings, center_feature_scale=center_feature_scale, backend=backend
-        )
-        if act_layer not in _ACTIVATIONS:
-            raise ValueError(f"act_layer must be one of GELU, ReLU, SiLU; got {act_layer!r}")
-        if norm_layer not in ("LN", "BN"):
-            raise ValueError(f"norm_layer must be 'LN' or 'BN'; got {norm_layer!r}")
-        self.channels = channels
-        depthwise = nn.Conv2d(
-            channels,
-            channels,
-            dw_kernel_size if dw_kernel_size is not None else settings.kernel_size,
-            padding="same",
-            groups=channels,
-        )
-        norm = (
-            nn.Sequential(_ChannelsLast(), nn.LayerNorm(channels, eps=1e-6))
-            if norm_layer == "LN"
-            else nn.Sequential(nn.BatchNorm2d(channels), _ChannelsLast())
-        )
-        self.dw_conv = nn.Sequential(depthwise, norm, _ACTIVATIONS[act_layer]())
-        samples = settings.groups * settings.points()
-        self.offset = nn.Linear(channels, 2 * samples)
-        self.mask = nn.Linear(channels, samples)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
-        for zeroed in (self.offset, self.mask):
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
-        for projection in (self.input_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, Ho, Wo, C] from [B, H, W, C]."""
-        features = self._features(x)
-        value = self.input_proj(x)
-        y = windowed_conv(value, self._fields(features), self.window, self.backend)
-        if self.center_feature_scale:
-            y = self._blend(y, value, features)
-        projected: Tensor = self.output_proj(y)
-        return projected
-
-    def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the layer looks on x [B, H, W, C]; returns as `DCNv4.sampling_points`."""
-        return self._points(self._fields(self._features(x)))
-
-    def _features(self, x: Tensor) -> Tensor:
-        """What the points are predicted from, [B, Ho, Wo, C]."""
-        check_tensor("x", x, "[B, H, W, C]", (4,))
-        if x.shape[-1] != self.channels:
-            raise ValueError(f"x must be [B, H, W, C = {self.channels}]; got {list(x.shape)}")
-        return self._at_centers(self.dw_conv(x.permute(0, 3, 1, 2)))
-
-    def _fields(self, features: Tensor) -> Tensor:
-        """The operator's `offset_mask`, [B, Ho, Wo, 3·G·K]."""
-        weight = self._interleave(self.offset.weight, self.mask.weight)
-        return F.linear(features, weight, self._interleave(self.offset.bias, self.mask.bias))
-
-    def _interleave(self, offset: Tensor, mask: Tensor) -> Tensor:
-        """A group's 2K rows of `offset`, then its K of `mask`, group after group."""
-        parts = [rows.unflatten(0, (self.window.groups, -1)) for rows in (offset, mask)]
-        return torch.cat(parts, 1).flatten(0, 1)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, {super().extra_repr()}"
+__all__ = ["DCNv3", "load"]
 
 
-class _ChannelsLast(nn.Module):
-    """NHWC from NCHW."""
+class Loaded(NamedTuple):
+    """What `load` did; its first two fields are those that `load_state_dict` returns."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1)
+    missing_keys: list[str]
+    """Of the model, which the checkpoint has not."""
+    unexpected_keys: list[str]
+    """Of the checkpoint, which the model has not."""
+    skipped_keys: list[str]
+    """Left out, because `skip` names them or, without `strict`, because shapes differ."""
+    source: str
+    """Where in the checkpoint the weights lay, such as "model_ema"; empty where it is bare."""
 
 
-def load(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load the weights of a model that was trained with the original DCNv4, or with DCNv3.
+def load(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    strict: bool = True,
+    *,
+    skip: str | Sequence[str] = (),
+    ema: bool = True,
+    weights_only: bool = True,
+) -> Loaded:
+    """Load weights that were trained elsewhere, also with the original DCNv4, or with DCNv3.
 
-    As `model.load_state_dict(checkpoint, strict=True)`, and besides: the weights may lie under
-    "state_dict", "model" or "module" among other things that were saved; all names may start with
-    "module."; `offset_mask` may have any number of rows that nothing reads, at its end.
+    As `model.load_state_dict`, and besides: the weights may lie under "state_dict", "model" or
+    "module", or averaged under "state_dict_ema" or "model_ema"; the checkpoint's names or the
+    model's may begin with "module.", "_orig_mod.", "model." and "backbone."; `offset_mask` may have
+    any number of rows that nothing reads, at its end.
 
     Args:
         model: with `DCNv4`, `FlashDeformAttn` or `DCNv3` layers where the checkpoint's model had
             those of the same names.
-        checkpoint: as `torch.load` returned it.
+        checkpoint: a file of `torch.save` or safetensors, or what `torch.load` made of one.
+        strict: whether names and shapes must be the same. False loads what fits.
+        skip: names or patterns of tensors, or modules around them, that are left as they are:
+            "head" for a classifier of other classes.
+        ema: whether averaged weights are preferred where the checkpoint has some.
+        weights_only: False reads a file that holds more than tensors and plain containers, and
+            runs what code its author put there.
+
+    Returns:
+        The names that were missing, left over and skipped, and which weights were taken.
 
     Raises:
-        ValueError: a `DCNv4` of the model meets the weights of a DCNv3.
+        TypeError, ValueError: an argument of the wrong kind; a `DCNv4` of the model meets the
+            weights of a DCNv3.
         RuntimeError: names or shapes differ.
     """
-    state = _state(checkpoint)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    state, source = _state(_read(checkpoint, weights_only), ema)
+    own = model.state_dict()
+    state, left = _as_named(state, own)
+    skipped = _skipped([skip] if isinstance(skip, str) else skip, [*own, *state, *left])
+    state = _fitted(model, {name: state[name] for name in state if name not in skipped})
+    if not strict:
+        skipped |= {name for name in state if _differ(state[name], own.get(name))}
+        state = {name: state[name] for name in state if name not in skipped}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        hint = "skip=... leaves tensors out by name, strict=False all whose shape differs"
+        raise RuntimeError(f"{error}\n\t{hint}") from error
+    missing, unexpected = (
+        [name for name in names if name not in skipped] for names in (missing, unexpected + left)
+    )
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            "checkpoint must have the names of the model (strict=False loads those that it has); "
+            f"got missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    return Loaded(missing, unexpected, sorted(skipped), source)
+
+
+def _read(checkpoint: Any, weights_only: bool) -> Any:
+    """What a file holds; anything but a path stays as it is."""
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        return checkpoint
+    path = os.fspath(checkpoint)
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(
+                f"checkpoint must be read by safetensors (pip install safetensors); got {path}"
+            ) from error
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        if not weights_only or isinstance(error, OSError):
+            raise
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"checkpoint must be a file of tensors and plain containers; got {path} with "
+            f"{found[1] if found else type(error).__name__} (weights_only=False reads it, and runs "
+            "what code its author put there)"
+        ) from error
+
+
+# Averaged weights first, timm's and then the original's; then what most people write.
+_AVERAGED = ("state_dict_ema", "model_ema")
+_PLACES = ("state_dict", "model", "module")
+
+
+def _state(checkpoint: Any, ema: bool) -> tuple[dict[str, Any], str]:
+    """The tensors by name, out of what they were saved in, and the keys that led there."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            "checkpoint must be a path, or the mapping that one holds; "
+            f"got {type(checkpoint).__name__}"
+        )
+    for key in (*(_AVERAGED if ema else ()), *_PLACES):
+        if isinstance(checkpoint.get(key), Mapping):
+            state, inner = _state(checkpoint[key], ema)
+            return state, f"{key}.{inner}" if inner else key
+    if checkpoint and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(
+            f"checkpoint must hold tensors by name, or such a mapping as {', '.join(_PLACES)}, "
+            f"{', '.join(_AVERAGED)}; got {', '.join(map(str, checkpoint))}"
+        )
+    return dict(checkpoint), ""
+
+
+_WRAPPERS = ("module.", "model.", "backbone.")
+_COMPILED = "_orig_mod."  # anywhere in a name
+
+
+def _as_named(state: Mapping[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """The state by the names that the model has for it, and the names that lie elsewhere.
+
+    Of all that wrappers may have put before the names of both, what fits most names.
+    """
+    real = {name.replace(_COMPILED, ""): name for name in own}
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    fits = {
+        (theirs, ours): sum(
+            name.startswith(ours) and theirs + name[len(ours) :] in state for name in real
+        )
+        for theirs in _prefixes(state)
+        for ours in _prefixes(real)
+    }
+    theirs, ours = max(fits, key=lambda pair: (fits[pair], -len(pair[0] + pair[1])))
+    renamed = {
+        ours + name[len(theirs) :]: tensor
+        for name, tensor in state.items()
+        if name.startswith(theirs)
+    }
+    left = [name for name in state if not name.startswith(theirs)]
+    return {real.get(name, name): tensor for name, tensor in renamed.items()}, left
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """All that wrappers may have put before some of the names, nothing included."""
+    found = {""}
+    for name in names:
+        start = 0
+        while wrapper := next((w for w in _WRAPPERS if name.startswith(w, start)), None):
+            start += len(wrapper)
+            found.add(name[:start])
+    return found
+
+
+def _skipped(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names that a pattern fits."""
+    unknown = [p for p in patterns if not any(matches(name, p) for name in names)]
+    if unknown:
+        raise ValueError(
+            f"skip must name tensors of the model or the checkpoint; got {', '.join(unknown)}"
+        )
+    return {name for name in names if any(matches(name, pattern) for pattern in patterns)}
+
+
+def _fitted(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with as many rows of `offset_mask` as `DCNv4` layers have, none of a DCNv3."""
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(layer, DCNv4):
@@ -164,18 +204,16 @@ def load(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 )
             for key in (f"{prefix}offset_mask.weight", f"{prefix}offset_mask.bias"):
                 if key in state:
-                    state[key] = _resized(state[key], layer.offset_mask, layer.window.fields())
-    model.load_state_dict(state, strict=True)
+                    state[key] = _resized(
+                        state[key], layer.offset_mask, layer.window.offset_mask_channels()
+                    )
+    return state
 
 
-def _state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors by name, out of what they were saved in."""
-    for key in ("state_dict", "model", "module"):
-        if isinstance(checkpoint.get(key), Mapping):
-            return _state(checkpoint[key])
-    if checkpoint and all(name.startswith("module.") for name in checkpoint):
-        return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-    return dict(checkpoint)
+def _differ(loaded: Any, own: Any) -> bool:
+    """Whether a tensor has another shape than the model's of the same name."""
+    tensors = isinstance(loaded, Tensor) and isinstance(own, Tensor)
+    return tensors and not is_lazy(own) and loaded.shape != own.shape
 
 
 def _resized(rows: Tensor, linear: nn.Linear, used: int) -> Tensor:

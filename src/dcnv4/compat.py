@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import check_tensor, deform_conv, is_traced, ms_deform_attn
-from .modules import FlashDeformAttn
+from .arguments import check_tensor
+from .eager import is_traced
+from .functional import deform_conv, ms_deform_attn
+from .layers import FlashDeformAttn
 
 MSDeformAttn = FlashDeformAttn
 """Deformable DETR's layer: the same arguments and parameters."""

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import DCNv4Conv2d
+from .layers import DCNv4Conv2d
+
+__all__ = ["convert"]
 
 _KINDS: dict[str, Callable[[nn.Conv2d], bool]] = {
     "any": lambda conv: True,
@@ -62,7 +64,7 @@ def convert(
     patterns = [names] if isinstance(names, str) else list(names)
     allowed = (types,) if isinstance(types, type) else tuple(types)
     modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = [p for p in patterns if not any(_matches(name, p) for name in modules)]
+    unknown = [p for p in patterns if not any(matches(name, p) for name in modules)]
     if unknown:
         raise ValueError(f"names must match modules of the model; got {', '.join(unknown)}")
     chosen = {
@@ -70,7 +72,7 @@ def convert(
         for name, module in modules.items()
         if name
         and type(module) in allowed
-        and any(_matches(name, pattern) for pattern in patterns)
+        and any(matches(name, pattern) for pattern in patterns)
         and tuple(module.kernel_size) != (1, 1)
         and _KINDS[kind](module)
         and (where is None or where(name, module))
@@ -92,7 +94,8 @@ def convert(
     return {name: layers[conv] for name, conv in chosen.items()}
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module or tensor of this name, or one around it, fits a pattern of `fnmatch`."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
@@ -168,9 +171,8 @@ def _carry_kernel(name: str, conv: nn.Conv2d, layer: DCNv4Conv2d) -> None:
             f"init = 'kernel' must keep the bias of {name}; got without_pointwise, which has none"
         )
     # Points run columns outermost.
-    kernels = conv.weight[:, 0].transpose(1, 2).flatten(1)
-    used = layer.offset_mask.bias[: window.fields()].view(window.groups, -1)
-    used[:, 2 * window.points() :] = kernels
+    _, weights = window.split(layer.offset_mask.bias)
+    weights.copy_(conv.weight[:, 0].transpose(1, 2).flatten(1))
     for projection in (layer.value_proj, layer.output_proj):
         if projection is not None:
             nn.init.eye_(projection.weight)

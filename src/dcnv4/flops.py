@@ -5,9 +5,8 @@ products (coordinates, fractions, softmax) is none. A point sums 4 corners in ea
 group: 8 operations a point and channel in the forward, 16 in the backward (the value's gradient,
 and the products that the gradients of coordinates and weights are made of).
 
-`torch.utils.flop_counter.FlopCounterMode` knows these formulas once this module is imported, which
-`import dcnv4` leaves to whoever counts: PyTorch's counter imports Triton. fvcore and thop, which
-count a multiplication and its addition as 1, are told:
+`torch.utils.flop_counter.FlopCounterMode` knows these formulas. fvcore and thop, which count a
+multiplication and its addition as 1, are told:
 
     FlopCountAnalysis(model, inputs).set_op_handle(**dcnv4.flops.FVCORE)
     with dcnv4.flops.thop_hooks(model):
@@ -16,8 +15,12 @@ count a multiplication and its addition as 1, are told:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 __all__ = ["FVCORE", "thop_hooks"]
 
@@ -59,12 +62,34 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(operator_backward)(_backward(points))
 
 
-try:
-    from torch.utils import flop_counter
-except ImportError:  # before PyTorch 2.1
-    pass
-else:
-    _register(flop_counter)
+_COUNTER = "torch.utils.flop_counter"
+
+
+class _RegisterWhenImported(MetaPathFinder):
+    """Finds PyTorch's counter as Python does, and makes its import register the formulas.
+
+    Importing it here would cost everybody the import of Triton.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == _COUNTER else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _RegisterWhenImported())
+if _COUNTER in sys.modules:
+    _register(import_module(_COUNTER))
 
 
 def _fvcore_conv(inputs: list[Any], outputs: list[Any]) -> int:

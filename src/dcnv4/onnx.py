@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import ops
 from .backends import reference
@@ -29,6 +31,7 @@ def export(
     *,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
     attention: str = "gather",
     opset_version: int = 20,
     verbose: bool = False,
@@ -38,11 +41,13 @@ def export(
 
     Args:
         model: a module with any of this package's layers or operators; call `eval` on it first.
-        args: example inputs.
+        args: example inputs; a size that may change is 2 or more in them.
         path: the file to write; None for none.
         kwargs: example inputs by name.
-        dynamic_shapes: which sizes may change, as `torch.export.export` takes it; a string in place
-            of a `Dim` names an axis of any size.
+        dynamic_shapes: which sizes may change, as in `torch.export.export`; a string is a `Dim` of
+            any size.
+        dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
+            input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
         attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
             `GridSample` per level; the level sizes must then be numbers in the model.
         opset_version: of the standard opset; at least 19, the first with `DeformConv`.
@@ -61,11 +66,12 @@ def export(
             f"opset_version must be >= 19, the first with DeformConv; got {opset_version}"
         )
     _require_torch()
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"dcnv4.onnx.export needs {' and '.join(missing)}: pip install onnx onnxscript"
-        )
+    _require_packages()
+    if dynamic_axes is not None:
+        if dynamic_shapes is not None:
+            raise ValueError("dynamic_axes must be None beside dynamic_shapes; got both")
+        inputs = inspect.signature(model.forward).bind(*args, **(kwargs or {}))
+        dynamic_shapes = _from_axes(dynamic_axes, inputs.arguments, **options)
     with torch.no_grad():
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)
@@ -79,6 +85,36 @@ def export(
         verbose=verbose,
         **options,
     )
+
+
+def _from_axes(
+    axes: Mapping[str, Mapping[int, str] | Sequence[int]],
+    inputs: Mapping[str, Any],
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The `dynamic_shapes` of the arguments of `forward` that mean these `dynamic_axes`."""
+    leaves, structure = tree_flatten(dict(inputs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    names = input_names or [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    known = (*names, *(output_names or ()))
+    if len(names) != len(tensors) or not set(axes) <= set(known):
+        raise ValueError(
+            "dynamic_axes must name inputs or outputs, and input_names each of the "
+            f"{len(tensors)} tensors of nested inputs = {', '.join(known)}; got {', '.join(axes)}"
+        )
+    shapes: list[Any] = [None] * len(leaves)
+    for i, name in zip(tensors, names, strict=True):
+        given, rank = axes.get(name, ()), leaves[i].ndim
+        if not all(-rank <= axis < rank for axis in given):
+            raise ValueError(
+                f"dynamic_axes of {name} must be in [{-rank}, {rank}); got {list(given)}"
+            )
+        sizes = given.values() if isinstance(given, Mapping) else [torch.export.Dim.DYNAMIC] * rank
+        shapes[i] = {axis % rank: size for axis, size in zip(given, sizes, strict=False)}
+    dynamic_shapes: dict[str, Any] = tree_unflatten(shapes, structure)
+    return dynamic_shapes
 
 
 def _dimension(size: Any) -> Any:
@@ -122,26 +158,30 @@ def _require_torch() -> None:
         raise ImportError(f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}")
 
 
-def _deform_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"dcnv4.onnx.export needs {' and '.join(missing)}: pip install onnx onnxscript"
+        )
+
+
+def _deform_conv(*arguments: Any) -> Tensor:
     """A depthwise `DeformConv` of ones, whose mask is the weights.
 
     It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
     """
-    window, _ = ops.unpack(settings)
-    kh, kw = window.kernel_size
-    points, channels = window.points(), value.shape[3]
+    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
+    (kh, kw), channels = window.kernel_size, value.shape[3]
     # The operator computes coordinates in its only dtype, which must hold them.
     dtype = _exact_dtype(value, offset_mask)
-    fields = offset_mask[..., : window.fields()].to(dtype)
-    fields = fields.unflatten(-1, (window.groups, 3 * points))
-    offsets, weights = fields[..., : 2 * points], fields[..., 2 * points :]
+    offsets, weights = window.split(offset_mask.to(dtype))
     if window.softmax:
         weights = weights.softmax(-1)
     if window.remove_center:
-        center = kw // 2 * kh + kh // 2
-        offsets = _with_zeros(offsets, 2 * center, 2)
-        weights = _with_zeros(weights, center, 1)
-    offsets = offsets.unflatten(-1, (kw, kh, 2))
+        offsets = _with_zero(offsets, window.center_index(), -2)
+        weights = _with_zero(weights, window.center_index(), -1)
+    offsets = offsets.unflatten(-2, (kw, kh))
     if window.offset_scale != 1:
         # An integer times a power of two, because the exporter rounds numbers to float32.
         fraction, exponent = math.frexp(window.offset_scale)
@@ -172,9 +212,11 @@ def _deform_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
     return output.to(value.device, value.dtype).permute(0, 2, 3, 1)
 
 
-def _with_zeros(fields: Tensor, start: int, count: int) -> Tensor:
-    zeros = torch.zeros_like(fields[..., :count])
-    return torch.cat((fields[..., :start], zeros, fields[..., start:]), -1)
+def _with_zero(points: Tensor, index: int, dim: int) -> Tensor:
+    """The points with one more, of zeros, at `index`."""
+    before, after = points.split((index, points.shape[dim] - index), dim)
+    zero = torch.zeros_like(points.narrow(dim, 0, 1))
+    return torch.cat((before, zero, after), dim)
 
 
 def _cells(window: Window, like: Tensor) -> Tensor:
@@ -193,7 +235,7 @@ def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
 
 
 def _gather(*arguments: Any) -> Tensor:
-    (value, shapes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    _, value, shapes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
     if not isinstance(shapes, Tensor):
         # A tensor of numbers would be a constant, which a lowering cannot add to a program.
         numbers = [size for pair in shapes for size in pair]
@@ -203,7 +245,7 @@ def _gather(*arguments: Any) -> Tensor:
 
 
 def _grid_sample(*arguments: Any) -> Tensor:
-    (value, sizes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    _, value, sizes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
     if isinstance(sizes, Tensor):
         raise ValueError(
             "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
+import struct
 import subprocess
 import sys
 import textwrap
 import tracemalloc
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dcnv4 import backends, functional
+from dcnv4.backends import cpu, reference
+from dcnv4.backends.cpu import compile as cpu_compile
+from dcnv4.backends.cpu import records
 from dcnv4.geometry import Window
 
 CALL = backends.Call("deform_conv", torch.device("cpu"), torch.float32)
@@ -106,13 +115,6 @@ def test_compiler_that_rejects_the_kernels(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     result = probe(DCNV4_CACHE_DIR=str(cache), CXX=str(compiler))
     assert_falls_back(result, "error: no vectors")
-
-
-@pytest.mark.usefixtures("usable")
-def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    assert_falls_back(probe(DCNV4_CACHE_DIR=str(blocked / "cache")), "DCNV4_CACHE_DIR")
 
 
 def test_named_backend_raises_the_reason(tmp_path: Path) -> None:
@@ -220,11 +222,31 @@ def test_bits_do_not_depend_on_threads(results: Any, groups: int, dtype: torch.d
             assert torch.equal(result, right)
 
 
+def test_the_library_is_named_after_all_its_sources() -> None:
+    folder = Path(cpu.__file__).parent
+    native = [path for path in folder.iterdir() if path.suffix in (".cpp", ".h")]
+    included = (folder.parent / "include").iterdir()
+    assert {path.resolve() for path in cpu_compile._SOURCES} == {*native, *included}
+
+
+def test_what_the_kernels_are_told_has_names() -> None:
+    assert records.POINT.pack(x=1.5, width=7) == struct.pack("4d3q", 1.5, 0, 0, 0, 0, 7, 0)
+    with pytest.raises(TypeError, match="Point has no columns"):
+        records.POINT.pack(x=1.5, columns=7)
+
+
+@pytest.mark.usefixtures("usable")
+def test_sizes_and_padding_that_no_int_holds() -> None:
+    window = Window((1, 1), (2**31, 2**31), (2**31, 0), (1, 1), 1, 1.0, False, False)
+    value, offset_mask = torch.ones(1, 2, 2, 1), torch.zeros(1, 3, 1, 3)
+    assert window.output_size(2, 2) == (3, 1)
+    with pytest.raises(ValueError, match=r"H \+ padding.* = 2147483648; got \[1, 2, 2, 1\]"):
+        cpu.conv_forward(value, offset_mask, window)
+
+
 @pytest.mark.usefixtures("usable")
 def test_levels_that_do_not_fit_count_nothing() -> None:
     """Only the backend is asked: `functional` rejects these sizes where it can read them."""
-    from dcnv4.backends import cpu, reference
-
     torch.manual_seed(0)
     value = torch.randn(1, 10, 2, 4)
     locations, weights = torch.rand(1, 5, 2, 3, 4, 2), torch.randn(1, 5, 2, 3, 4)
@@ -269,8 +291,6 @@ def test_memory_does_not_grow_with_points() -> None:
 @pytest.mark.usefixtures("usable")
 def test_python_objects_do_not_accumulate() -> None:
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False, False)
-    from dcnv4.backends import cpu
-
     value, offset_mask = torch.ones(1, 5, 5, 8), torch.ones(1, 5, 5, 54)
     cpu.conv_forward(value, offset_mask, window)
     tracemalloc.start()
@@ -279,6 +299,82 @@ def test_python_objects_do_not_accumulate() -> None:
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 20_000
+
+
+# Reads lines "origin x size" and prints what `corners` says: legal corners, pixel and fraction of a
+# point in a row, then of one in a column. What C++ does not define ends it.
+CORNERS = r"""
+    #include <cstdio>
+    #include "sampling.h"
+
+    int main() {
+        double number;
+        for (int origin, size; std::scanf("%d %lf %d", &origin, &number, &size) == 3;) {
+            const NUMBER x = NUMBER(number);
+            const auto across = dcnv4::corners(origin, 0, x, NUMBER(0), 1, size);
+            const auto down = dcnv4::corners(0, origin, NUMBER(0), x, size, 1);
+            std::printf("[[%d, %d, %.17g], [%d, %d, %.17g]]\n",
+                        across.legal, across.column, double(across.fraction_x),
+                        down.legal, down.row, double(down.fraction_y));
+        }
+    }
+"""
+
+
+def places() -> Iterator[tuple[int, float, int]]:
+    """Pixels, numbers of float32 that are added to them, and sizes of an image."""
+    rng = random.Random(0)
+    for size in (0, 1, 5, 2**20, 2**31 - 1):
+        lowest = size - (2**31 - 1)
+        for origin in {
+            lowest,
+            lowest + 1,
+            -3,
+            -1,
+            0,
+            1,
+            size,
+            2**31 - 1,
+            rng.randint(lowest, size),
+        }:
+            near = [b - origin + d for b in (0, size) for d in (-2, -1.5, -1, -0.5, 0, 0.25, 1)]
+            far = [sign * x for sign in (-1, 1) for x in (2**31, 2**31 - 128, 1e30, math.inf)]
+            other = [-1e-30, 1e-30, math.nan, rng.uniform(-3, 3), rng.uniform(-(2**31), 2**31)]
+            for x in (*near, *far, *other):
+                if origin >= lowest:
+                    yield origin, float(np.float32(x)), size
+
+
+@pytest.mark.usefixtures("usable")
+@pytest.mark.parametrize("number", ["float", "double"])
+def test_corners_around_any_pixel(tmp_path: Path, number: str) -> None:
+    """Against integers of any size, where the sum of a pixel and a number would not be exact."""
+    include = Path(backends.__file__).parent / "include"
+    source, program = tmp_path / "corners.cpp", tmp_path / "corners"
+    source.write_text(textwrap.dedent(CORNERS))
+    flags = ["-std=c++17", "-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    compiler = cpu_compile._compiler()
+    subprocess.run(
+        [*compiler, *flags, f"-I{include}", f"-DNUMBER={number}", source, "-o", program], check=True
+    )
+    asked = list(places())
+    lines = "".join(f"{origin} {x!r} {size}\n" for origin, x, size in asked)
+    done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+    inside = 0
+    for (origin, x, size), line in zip(asked, done.stdout.splitlines(), strict=True):
+        position = origin + Fraction(x) if math.isfinite(x) else None
+        across, down = json.loads(line)
+        case = f"{x!r} from {origin} of {size}"
+        if position is None or not -1 < position < size:
+            assert across[:2] == down[:2] == [0, 0], case
+            continue
+        inside += 1
+        first = math.floor(position)
+        before, after = first >= 0, first < size - 1
+        assert across[:2] == [before | after << 1, first], case
+        assert down[:2] == [before | after << 2, first], case
+        assert across[2] == down[2] == pytest.approx(float(position - first), abs=2**-25), case
+    assert inside > 100
 
 
 def test_random_calls_under_the_sanitizers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,6 +255,188 @@ def test_load_is_strict() -> None:
     del trained["attn.value_proj.bias"]
     with pytest.raises(RuntimeError, match=r"attn\.value_proj\.bias"):
         load(Block(), trained)
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, classes)
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Classifier()
+        self.head = nn.Linear(16, 7)
+
+
+def filled(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    return {name: torch.randn(t.shape, generator=generator) for name, t in state.items()}
+
+
+def holds(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def put(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def test_load_reads_files(tmp_path: Path) -> None:
+    trained = filled(Classifier())
+    torch.save({"model": trained, "epoch": 3}, tmp_path / "trained.pth")
+    for path in (tmp_path / "trained.pth", str(tmp_path / "trained.pth")):
+        model = Classifier()
+        assert load(model, path) == ([], [], [], "model")
+        assert holds(model, trained)
+    with pytest.raises(FileNotFoundError):
+        load(Classifier(), tmp_path / "missing.pth")
+
+
+def test_load_reads_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    trained, model = filled(Classifier()), Classifier()
+    safetensors.save_file(trained, tmp_path / "trained.safetensors")
+    assert load(model, tmp_path / "trained.safetensors").source == ""
+    assert holds(model, trained)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"read by safetensors \(pip install safetensors\); got"):
+        load(model, tmp_path / "trained.safetensors")
+
+
+class Settings:
+    """What a training script may have put beside the weights."""
+
+
+def test_load_runs_no_code_unless_it_is_told_to(tmp_path: Path) -> None:
+    trained, model = filled(Classifier()), Classifier()
+    path = tmp_path / "trained.pth"
+    torch.save({"model": trained, "config": Settings()}, path)
+    with pytest.raises(
+        ValueError, match=r"got .*trained\.pth with \S*Settings.*weights_only=False"
+    ):
+        load(model, path)
+    load(model, path, weights_only=False)
+    assert holds(model, trained)
+    path.write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint must be a file of tensors.*got .*trained"):
+        load(model, path)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+def test_load_prefers_averaged_weights(key: str) -> None:
+    trained, averaged = filled(Classifier()), filled(Classifier(), 1)
+    model = Classifier()
+    checkpoint = {"model": trained, "state_dict": trained, key: put("module.", averaged)}
+    assert load(model, checkpoint).source == key
+    assert holds(model, averaged)
+    assert load(model, checkpoint, ema=False).source == "state_dict"
+    assert holds(model, trained)
+    assert load(model, {**checkpoint, key: None}).source == "state_dict"
+    assert load(model, {"model": {"module": trained}}).source == "model.module"
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "model.module."]
+)
+def test_load_sees_through_wrappers(prefix: str) -> None:
+    """Of the checkpoint's names, of the model's, and of both."""
+    trained, model = filled(Classifier()), Classifier()
+    load(model, put(prefix, trained))
+    assert holds(model, trained)
+    wrapped: nn.Module = Classifier()
+    for name in reversed(prefix.split(".")[:-1]):
+        wrapped, inner = nn.Module(), wrapped
+        wrapped.add_module(name, inner)
+    for state in (trained, put(prefix, trained), put("module.", trained)):
+        for parameter in wrapped.parameters():
+            nn.init.zeros_(parameter)
+        load(wrapped, state)
+        assert holds(wrapped, put(prefix, trained))
+
+
+def test_load_sees_through_a_compiled_part() -> None:
+    trained, model = filled(Classifier()), Classifier()
+    load(
+        model, {name.replace("blocks.1.", "blocks.1._orig_mod."): t for name, t in trained.items()}
+    )
+    assert holds(model, trained)
+    compiled = Classifier()
+    compiled.blocks[0] = torch.compile(compiled.blocks[0])  # type: ignore[assignment]
+    load(compiled, trained)
+    assert torch.equal(
+        compiled.blocks[1].dcn.value_proj.weight, trained["blocks.1.dcn.value_proj.weight"]
+    )
+    assert torch.equal(
+        compiled.blocks[0].dcn.value_proj.weight, trained["blocks.0.dcn.value_proj.weight"]
+    )
+
+
+def test_load_a_detector_into_its_backbone_and_back() -> None:
+    """Both have a head: neither is taken for the other's."""
+    trained, backbone = filled(Detector()), Classifier()
+    report = load(backbone, trained, strict=False)
+    assert report == ([], ["head.weight", "head.bias"], [], "")
+    assert all(torch.equal(t, trained[f"backbone.{n}"]) for n, t in backbone.state_dict().items())
+    with pytest.raises(
+        RuntimeError, match=r"got missing: none; unexpected: head.weight, head.bias"
+    ):
+        load(backbone, trained)
+
+    detector = Detector()
+    before = detector.head.weight.clone()
+    report = load(detector, {"model": filled(Classifier())}, strict=False)
+    assert report == (["head.weight", "head.bias"], [], [], "model")
+    assert holds(detector.backbone, filled(Classifier()))
+    assert torch.equal(detector.head.weight, before)
+
+
+def test_load_leaves_a_classifier_of_another_size_out_by_name() -> None:
+    trained, model = filled(Classifier(5)), Classifier(3)
+    before = model.head.weight.clone()
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch for head\.weight.*skip=\.\.\."):
+        load(model, trained)
+    assert load(model, trained, skip="head") == ([], [], ["head.bias", "head.weight"], "")
+    assert load(Classifier(3), put("module.", trained), skip=["hea*"]).skipped_keys
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(
+        model.blocks[1].attn.value_proj.bias, trained["blocks.1.attn.value_proj.bias"]
+    )
+    assert load(Classifier(3), trained, strict=False).skipped_keys == ["head.bias", "head.weight"]
+    del trained["head.bias"]
+    assert load(model, trained, skip="head.*").skipped_keys == ["head.bias", "head.weight"]
+    with pytest.raises(ValueError, match=r"skip must name tensors .* got fc"):
+        load(model, trained, skip=["head", "fc"])
+
+
+def test_load_without_strict_reports() -> None:
+    trained = filled(Classifier())
+    trained["neck"] = trained.pop("head.bias")
+    model = Classifier()
+    bias = model.head.bias.clone()
+    assert load(model, trained, strict=False) == (["head.bias"], ["neck"], [], "")
+    assert torch.equal(model.head.bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3, {}), TypeError, r"model must be a torch\.nn\.Module; got int"),
+        ((Block(), 3), TypeError, "checkpoint must be a path, or the mapping .* got int"),
+        ((Block(), Block()), TypeError, "checkpoint must be a path, .* got Block"),
+        (
+            (Block(), {"net": {}, "epoch": 3}),
+            ValueError,
+            "must hold tensors by name.* got net, epoch",
+        ),
+    ],
+)
+def test_load_names_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(*arguments)
 
 
 def test_load_refuses_dcnv3_weights_in_a_dcnv4() -> None:

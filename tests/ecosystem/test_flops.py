@@ -78,6 +78,37 @@ def test_importing_the_library_does_not_import_the_counter() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# The imports of the library and of the counter, which somebody may have looked for before.
+ORDERS = {
+    "library first": "import dcnv4, torch.utils.flop_counter",
+    "counter first": "import torch.utils.flop_counter, dcnv4",
+    "looked for": """
+import importlib.util, dcnv4
+importlib.util.find_spec("torch.utils.flop_counter")
+import torch.utils.flop_counter
+""",
+    "again": """
+import importlib, dcnv4, torch.utils.flop_counter
+importlib.reload(torch.utils.flop_counter)
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flop_counter_knows_the_formulas_in_any_order(order: str) -> None:
+    counter_module()
+    code = f"""
+{ORDERS[order]}
+layer, x = dcnv4.DCNv4(8, group=1, without_pointwise=True), torch.ones(1, 4, 8)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    layer(x)
+print(counter.get_flop_counts()["Global"][torch.ops.dcnv4.deform_conv])
+"""
+    code = f"import torch\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * 4 * 9 * 8 * 4
+
+
 class Model(nn.Module):
     """Each layer; the convolution runs twice."""
 

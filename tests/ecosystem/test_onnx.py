@@ -177,6 +177,65 @@ def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
         torch.testing.assert_close(run(session, *inputs)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("axes", "names"),
+    [
+        ({"x": {0: "batch"}, "y": {0: "batch"}, "found": {0: "batch"}}, ["x", "y"]),
+        ({"image": [0, -1], "references": [0]}, None),
+    ],
+    ids=["names", "lists"],
+)
+def test_dynamic_axes(tmp_path: Path, axes: dict[str, Any], names: list[str] | None) -> None:
+    """The old exporter's way to say which sizes change."""
+    torch.manual_seed(0)
+    network = Network().eval()
+    path = tmp_path / "model.onnx"
+    example = network_inputs(2, 12, 12)
+    options: dict[str, Any] = {"dynamic_axes": axes, "input_names": names}
+    dcnv4.onnx.export(
+        network,
+        example[:1],
+        path,
+        kwargs={"references": example[1]},
+        output_names=["found"],
+        **options,
+    )
+    _, session = load(path, 20)
+    shape = session.get_inputs()[0].shape
+    if names is not None:
+        assert [entry.name for entry in session.get_inputs()] == names
+        assert shape == ["batch", 3, 12, 12]
+    assert isinstance(shape[0], str)
+    for size in ((1, 12, 12), (3, 12, 12 if names else 22)):
+        inputs = network_inputs(*size)
+        with torch.no_grad():
+            expected = network(*inputs)
+        torch.testing.assert_close(run(session, *inputs)[0], expected)
+
+
+def test_dynamic_axes_of_nested_inputs(tmp_path: Path) -> None:
+    """Which have the names in `input_names`, one after the other."""
+    case = choose(cases.CONV, "odd_scale")[0]
+    # A size of 1 would be taken for a constant.
+    inputs = [tuple(t.detach().repeat(2, 1, 1, 1) for t in case.inputs(torch.float32)[:-1])]
+    path = tmp_path / "model.onnx"
+    options: dict[str, Any] = {"input_names": ["value", "offset_mask"]}
+    with pytest.raises(
+        ValueError, match=r"must name inputs.*2 tensors of nested inputs = ; got inputs"
+    ):
+        dcnv4.onnx.export(Calls([case]), (inputs,), dynamic_axes={"inputs": [0]})
+    with pytest.raises(ValueError, match=r"must name inputs.*value, offset_mask; got image"):
+        dcnv4.onnx.export(Calls([case]), (inputs,), dynamic_axes={"image": [0]}, **options)
+    with pytest.raises(ValueError, match=r"of value must be in \[-4, 4\); got \[4\]"):
+        dcnv4.onnx.export(Calls([case]), (inputs,), dynamic_axes={"value": [4]}, **options)
+    with pytest.raises(ValueError, match="dynamic_axes must be None beside dynamic_shapes"):
+        dcnv4.onnx.export(Calls([case]), (inputs,), dynamic_axes={}, dynamic_shapes=())
+    axes = {"value": {0: "batch"}, "offset_mask": {0: "batch"}}
+    dcnv4.onnx.export(Calls([case]), (inputs,), path, dynamic_axes=axes, **options)
+    session = load(path, 20)[1]
+    assert [entry.shape[0] for entry in session.get_inputs()] == ["batch", "batch"]
+
+
 def test_lowered_program(tmp_path: Path) -> None:
     """`lower`, for those who call the exporter themselves."""
     network = Network().eval()

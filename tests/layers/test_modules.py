@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional, modules
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional
+from dcnv4.layers import DCNv3, attention
 
 
 def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -345,16 +347,50 @@ def test_locations_are_never_rounded_to_half(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reference[0, :, 0, 0] - 0.5 / 128
     assert (output[0, :, 0] - wanted).abs().max() <= torch.finfo(torch.bfloat16).eps
     captured: list[torch.dtype] = []
-    original = modules.ms_deform_attn
+    original = attention.ms_deform_attn
 
     def spy(value: Tensor, shapes: Any, locations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         captured.append(locations.dtype)
         return original(value, shapes, locations, *args, **kwargs)
 
-    monkeypatch.setattr(modules, "ms_deform_attn", spy)
+    monkeypatch.setattr(attention, "ms_deform_attn", spy)
     half = layer.bfloat16()
     half(torch.zeros(1, 2, 8).bfloat16(), reference, ramp.bfloat16(), ((1, 128),))
     assert captured == [torch.float32]
+
+
+FORMER_NAMES = {
+    b"dcnv4.layers.conv": b"dcnv4.modules",
+    b"dcnv4.layers.attention": b"dcnv4.modules",
+    b"dcnv4.layers.dcnv3": b"dcnv4.checkpoints",
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DCNv4(8, group=2),
+        lambda: DCNv4Conv2d(8, 8, groups=2),
+        lambda: FlashDeformAttn(8, 1, 2, 2),
+        lambda: DCNv3(8, group=2),
+        lambda: DCNv3(8, group=2, norm_layer="BN"),
+    ],
+    ids=["DCNv4", "DCNv4Conv2d", "FlashDeformAttn", "DCNv3", "DCNv3-BN"],
+)
+def test_modules_saved_whole_under_former_names(make: Callable[[], nn.Module]) -> None:
+    """They say by name where their classes are; this protocol of pickle says it in plain words."""
+    layer = make()
+    saved = pickle.dumps(layer, protocol=0)
+    former = saved
+    for now, then in FORMER_NAMES.items():
+        former = former.replace(now, then)
+    assert former != saved
+    assert b"dcnv4.layers" not in former
+    loaded = pickle.loads(former)
+    assert type(loaded) is type(layer)
+    assert all(
+        torch.equal(*pair) for pair in zip(loaded.parameters(), layer.parameters(), strict=True)
+    )
 
 
 LAYER_FACTORIES = {

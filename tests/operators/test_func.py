@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, modules
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from dcnv4.layers import attention
 from support import cases
 
 # Points lie at least 1/8 pixel from where the derivative jumps: the steps of finite differences
@@ -235,11 +236,11 @@ def test_layer_ensemble(name: str) -> None:
 def test_a_transform_leaves_nothing_behind() -> None:
     """Level sizes that a layer keeps between calls are never a transform's own tensors."""
     layer, inputs = layers()["FlashDeformAttn"]
-    modules._kept_sizes.cache_clear()
+    attention._kept_sizes.cache_clear()
     grad(lambda query: layer(query, *inputs[1:]).sum())(inputs[0])
-    assert modules._kept_sizes.cache_info().currsize == 0
+    assert attention._kept_sizes.cache_info().currsize == 0
     layer(*inputs)
-    assert modules._kept_sizes.cache_info().currsize == 1
+    assert attention._kept_sizes.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("recorded", [False, True])

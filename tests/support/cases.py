@@ -79,9 +79,9 @@ class Case:
         raise NotImplementedError
 
     def vectors(self, *arrays: Array) -> Iterator[tuple[Any, ...]]:
-        """For each output vector: its points, their weights, the size (x, y) of the numbers that
-        coordinates are sums of, in pixels; and its places: in the output, of each point's image in
-        value, in the gradients of coordinates and of weights."""
+        """For each output vector: its points, their weights, the size [K, 2] of the numbers that
+        each (x, y) is the sum of, in pixels; and its places: in the output, of each point's image
+        in value, in the gradients of coordinates and of weights."""
         raise NotImplementedError
 
     @property
@@ -192,8 +192,8 @@ class ConvCase(Case):
         rng = np.random.default_rng(self._seed)
         value = rng.standard_normal((self.batch, *self.size, self.groups * self.depth))
         outer = self.batch, *self.output_size
-        fields = 3 * self.groups * self.points_per_group
-        offset_mask = rng.standard_normal((*outer, fields + self.extra))
+        channels = 3 * self.groups * self.points_per_group + self.extra
+        offset_mask = rng.standard_normal((*outer, channels))
         scale = self.window.get("offset_scale", 1.0)
         undeformed = offset_mask.copy()
         undeformed[...] = 0
@@ -220,14 +220,14 @@ class ConvCase(Case):
 
     def vectors(self, *arrays: Array) -> Iterator[tuple[Any, ...]]:
         value, offset_mask, _ = arrays
-        kernel, dilation, padding = (
+        kernel, dilation = (
             max(a) if isinstance(a := self.window.get(name, default), tuple) else a
-            for name, default in (("kernel_size", 3), ("dilation", 1), ("padding", 1))
+            for name, default in (("kernel_size", 3), ("dilation", 1))
         )
-        span = dilation * (kernel - 1) * max(1.0, self.window.get("offset_scale", 1.0))
-        reach = tuple(size + padding + span for size in reversed(self.size))
+        scale, half_span = abs(self.window.get("offset_scale", 1.0)), dilation * (kernel - 1) / 2
         windows = oracle.conv_windows(value, offset_mask, **self.settings)
         for at, owned, offsets, weights, points in windows:
+            reach = scale * (half_span + 0.5 + np.abs(offset_mask[at][offsets].reshape(-1, 2)))
             image = at[0], slice(None), slice(None), owned
             places = (*at, owned), [image] * len(points), (*at, offsets), (*at, weights)
             yield points, offset_mask[at][weights], reach, places
@@ -285,9 +285,9 @@ class AttnCase(Case):
         value, locations, weights, _ = arrays
         levels = oracle.split_levels(value, self.shapes)
         starts = np.cumsum([0, *(h * w for h, w in self.shapes)])
-        reach = tuple(max(size) + 1 for size in zip(*self.shapes, strict=True))[::-1]
         for b, q, g in np.ndindex(locations.shape[:3]):
             points = oracle.attn_points(levels, locations, b, q, g)
+            reach = np.abs([(point.x, point.y) for point in points]) + 0.5
             images = [
                 (b, slice(start, stop), g)
                 for start, stop in pairwise(starts)
@@ -334,8 +334,9 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
     - 5·h·Σ|terms| for a half-precision value, h its own rounding: a backend may round a corner's
       coefficient to that dtype (1), and multiply (1) and add a point's four corners (3) in it; it
       must add the points in float32;
-    - e·Σ|d terms/d(x, y)|, with e = 8·u·reach: what is lost in computing a coordinate, reach being
-      the size of the numbers that it is the sum of;
+    - e·Σ|d terms/d(x, y)|, with e = u·(4·reach + 1): what is lost in computing a coordinate, at
+      most 4 roundings of numbers of the size reach that it is the sum of (of a convolution, those
+      of the point's distance from its window's pixel) and one of the fraction;
     - with softmax, (K + 8 + 2·(max - min))·u·Σ|terms|: the error of exp(logit - max), which is
       relative to the logit, and of the normalising sum;
     - one rounding of the result to its own dtype, and an underflow in each operation.
@@ -365,14 +366,15 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
         relative = 0.0
         if case.softmax:
             relative = (count + 8 + 2 * float(np.ptp(logits))) * unit
-        lost_x, lost_y = (8 * unit * size for size in reach)
+        lost_xy = unit * (4 * reach + 1)
         out_error = np.zeros(depth)
         by_points, by_weights = np.zeros((count, 2)), np.zeros(count)
         dots = np.zeros(count)
-        for k, (image, x, y, scale) in enumerate(points):
-            corners = oracle.bilinear(image, x, y)
+        for k, (image, x, y, scale, origin) in enumerate(points):
+            corners = oracle.bilinear(image, x, y, origin)
             if not corners:
                 continue
+            lost_x, lost_y = lost_xy[k]
             assert case.integer or min(abs(x - round(x)), abs(y - round(y))) > 1 / 32, (x, y)
             weight = abs(used[k])
             share, by_x, by_y = np.abs(np.array(corners)[:, 2:]).T
@@ -475,6 +477,8 @@ CONV = (
     ConvCase("float_coordinates", coordinates=(torch.float32,), depth=16),
     ConvCase("half_coordinates", coordinates=(torch.float16,), softmax=True),
     ConvCase("double_coordinates", coordinates=(torch.float64,)),
+    ConvCase("long_row", size=(1, 8192), window={"stride": (1, 1170)}),
+    ConvCase("long_column", size=(8192, 1), window={"stride": (1170, 1)}, softmax=True),
 )
 
 _F16, _F32, _F64 = torch.float16, torch.float32, torch.float64

@@ -112,10 +112,10 @@ def conv(rng: random.Random) -> None:
     fields[..., :offsets] = (
         numbers.integers(-spread, spread, shape) + numbers.integers(1, 8, shape) / 8
     )
-    spoil(rng, fields[..., :offsets], (np.nan, np.inf, -np.inf, 1e9, -1e30))
+    spoil(rng, fields[..., :offsets], (np.nan, np.inf, -np.inf, 1e9, -(2.0**31), -1e30))
     offset_mask = np.concatenate(
         (
-            fields.reshape(*pixels, settings.fields()),
+            fields.reshape(*pixels, settings.offset_mask_channels()),
             np.full((*pixels, padding), np.nan),
         ),
         -1,

@@ -45,6 +45,10 @@ UNORDERED = (
 """What a backend without a deterministic backward says to a call that must have one."""
 
 
+INCOMPLETE = "needs all files of this package, outside of an archive (install dcnv4 again)"
+"""What a backend says that does not find its kernels' sources."""
+
+
 class Backend(Protocol):
     """What the module of every backend offers; tensors may have any strides.
 
@@ -104,7 +108,11 @@ def load(name: str) -> Backend:
 
 def why_not(name: str, call: Call) -> str | None:
     """None where backend `name` can run `call`; otherwise one sentence that says why not."""
-    return load(name).why_not(call)
+    try:
+        return load(name).why_not(call)
+    except Exception as error:  # of an installation that is broken in a way nobody thought of
+        lines = str(error).splitlines() or [""]
+        return f"needs a sound installation; got {type(error).__name__}: {lines[0]}"
 
 
 def choose(
@@ -160,9 +168,25 @@ def requested(device_type: str) -> str:
 
 
 def cache_dir() -> str:
-    """The folder that compiled kernels are kept in: `DCNV4_CACHE_DIR` or the user's cache."""
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dcnv4")
+    """The folder that compiled kernels are kept in: `DCNV4_CACHE_DIR` or the user's cache.
+
+    It is no absolute path where the variable names none, or where there is no home.
+    """
+    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    default = os.path.join(caches if os.path.isabs(caches) else "~/.cache", "dcnv4")
     return os.path.expanduser(os.environ.get("DCNV4_CACHE_DIR") or default)
+
+
+def triton_cache_dir() -> tuple[str, bool]:
+    """The folder that Triton keeps kernels in, and whether `TRITON_CACHE_DIR` names it."""
+    home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
+    default = os.path.join(home, ".triton", "cache")
+    return os.environ.get("TRITON_CACHE_DIR", default), "TRITON_CACHE_DIR" in os.environ
+
+
+def set_triton_cache_dir(folder: str) -> None:
+    """Let Triton keep kernels in another folder, in this process and those that it starts."""
+    os.environ["TRITON_CACHE_DIR"] = folder
 
 
 def host_compiler() -> str:

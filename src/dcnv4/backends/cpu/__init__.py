@@ -1,17 +1,16 @@
 """C++ kernels for CPU tensors, compiled by the host's compiler at first use.
 
-Both operators are one problem to the kernels, which `_run` describes: where the points come
-from, and where every tensor lies in memory.
+Both operators are one problem to the kernels, that of `records`: where the points of an output
+pixel lie, and how every tensor lies in memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,14 +18,9 @@ from torch import Tensor
 from ...geometry import Window
 from .. import Call, cache_dir
 from .compile import CompileError, library
+from .records import CALL, DTYPES, POINT, PROBLEM, TENSORS, VIEW
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-# The C structure `Problem`: seven views of six numbers, twelve more, five of floating point.
-_PROBLEM = struct.Struct("42q 12q 5d")
-# The C structure `Call`: where the seven views start, threads, whether this process is forked.
-_CALL = struct.Struct("7q 2q")
-_View = tuple[int, ...]
-_NO_VIEW: _View = (0,) * 6
+_T = TypeVar("_T")
 # Column and row numbers are 32-bit integers in the kernels.
 _LARGEST = 2**31 - 1
 
@@ -47,7 +41,7 @@ def why_not(call: Call) -> str | None:
     """None where the kernels can run `call`; the first question compiles them."""
     if call.device.type != "cpu":
         return f"needs CPU tensors; got {call.device}"
-    if call.dtype not in _DTYPES:
+    if call.dtype not in DTYPES:
         return f"needs float64, float32, bfloat16 or float16; got {call.dtype}"
     kernels = _kernels()
     return kernels if isinstance(kernels, str) else None
@@ -58,7 +52,7 @@ def conv_forward(
 ) -> Tensor:
     """[B, Ho, Wo, C]."""
     output = value.new_empty((*offset_mask.shape[:3], value.shape[3]))
-    _conv("dcnv4_forward", value, offset_mask, window, output)
+    _conv("dcnv4_forward", window, value, offset_mask, output)
     return output
 
 
@@ -71,11 +65,11 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad_value = torch.empty(value.shape, dtype=value.dtype)
-    padded = offset_mask.shape[3] > window.fields()
+    padded = offset_mask.shape[3] > window.offset_mask_channels()
     new = torch.zeros if padded else torch.empty
     grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
     grad = _inner(grad.to(value.dtype), 1)
-    _conv("dcnv4_backward", value, offset_mask, window, grad, grad_value, grad_mask)
+    _conv("dcnv4_backward", window, value, offset_mask, grad, grad_value, grad_mask)
     return grad_value, grad_mask
 
 
@@ -89,7 +83,7 @@ def attn_forward(
 ) -> Tensor:
     """[B, Q, C]."""
     output = value.new_empty((*locations.shape[:3], value.shape[3]))
-    _attn("dcnv4_forward", value, spatial_shapes, locations, weights, softmax, output)
+    _attn("dcnv4_forward", spatial_shapes, softmax, value, locations, weights, output)
     return output.flatten(2)
 
 
@@ -109,31 +103,27 @@ def attn_backward(
         torch.empty(weights.shape, dtype=weights.dtype),
     )
     grad = _inner(grad.to(value.dtype), 1).unflatten(2, value.shape[2:])
-    _attn("dcnv4_backward", value, spatial_shapes, locations, weights, softmax, grad, *grads)
+    _attn("dcnv4_backward", spatial_shapes, softmax, value, locations, weights, grad, *grads)
     return grads
 
 
-class _Layout(NamedTuple):
-    """What the kernels must know of a tensor but where it lies."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""What the kernels must know of a tensor but where it lies: shape, strides, dtype."""
 
 
 class _Plan(NamedTuple):
-    """What all calls on tensors of the same layouts share: the kernels' arguments."""
+    """What all calls on tensors of the same layouts share."""
 
     problem: bytes
-    levels: bytes
-    base: bytes | None
+    points: bytes
+    """Those of a slice."""
 
 
 def _conv(
     function: str,
+    window: Window,
     value: Tensor,
     offset_mask: Tensor,
-    window: Window,
     output: Tensor,
     *grads: Tensor,
 ) -> None:
@@ -142,44 +132,66 @@ def _conv(
     if not value.is_contiguous() and value.stride(1) != value.shape[2] * value.stride(2):
         value = value.contiguous()
     plan = _conv_plan(window, *map(_layout, (value, offset_mask, output, *grads)))
-    fields, skipped = offset_mask.data_ptr(), 2 * window.points() * offset_mask.element_size()
-    starts = [value.data_ptr(), fields, fields + skipped, output.data_ptr()]
+    mask, before_weights = offset_mask.data_ptr(), 2 * window.points() * offset_mask.element_size()
+    data = {
+        "value": value.data_ptr(),
+        "offsets": mask,
+        "weights": mask + before_weights,
+        "output": output.data_ptr(),
+    }
     if grads:
-        fields = grads[1].data_ptr()
-        starts += [grads[0].data_ptr(), fields, fields + skipped]
-    _run(function, plan, starts)
+        data["grad_value"], mask = grads[0].data_ptr(), grads[1].data_ptr()
+        data["grad_offsets"], data["grad_weights"] = mask, mask + before_weights
+    _run(function, plan, data)
 
 
 @lru_cache(maxsize=256)
 def _conv_plan(
     window: Window, value: _Layout, offset_mask: _Layout, output: _Layout, *grads: _Layout
 ) -> _Plan:
-    batch, height, width, channels = value.shape
-    if max(height, width) > _LARGEST:
-        raise ValueError(f"value must have H, W < 2**31 = {2**31}; got {list(value.shape)}")
-    depth, fields = channels // window.groups, 3 * window.points()
-    views = [_view(value, depth), *[_view(offset_mask, fields)] * 2, _view(output, depth)]
+    batch, height, width, channels = value[0]
+    _, rows, columns, _ = offset_mask[0]
+    down, right = window.padding
+    if max(height + down, width + right) > _LARGEST:
+        raise ValueError(
+            f"value and padding must have H + padding, W + padding < 2**31 = {2**31}; "
+            f"got {list(value[0])} and {window.padding}"
+        )
+    depth, per_slice = channels // window.groups, 3 * window.points()
+    views = {"value": _view(value, depth), "output": _view(output, depth)}
+    views["offsets"] = views["weights"] = _view(offset_mask, per_slice)
     if grads:
-        views += [_view(grads[0], depth), *[_view(grads[1], fields)] * 2]
-    origin = map(float, window.origins(0, 0))  # type: ignore[arg-type]
-    down, right = window.stride
-    sizes = (batch, *offset_mask.shape[1:3], window.groups, depth, height * width)
-    return _plan(
-        views,
-        (*sizes, 1, window.points(), window.softmax, False),
-        (*origin, right, down, window.offset_scale),
-        [(height, width, 0)],
-        _base(window),
+        views["grad_value"] = _view(grads[0], depth)
+        views["grad_offsets"] = views["grad_weights"] = _view(grads[1], per_slice)
+    origin_x, origin_y = map(int, window.origins(0, 0))  # type: ignore[arg-type]
+    problem = PROBLEM.pack(
+        **views,
+        images=batch,
+        pixels=height * width,
+        rows=rows,
+        columns=columns,
+        groups=window.groups,
+        depth=depth,
+        levels=1,
+        points=window.points(),
+        softmax=window.softmax,
+        origin_x=origin_x,
+        origin_y=origin_y,
+        step_x=window.stride[1],
+        step_y=window.stride[0],
     )
+    scale = window.offset_scale
+    level = {"height": height, "width": width, "scale_x": scale, "scale_y": scale}
+    return _Plan(problem, b"".join(POINT.pack(x=x, y=y, **level) for x, y in window.cells()))
 
 
 def _attn(
     function: str,
-    value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    softmax: bool,
+    value: Tensor,
     locations: Tensor,
     weights: Tensor,
-    softmax: bool,
     output: Tensor,
     *grads: Tensor,
 ) -> None:
@@ -188,49 +200,42 @@ def _attn(
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     tensors = value, locations, weights, output, *grads
     plan = _attn_plan(tuple(map(tuple, pairs)), softmax, *map(_layout, tensors))
-    _run(function, plan, [tensor.data_ptr() for tensor in tensors])
+    _run(function, plan, _by_name([tensor.data_ptr() for tensor in tensors]))
 
 
 @lru_cache(maxsize=256)
-def _attn_plan(
-    shapes: tuple[tuple[int, int], ...],
-    softmax: bool,
-    value: _Layout,
-    locations: _Layout,
-    *others: _Layout,
-) -> _Plan:
-    batch, pixels, groups, depth = value.shape
+def _attn_plan(shapes: tuple[tuple[int, int], ...], softmax: bool, *tensors: _Layout) -> _Plan:
+    batch, pixels, groups, depth = tensors[0][0]
+    _, queries, _, _, points, _ = tensors[1][0]
     levels, clipped = _levels(shapes, pixels)
-    sizes = (batch, 1, locations.shape[1], groups, depth, pixels)
-    return _plan(
-        [_heads_view(layout) for layout in (value, locations, *others)],
-        (*sizes, len(levels), locations.shape[4], softmax, clipped),
-        (-0.5, -0.5, 0.0, 0.0, 0.0),
-        levels,
-        None,
+    problem = PROBLEM.pack(
+        **_by_name([_heads_view(tensor) for tensor in tensors]),
+        images=batch,
+        pixels=pixels,
+        rows=1,
+        columns=queries,
+        groups=groups,
+        depth=depth,
+        levels=len(levels),
+        points=points,
+        softmax=softmax,
+        clipped=clipped,
+        shift=-0.5,
     )
+    each = [
+        POINT.pack(scale_x=width, scale_y=height, height=height, width=width, start=start)
+        for height, width, start in levels
+    ]
+    return _Plan(problem, b"".join(point * points for point in each))
 
 
-def _plan(
-    views: list[_View],
-    integers: tuple[int, ...],
-    numbers: tuple[float, ...],
-    levels: list[tuple[int, int, int]],
-    base: bytes | None,
-) -> _Plan:
-    views += [_NO_VIEW] * (7 - len(views))
-    problem = _PROBLEM.pack(*(n for view in views for n in view), *integers, 0, 0, *numbers)
-    packed = struct.pack(f"{3 * len(levels)}q", *(number for level in levels for number in level))
-    return _Plan(problem, packed, base)
-
-
-def _run(function: str, plan: _Plan, starts: list[int]) -> None:
+def _run(function: str, plan: _Plan, data: dict[str, int]) -> None:
+    """Call the kernels for tensors whose first elements lie at these addresses."""
     kernels = _kernels()
     if isinstance(kernels, str):
         raise RuntimeError(f"the cpu backend {kernels}")
-    starts += [0] * (7 - len(starts))
-    call = _CALL.pack(*starts, torch.get_num_threads(), _forked)
-    if getattr(kernels, function)(plan.problem, plan.levels, plan.base, call):
+    call = CALL.pack(**data, threads=torch.get_num_threads(), forked=_forked)
+    if getattr(kernels, function)(plan.problem, plan.points, call):
         raise MemoryError("the cpu backend has no memory for its scratch")
 
 
@@ -258,18 +263,24 @@ def _inner(tensor: Tensor, dimensions: int) -> Tensor:
 
 
 def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _view(tensor: _Layout, group: int) -> _View:
+def _by_name(things: list[_T]) -> dict[str, _T]:
+    """What belongs to each of a call's tensors, which are in the order of `records.TENSORS`."""
+    return dict(zip(TENSORS, things, strict=False))
+
+
+def _view(tensor: _Layout, group: int) -> bytes:
     """A tensor [B, rows, columns, channels] whose groups are so many channels apart."""
-    return (0, _DTYPES[tensor.dtype], *tensor.strides[:3], group)
+    _, (image, row, column, _), dtype = tensor
+    return VIEW.pack(dtype=DTYPES.index(dtype), image=image, row=row, column=column, group=group)
 
 
-def _heads_view(tensor: _Layout) -> _View:
+def _heads_view(tensor: _Layout) -> bytes:
     """A tensor [B, S or Q, G, ...]: one row of pixels or queries."""
-    image, column, group = tensor.strides[:3]
-    return (0, _DTYPES[tensor.dtype], image, 0, column, group)
+    _, (image, column, group, *_), dtype = tensor
+    return VIEW.pack(dtype=DTYPES.index(dtype), image=image, column=column, group=group)
 
 
 def _levels(
@@ -284,10 +295,3 @@ def _levels(
         levels.append((height, width, start) if fits else (0, 0, 0))
         start = stop
     return levels, clipped
-
-
-@cache
-def _base(window: Window) -> bytes:
-    """(x, y) of each kernel point from the window's centre, as the kernels read them."""
-    numbers = [number for cell in window.cells() for number in cell]
-    return struct.pack(f"{len(numbers)}d", *numbers)

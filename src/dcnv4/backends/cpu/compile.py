@@ -20,10 +20,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import host_compiler
+from .. import INCOMPLETE, folders, host_compiler
+from .records import HEADER
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = SOURCE.parents[1] / "include" / "sampling.h"
+_SOURCES = [
+    Path(__file__).parent / name
+    for name in ("kernels.cpp", "points.h", "vectors.h", "../include/sampling.h")
+]
+"""What is compiled, and what that includes."""
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 # Of the liberties with numbers only these two: nothing here reads errno or floating-point traps.
@@ -41,39 +45,56 @@ class CompileError(Exception):
 def library(folder: str, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     """The loaded kernels, from `folder` or compiled into it with `flags`.
 
+    Where `folder` cannot be used, a folder of this process alone takes its place, with a warning.
+
     Raises:
-        CompileError: there is no compiler, it fails, or `folder` cannot be written.
+        CompileError: the sources or a compiler are missing, it fails, or no folder can be used.
     """
     compiler = _compiler()
     native, predefined = _target(compiler)
     options = (*flags, *_TUNING, *native)
-    key = hashlib.sha256(repr((compiler, options)).encode() + predefined)
-    for source in (SOURCE, _HEADER):
-        key.update(source.read_bytes())
+    key = hashlib.sha256(repr((compiler, options)).encode() + predefined + HEADER.encode())
+    for source in _SOURCES:
+        try:
+            key.update(source.read_bytes())
+        except OSError as error:
+            raise CompileError(f"{INCOMPLETE}; got no {source.name}") from error
     stem = f"cpu-{key.hexdigest()[:32]}"
-    root = Path(folder)
-    found = _load(root, stem)
-    if found is not None:
-        return found
+    root = folders.private(folder)
+    if root is not None:
+        try:
+            return _library(compiler, options, root, stem)
+        except OSError as error:
+            folders.warn(root, error)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        return _library(compiler, options, folders.temporary(), stem)
+    except OSError as error:
+        raise CompileError(
+            "needs a folder it can write and load libraries from (DCNV4_CACHE_DIR); got neither "
+            f"{folder} nor a temporary one: {error.strerror or error}"
+        ) from error
+
+
+def _library(compiler: list[str], options: Sequence[str], root: Path, stem: str) -> ctypes.CDLL:
+    """The library `stem` in `root`, compiled if it is not there."""
+    found = _load(root, stem)
+    if found is None:
         with _lock(root / f"{stem}.lock"):
             found = _load(root, stem)
             if found is None:
                 _compile(compiler, options, root, stem)
                 found = _load(root, stem)
-    except OSError as error:
-        raise CompileError(
-            f"needs a cache folder it can write, DCNV4_CACHE_DIR; got {folder}: {error.strerror}"
-        ) from error
     if found is None:
-        raise CompileError(f"needs a library that loads; got a damaged one in {folder}")
+        raise OSError("a library that was written there does not load")
     return found
 
 
 def _compiler() -> list[str]:
     """The command of the C++ compiler: that of `CXX`, or the first on the path."""
-    named = shlex.split(host_compiler())
+    try:
+        named = shlex.split(host_compiler())
+    except ValueError as error:
+        raise CompileError(f"needs a command in CXX; got {host_compiler()}: {error}") from error
     candidates = [named] if named else [[name] for name in ("c++", "g++", "clang++")]
     for command in candidates:
         path = shutil.which(command[0])
@@ -95,29 +116,44 @@ def _target(compiler: list[str]) -> tuple[Sequence[str], bytes]:
 def _compile(compiler: list[str], options: Sequence[str], root: Path, stem: str) -> None:
     with tempfile.TemporaryDirectory(prefix="cpu-", dir=root) as folder:
         built = Path(folder) / "kernels.so"
+        Path(folder, "records.h").write_text(HEADER, encoding="utf-8")
         for openmp in _OPENMP:
-            done = _run([*compiler, *options, *openmp, str(SOURCE), "-o", str(built)])
+            done = _run(
+                [*compiler, *options, *openmp, f"-I{folder}", str(_SOURCES[0]), "-o", str(built)]
+            )
             if done.returncode == 0:
                 break
         else:
             raise CompileError(
                 f"needs a compiler for C++17 with vectors; got {compiler[0]}: {_said(done)}"
             )
-        built.replace(root / f"{stem}-{_digest(built)}.so")
+        built.chmod(0o700)  # without what the umask left to others
+        built.replace(root / f"{stem}-{_digest(built.read_bytes())}.so")
 
 
 def _load(root: Path, stem: str) -> ctypes.CDLL | None:
-    """The library of this name, where there is a sound one; damaged ones are removed."""
+    """The library of this name, where there is a sound one; others are removed."""
     for path in root.glob(f"{stem}-*.so"):
         with contextlib.suppress(OSError):
-            if path.stem.endswith(_digest(path)):
-                return ctypes.CDLL(str(path))
+            with contextlib.suppress(OSError), folders.opened(path) as file:
+                if path.stem.endswith(_digest(file.read())):
+                    return ctypes.CDLL(_name(path, file.fileno()))
             path.unlink()
     return None
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+def _name(path: Path, descriptor: int) -> str:
+    """What the linker opens: the very file that was checked, whatever its folder has become.
+
+    The copied descriptor stays open, because the linker knows a library by its name.
+    """
+    if not os.path.exists(f"/proc/self/fd/{descriptor}"):
+        return str(path)
+    return f"/proc/self/fd/{os.dup(descriptor)}"
+
+
+def _digest(library: bytes) -> str:
+    return hashlib.sha256(library).hexdigest()[:32]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
@@ -147,7 +183,7 @@ def _lock(path: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with path.open("w") as file:
+    with path.open("a") as file:
         deadline = time.monotonic() + _SECONDS
         while time.monotonic() < deadline:
             try:

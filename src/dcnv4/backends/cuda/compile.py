@@ -6,25 +6,33 @@ is trusted only with its checksum, and losing it costs a compilation (about 0.3 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
+import re
 from ctypes import addressof, c_char_p
 from functools import cache, lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from .. import cache_dir
+from .. import INCOMPLETE, cache_dir
+from ..folders import private, read, write
 
+KERNELS = (
+    *("conv_forward", "conv_tile_forward"),
+    *("conv_backward", "conv_sorted_backward", "conv_tile_backward"),
+    *("attn_forward", "attn_backward", "attn_sorted_backward"),
+    *("totals", "units", "zeros"),
+)
+"""Every kernel, the name of its source file."""
 Macros = tuple[tuple[str, str], ...]
 
 _FOLDER = Path(__file__).parent
 _INCLUDE = _FOLDER.parent / "include"
+_ENTRIES = r"[a-z_]+-[0-9a-f]{32}|tmp\w+"  # what the names of entries look like
 _DIGEST = 32  # bytes of the checksum that an entry of the cache begins with
 _OLDEST = (7, 0)  # compute capability: what `numbers.cuh` is written for
 _lock = Lock()
@@ -35,11 +43,16 @@ def why_not(index: int | None) -> str | None:
     """What keeps GPU `index` (None: the current one) from running kernels, in one sentence."""
     if torch.version.hip is not None:
         return f"needs an NVIDIA GPU; got ROCm {torch.version.hip}, which the triton backend serves"
+    missing = _missing()
+    if missing:
+        return f"{INCOMPLETE}; got no {', '.join(missing)}"
     major = max(12, int((torch.version.cuda or "13").split(".")[0]))
     install = "pip install -U 'cuda-core[cu{}]'"
     try:
         from cuda.bindings import driver, nvrtc
 
+        if find_spec("cuda.core") is None:
+            raise ModuleNotFoundError("No module named 'cuda.core'")
         found = version("cuda-core")
     except ImportError as error:
         return (
@@ -163,16 +176,17 @@ def cached(name: str, macros: Macros, arch: str) -> bytes:
     key = "\0".join(
         (name, arch, repr(macros), repr(_nvrtc_version()), str(_driver_version()), _sources())
     )
-    path = Path(cache_dir(), "cuda", f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
-    try:
-        entry = path.read_bytes()
-    except OSError:
-        entry = b""
+    root = private(cache_dir())
+    folder = None if root is None else private(root / "cuda", _ENTRIES)
+    if folder is None:
+        return compile(name, macros, arch)
+    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    entry = read(path)
     code = entry[_DIGEST:]
     if code and entry[:_DIGEST] == _checksum(key, code):
         return code
     code = compile(name, macros, arch)
-    _keep(path, _checksum(key, code) + code)
+    write(path, _checksum(key, code) + code)
     return code
 
 
@@ -191,28 +205,25 @@ def compile(name: str, macros: Macros, arch: str) -> bytes:
     return bytes(Program(source, "c++", options).compile("cubin").code)
 
 
-def _keep(path: Path, entry: bytes) -> None:
-    """Write a cache entry whole or not at all; a folder that takes none only costs time."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(entry)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-
-
 def _checksum(key: str, code: bytes) -> bytes:
     return hashlib.sha256(key.encode() + b"\0" + code).digest()
+
+
+def _files() -> list[Path]:
+    return sorted([*_FOLDER.glob("*.cu"), *_FOLDER.glob("*.cuh"), *_INCLUDE.glob("*.h")])
 
 
 @cache
 def _sources() -> str:
     """The text of all kernels, which every cache entry depends on."""
-    files = sorted([*_FOLDER.glob("*.cu"), *_FOLDER.glob("*.cuh"), *_INCLUDE.glob("*.h")])
-    return "\0".join(file.read_text(encoding="utf-8") for file in files)
+    return "\0".join(file.read_text(encoding="utf-8") for file in _files())
+
+
+def _missing() -> list[str]:
+    """Names of source files that this installation has lost."""
+    needed = {f"{name}.cu" for name in KERNELS}
+    needed.update(re.findall(r'#include ["<](?:.*/)?(.+)[">]', _sources()))
+    return sorted(needed - {file.name for file in _files()})
 
 
 @cache

@@ -12,6 +12,10 @@
 #define DCNV4_HD inline
 #endif
 
+#ifndef __CUDACC_RTC__
+#include <math.h>  // NVRTC knows `floor` by itself
+#endif
+
 namespace dcnv4 {
 
 template <typename T>
@@ -47,6 +51,46 @@ DCNV4_HD Corners<T> corners(T x, T y, int height, int width) {
     const bool top = row >= 0, bottom = row < height - 1;
     const int legal = -inside & (left * 5 | right * 10) & (top * 3 | bottom * 12);
     return {legal, column, row, x - T(column), y - T(row), inside != 0, left, right, top, bottom};
+}
+
+// The largest integer that is not above x, which an int must hold, and the rest of x, in [0, 1].
+template <typename T>
+struct Floor {
+    int whole;
+    T fraction;  // 1 where x is below 0 by less than T tells from 1
+};
+
+template <typename T>
+DCNV4_HD Floor<T> floor_of(T x) {
+#ifdef __CUDA_ARCH__
+    const int whole = integer_below(x);
+    return {whole, x - T(whole)};
+#else
+    const T whole = floor(x);
+    return {int(whole), x - whole};
+#endif
+}
+
+// The corners around pixel (origin_x + x, origin_y + y) of a height x width image. No precision is
+// lost where an origin is large, as its sum with x or y is not made in T. A point outside (-1, W) x
+// (-1, H), or at NaN, has no legal corner. Sizes, and sizes less an origin, must be below 2^31.
+template <typename T>
+DCNV4_HD Corners<T> corners(int origin_x, int origin_y, T x, T y, int height, int width) {
+    // What an int does not hold is outside whatever the origin, and so is -2^31.
+    const T most = T(2147483648.0);
+    const Floor<T> at_x = floor_of((x < most) & (x > -most) ? x : -most);
+    const Floor<T> at_y = floor_of((y < most) & (y > -most) ? y : -most);
+    // Unsigned sums wrap around: one above 2^31 becomes negative, one below -2^31 at least W or H.
+    const int column = int(unsigned(origin_x) + unsigned(at_x.whole));
+    const int row = int(unsigned(origin_y) + unsigned(at_y.whole));
+    // At column or row -1 a point is inside if a fraction leads on to 0.
+    const bool inside = (column >= -int(at_x.fraction > 0)) & (column < width) &
+                        (row >= -int(at_y.fraction > 0)) & (row < height);
+    const bool left = column >= 0, right = column < width - 1;
+    const bool top = row >= 0, bottom = row < height - 1;
+    const int legal = -int(inside) & (left * 5 | right * 10) & (top * 3 | bottom * 12);
+    return {legal, inside ? column : 0, inside ? row : 0, at_x.fraction, at_y.fraction,
+            inside, left, right, top, bottom};
 }
 
 // What each corner counts: its bilinear share of the weight. Not zero at an illegal corner.
