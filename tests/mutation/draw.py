@@ -154,7 +154,7 @@ class Compiles:
         def record(stage: Stage) -> list[dict[str, Any]]:
             tree = self._bench.tree(f"record-{digest(stage)}")
             self._bench.pass_all(tree, stage)
-            return load(tree / "compiled.jsonl")
+            return load(tree.parent / "compiled.jsonl")
 
         with ThreadPoolExecutor(jobs) as pool:
             found = pool.map(record, sorted(stage for stage in chosen if not stage.needs_gpu))
@@ -207,7 +207,7 @@ class Compiles:
         command = [part.replace("{tree}", str(tree)) for part in entry["command"]]
         if entry["source"] is not None:  # written by a test, perhaps around the file's own text
             changed = (tree / file).read_text(encoding="utf-8")
-            source = tree / Path(command[-1]).name
+            source = tree.parent / Path(command[-1]).name
             source.write_text(entry["source"].replace(self._text(file), changed), encoding="utf-8")
             command[-1] = str(source)
         command = ["-O2" if part == "-O0" else part for part in command]

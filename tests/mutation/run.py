@@ -61,9 +61,9 @@ class Bench:
     _lock: Lock = field(default_factory=Lock)
 
     def tree(self, name: str) -> Path:
-        """A fresh copy of the tree."""
-        copy = self.folder / "trees" / name
-        shutil.rmtree(copy, ignore_errors=True)
+        """A fresh copy of the tree; beside it lies what runs in it leave behind."""
+        copy = self.folder / name / "tree"
+        shutil.rmtree(copy.parent, ignore_errors=True)
         for part in COPIED:
             source = self.root / part
             if source.is_dir():
@@ -83,12 +83,12 @@ class Bench:
             "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree / "tests"))),
             "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may be as long and as old as the original
             "CXX": wrapper,
-            "DCNV4_CACHE_DIR": str(tree / "cache"),
+            "DCNV4_CACHE_DIR": str(tree.parent / "cache"),
             "OMP_NUM_THREADS": "2",
             "MUTATION_TREE": str(tree),
             "MUTATION_CACHE": str(self.folder / "compiled"),
-            "MUTATION_LOG": str(tree / "compiled.jsonl"),
-            "MUTATION_TEST": str(tree / "test"),
+            "MUTATION_LOG": str(tree.parent / "compiled.jsonl"),
+            "MUTATION_TEST": str(tree.parent / "test"),
             **dict(stage.environment),
         }
 
@@ -98,11 +98,11 @@ class Bench:
         Raises:
             OutOfTimeError: the budget ended before it.
         """
-        watch = tree / "test"
+        watch = tree.parent / "test"
         watch.write_text("")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "mutation.watch", "--hypothesis-seed=0", *stage.arguments]
-        with (tree / "output").open("w") as output:
+        with (tree.parent / "output").open("w") as output:
             process = subprocess.Popen(
                 command,
                 cwd=tree,
@@ -149,7 +149,7 @@ class Bench:
         """
         outcome = self.pytest(tree, stage)
         if not outcome.passed:
-            said = (tree / "output").read_text(encoding="utf-8")[-3000:]
+            said = (tree.parent / "output").read_text(encoding="utf-8")[-3000:]
             raise RuntimeError(f"{outcome.test or stage} must pass as it is; got\n{said}")
 
     def try_mutant(self, mutant: Mutant, tree: Path) -> dict[str, object]:
@@ -162,7 +162,7 @@ class Bench:
         began = time.monotonic()
         path = tree / mutant.file
         original = path.read_bytes()
-        log = tree / "compiled.jsonl"
+        log = tree.parent / "compiled.jsonl"
         entry: dict[str, object] = {"key": mutant.key, "result": "survived"}
         try:
             mutant.apply(tree)

@@ -25,7 +25,10 @@ _MUTATED = (
 
 _EMULATED = "tests/backends/test_cuda_emulated.py"
 _OPERATORS = "tests/operators/test_operators.py"
-_PLANS = "tests/backends/test_cuda.py -k 'launch_shape or threads_move or block_size or strip'"
+_PLANS = (
+    "tests/backends/test_cuda.py "
+    "-k 'launch_shape or threads_move or block_size or strip or tiles_take'"
+)
 _PROPERTIES = "tests/operators/test_properties.py tests/operators/test_amp.py"
 
 # Of a pattern of files, stages: arguments of pytest, after settings of the environment. A stage
