@@ -1,6 +1,7 @@
 """Deformable Convolution v4 and multi-scale deformable attention for PyTorch."""
 
 from . import backends, flops, functional
+from .compat.fork import dcnv4_forward, dcnv4_forward_pytorch, flash_deform_attn
 from .conversion import convert
 from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
@@ -14,6 +15,9 @@ __all__ = [
     "backends",
     "convert",
     "dcnv4",
+    "dcnv4_forward",
+    "dcnv4_forward_pytorch",
+    "flash_deform_attn",
     "flops",
     "functional",
 ]

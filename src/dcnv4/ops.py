@@ -7,8 +7,8 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, update_wrapper
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .eager import AUTOCAST_KEYS, Differentiable, as_autocast, needs_grad, run, 
 from .geometry import Window
 
 T = TypeVar("T")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _library = torch.library.Library("dcnv4", "DEF")
 
 
@@ -253,3 +255,19 @@ class DeformAttn(Operator):
 
 deform_conv = partial(run, DeformConv())
 ms_deform_attn = partial(run, DeformAttn())
+
+
+def composite(arguments: str) -> Callable[[_Function], _Function]:
+    """Make a function an operator that is made of others, and is traced and differentiated as they
+    are; `arguments` are its schema's."""
+
+    def register(function: _Function) -> _Function:
+        name = function.__name__
+        _library.define(f"{name}({arguments}) -> Tensor")
+        _library.impl(name, function, "CompositeImplicitAutograd")
+        operator = getattr(torch.ops.dcnv4, name).default
+        # Its name, module and the rest stay PyTorch's.
+        update_wrapper(operator, function, ("__doc__",), ())
+        return cast(_Function, operator)
+
+    return register

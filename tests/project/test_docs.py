@@ -266,7 +266,10 @@ def public() -> Iterator[tuple[str, str]]:
         ]
         for key in getattr(module, "__all__", own):
             thing = getattr(module, key)
-            again = name and any(thing is vars(dcnv4)[other] for other in dcnv4.__all__)
+            again = name and (
+                any(thing is vars(dcnv4)[other] for other in dcnv4.__all__)
+                or getattr(thing, "__module__", "").startswith(f"{module.__name__}.")
+            )
             if not inspect.ismodule(thing) and not again:
                 yield module.__name__, key
 
