@@ -82,8 +82,8 @@ def _run(options: argparse.Namespace) -> int:
     waiting = _shuffled(waiting, "")[: options.most]
     bench = _bench(options, options.budget)
     left = run(bench, waiting, append(options.results), options.jobs)
-    print(f"{len(waiting) - left} run, {left} left")
-    return 0
+    print(f"{len(waiting) - left} run, {left} left; these fail as they are: {bench.failing}")
+    return int(bool(bench.failing))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -109,9 +109,8 @@ def _ci(options: argparse.Namespace) -> int:
     def once_noticed(mutant: Mutant) -> Sequence[Stage]:
         """The test that noticed comes first."""
         every = stages(mutant.file)
-        test, stage = results[mutant.key]["test"], stage_of(mutant)
-        alone = stage._replace(arguments=(test,), may_be_gone=True)
-        return (alone, *every) if test else every
+        test = results[mutant.key]["test"]
+        return (stage_of(mutant).alone(test), *every) if test else every
 
     def attempt(bench: Bench, mutants: Sequence[Mutant]) -> None:
         known = {mutant.key: mutant for mutant in mutants}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -26,7 +27,9 @@ _RULES = {
 }
 # Lines whose changes say nothing of the tests: what names come from, what a compiler is advised.
 _IGNORED = [r"^\s*from .* import ", r"^\s*#pragma"]
-_TRIED = 6  # variants of a kernel, before a mutant counts as one that changes nothing
+# Variants of a kernel, before a mutant counts as one that changes nothing.
+_TRIED = 6
+_TRIED_FOR_GPU = 24  # nothing says which of them have the change
 _EMULATED = "static Arguments"  # with which what the emulator adds to a kernel begins
 Lines = list[Mutant]
 """The mutants of one line."""
@@ -47,7 +50,7 @@ def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
         mutator: Any = importlib.import_module("universalmutator.mutator")
     except ImportError as error:
         raise SystemExit(
-            f"drawing needs universalmutator (pip install universalmutator): {error}"
+            f"drawing needs universalmutator (pip install --no-deps universalmutator): {error}"
         ) from error
     for file in files:
         source = (root / file).read_text(encoding="utf-8")
@@ -129,14 +132,14 @@ class Compiles:
         self._cache = bench.folder / "compiled"
         self._tree = bench.tree("original")
         self._records = self._record(files, depth, jobs)
+        self._machine_codes: dict[int, bytes] = {}
 
     def __call__(self, mutant: Mutant, tree: Path) -> bool:
         if time.monotonic() > self._bench.deadline:
             raise OutOfTimeError
         path = tree / mutant.file
-        original = path.read_bytes()
+        original = mutant.apply(tree)
         try:
-            mutant.apply(tree)
             if path.suffix == ".py":
                 return _python_differs(original.decode(), path, tree)
             return self._library_differs(mutant.file, tree)
@@ -164,21 +167,17 @@ class Compiles:
         return [unique[key] for key in sorted(unique)]
 
     def _library_differs(self, file: str, tree: Path) -> bool:
-        for_gpu = all(stage.needs_gpu for stage in stages(file))
-        entries = [entry for entry in self._records if self._is_part(file, entry, for_gpu)]
-        differ = self._gpu_differs if for_gpu else self._cpu_differs
-        tried = 0
-        for entry in entries:
-            try:
-                different = differ(entry, file, tree)
-            except compiler.CompileError:
-                return False
-            if different:
-                return True
-            tried += different is not None
-            if tried == _TRIED:
-                break
-        return False
+        try:
+            if all(stage.needs_gpu for stage in stages(file)):
+                return self._gpu_differs(tree)
+            found = (
+                self._cpu_differs(entry, file, tree)
+                for entry in self._records
+                if file in entry["files"] or self._text(file) in (entry["source"] or "")
+            )
+            return any(islice((differs for differs in found if differs is not None), _TRIED))
+        except compiler.CompileError:
+            return False
 
     def _cpu_differs(self, entry: dict[str, Any], file: str, tree: Path) -> bool | None:
         """Whether one library differs; None: it has no part of the change."""
@@ -188,15 +187,18 @@ class Compiles:
         built = [compiler.build(*text, self._cache).read_bytes() for text in texts]
         return built[0] != built[1]
 
-    def _gpu_differs(self, entry: dict[str, Any], file: str, tree: Path) -> bool | None:
-        """The same of a kernel that the emulator ran and a GPU would; needs NVRTC."""
-        codes = [_machine_code(entry, where) for where in (self._tree, tree)]
-        return codes[0] != codes[1] or None
+    def _gpu_differs(self, tree: Path) -> bool:
+        """Whether a kernel that the emulator ran would differ on a GPU; needs NVRTC."""
+        emulated = (entry for entry in self._records if entry["source"] is not None)
+        return any(
+            _machine_code(entry, tree) != self._original_machine_code(number, entry)
+            for number, entry in enumerate(islice(emulated, _TRIED_FOR_GPU))
+        )
 
-    def _is_part(self, file: str, entry: dict[str, Any], for_gpu: bool) -> bool:
-        if for_gpu:
-            return _EMULATED in (entry["source"] or "")
-        return file in entry["files"] or self._text(file) in (entry["source"] or "")
+    def _original_machine_code(self, number: int, entry: dict[str, Any]) -> bytes:
+        if number not in self._machine_codes:
+            self._machine_codes[number] = _machine_code(entry, self._tree)
+        return self._machine_codes[number]
 
     def _text(self, file: str) -> str:
         return (self._tree / file).read_text(encoding="utf-8")

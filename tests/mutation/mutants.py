@@ -46,14 +46,15 @@ class Mutant:
         """The line itself."""
         return self.file, self.original, self.context
 
-    def apply(self, root: Path) -> None:
-        """Change the line in the tree `root`.
+    def apply(self, root: Path) -> bytes:
+        """Change the line in the tree `root`; what the file was before.
 
         Raises:
             StaleError: there is no such line with these neighbours.
         """
         path = root / self.file
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        original = path.read_bytes() if path.exists() else b""
+        lines = original.decode().split("\n")
         places = [
             place
             for place, line in enumerate(lines)
@@ -64,6 +65,7 @@ class Mutant:
         place = min(places, key=lambda place: abs(place + 1 - self.line))
         lines[place] = self.mutated
         path.write_text("\n".join(lines), encoding="utf-8")
+        return original
 
 
 def context(lines: Sequence[str], place: int) -> str:

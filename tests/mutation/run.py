@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import NamedTuple
 
@@ -56,8 +56,10 @@ class Bench:
     patience: float
     deadline: float
     choose: Callable[[Mutant], Sequence[Stage]]
-    _checked: dict[tuple[Stage, str], Lock] = field(default_factory=dict)
-    _sound: set[tuple[Stage, str]] = field(default_factory=set)
+    failing: list[str] = field(default_factory=list)
+    """Tests that fail where nothing is changed; none of them counts."""
+    _checked: dict[Stage | str, Lock] = field(default_factory=dict)
+    _sound: set[Stage | str] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
 
     def tree(self, name: str) -> Path:
@@ -92,7 +94,7 @@ class Bench:
             **dict(stage.environment),
         }
 
-    def pytest(self, tree: Path, stage: Stage) -> Outcome:
+    def run_stage(self, tree: Path, stage: Stage) -> Outcome:
         """Run a stage in a tree up to the first failure.
 
         Raises:
@@ -102,6 +104,7 @@ class Bench:
         watch.write_text("")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "mutation.watch", "--hypothesis-seed=0", *stage.arguments]
+        command += [f"--deselect={test}" for test in self.failing]
         with (tree.parent / "output").open("w") as output:
             process = subprocess.Popen(
                 command,
@@ -126,20 +129,26 @@ class Bench:
         gone = stage.may_be_gone and process.returncode == pytest.ExitCode.USAGE_ERROR
         return Outcome(process.returncode == 0 or gone, watch.read_text(encoding="utf-8"))
 
-    def check(self, stage: Stage, test: str, tree: Path) -> None:
-        """Make sure that a test passes where nothing is changed, once.
+    def passes(self, stage: Stage, test: str, tree: Path) -> bool:
+        """Whether a test passes where nothing is changed; one that does not is left out from then.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: the stage does not even come to a test.
         """
         with self._lock:
-            lock = self._checked.setdefault((stage, test), Lock())
+            lock = self._checked.setdefault(test or stage, Lock())
         with lock:
-            if (stage, test) in self._sound:
-                return
-            chosen = (test,) if test else ("--collect-only", *stage.arguments)
-            self.pass_all(tree, stage._replace(arguments=chosen))
-            self._sound.add((stage, test))
+            if test in self.failing:
+                return False
+            if (test or stage) not in self._sound:
+                if not test:
+                    chosen = ("--collect-only", *stage.arguments)
+                    self.pass_all(tree, stage._replace(arguments=chosen))
+                elif not self.run_stage(tree, stage.alone(test)).passed:
+                    self.failing.append(test)
+                    return False
+                self._sound.add(test or stage)
+            return True
 
     def pass_all(self, tree: Path, stage: Stage) -> None:
         """Run a stage where nothing is changed.
@@ -147,7 +156,7 @@ class Bench:
         Raises:
             RuntimeError: a test fails.
         """
-        outcome = self.pytest(tree, stage)
+        outcome = self.run_stage(tree, stage)
         if not outcome.passed:
             said = (tree.parent / "output").read_text(encoding="utf-8")[-3000:]
             raise RuntimeError(f"{outcome.test or stage} must pass as it is; got\n{said}")
@@ -157,33 +166,29 @@ class Bench:
 
         Raises:
             OutOfTimeError: the budget ended before it.
-            RuntimeError: the test that failed also fails without the mutant.
         """
         began = time.monotonic()
-        path = tree / mutant.file
-        original = path.read_bytes()
+        entry: dict[str, object] = {"key": mutant.key}
         log = tree.parent / "compiled.jsonl"
-        entry: dict[str, object] = {"key": mutant.key, "result": "survived"}
-        try:
-            mutant.apply(tree)
-            for number, stage in enumerate(self.choose(mutant)):
-                if not stage.runs_here:
-                    continue
+        for number, stage in enumerate(self.choose(mutant)):
+            passed = not stage.runs_here
+            while not passed:
+                try:
+                    original = mutant.apply(tree)
+                except StaleError:
+                    return entry | {"result": "stale"}
                 log.unlink(missing_ok=True)
-                passed, test, late = self.pytest(tree, stage)
-                if not passed:
-                    broken = any("error" in compiled for compiled in load(log))
+                try:
+                    passed, test, late = self.run_stage(tree, stage)
+                finally:
+                    (tree / mutant.file).write_bytes(original)
+                seconds = round(time.monotonic() - began, 1)
+                broken = any("error" in compiled for compiled in load(log))
+                if not passed and self.passes(stage, test, tree):
                     result = "timeout" if late else "uncompiled" if broken else "killed"
-                    entry |= {"result": result, "stage": number, "test": test}
-                    break
-        except StaleError:
-            return entry | {"result": "stale"}
-        finally:
-            path.write_bytes(original)
-        entry["seconds"] = round(time.monotonic() - began, 1)
-        if "test" in entry:
-            self.check(stage, test, tree)
-        return entry
+                    found = {"result": result, "stage": number, "test": test, "seconds": seconds}
+                    return entry | found
+        return entry | {"result": "survived", "seconds": round(time.monotonic() - began, 1)}
 
 
 def run(
@@ -201,7 +206,7 @@ def run(
         jobs: how many run at once.
 
     Raises:
-        RuntimeError: a test fails without a mutant.
+        RuntimeError: the tests cannot be collected without a mutant.
     """
     waiting: SimpleQueue[Mutant] = SimpleQueue()
     for mutant in mutants:
@@ -211,10 +216,12 @@ def run(
 
     def work(name: str) -> None:
         tree = bench.tree(name)
-        while not waiting.empty():
-            mutant = waiting.get()
+        while True:
             try:
+                mutant = waiting.get_nowait()
                 result = bench.try_mutant(mutant, tree)
+            except Empty:
+                return
             except OutOfTimeError:
                 left[0] += 1
                 return

@@ -24,49 +24,53 @@ _MUTATED = (
 )
 
 _EMULATED = "tests/backends/test_cuda_emulated.py"
+_POSITIONS = "tests/backends/test_cuda_positions.py"
 _OPERATORS = "tests/operators/test_operators.py"
 _PLANS = (
     "tests/backends/test_cuda.py "
     "-k 'launch_shape or threads_move or block_size or strip or tiles_take'"
 )
-_PROPERTIES = "tests/operators/test_properties.py tests/operators/test_amp.py"
+_MORE = "--exhaustive -m exhaustive"
 
 # Of a pattern of files, stages: arguments of pytest, after settings of the environment. A stage
 # runs when those before it saw nothing.
 _TABLE: dict[str, tuple[str, ...]] = {
-    "*/ptx.cuh": ("tests/backends/test_cuda.py -m gpu -k 'kernels_for_large_calls'",),
-    "*/*tile*.cu*": (
-        f"{_EMULATED} -k tiles",
-        f"{_EMULATED} -k '(tile or finite or scale) and not test_tiles'",
+    "*/ptx.cuh": ("tests/backends/test_cuda.py -m gpu -k 'test_tiles or test_sorting'",),
+    "*/tiles/*": (
+        f"{_EMULATED} {_POSITIONS} -k 'tile or scale or finite or random'",
+        f"{_MORE} {_EMULATED} -k 'tile or scale or finite or random'",
     ),
-    "*/*sorted*.cu*": (
-        f"{_EMULATED} -k 'test_sorted and not convolutions'",
-        f"{_EMULATED} -k 'convolutions or encoders or test_deterministic_sorted'",
+    "*/sorted/*": (
+        f"{_EMULATED} {_POSITIONS} -k 'sort or encoders or random'",
+        f"{_MORE} {_EMULATED} -k 'sort or encoders or random'",
     ),
-    "*/sums/*": (f"{_EMULATED} -k deterministic", f"{_EMULATED} -k 'oracle or sorted or tiles'"),
-    "*/cuda/*.cu*": (
-        f"{_EMULATED}::test_oracle",
-        f"{_EMULATED} -k 'tiles or deterministic or random'",
-        f"{_EMULATED} -k 'not oracle and not tiles and not deterministic and not random'",
+    "*/sums/*": (
+        f"{_EMULATED} -k deterministic",
+        f"{_EMULATED} {_POSITIONS}",
+        f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
-    "*/cuda/*.py": (
-        _PLANS,
-        f"{_EMULATED} -k 'test_tiles or which or small or deterministic'",
-        f"{_EMULATED} -k 'oracle or sorted or random'",
+    "*/direct/*": (
+        f"{_EMULATED} {_POSITIONS} -k 'oracle or position or direct or random or deterministic'",
+        f"{_MORE} {_EMULATED} -k 'oracle or direct or random or deterministic'",
     ),
-    "*/include/*.h": (
+    "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    "*/cuda/*.py": (_PLANS, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    "*/include/*": (
         f"{_OPERATORS} -k cpu-cpu",
-        f"{_EMULATED}::test_oracle",
-        f"{_EMULATED} -k 'tiles or sorted'",
+        f"{_EMULATED} {_POSITIONS}",
+        f"{_MORE} {_EMULATED}",
     ),
     "*/cpu/*": (
         f"{_OPERATORS} -k cpu-cpu",
-        f"tests/backends/test_cpu.py {_PROPERTIES} -k 'cpu or bits or levels'",
+        "tests/backends/test_cpu.py tests/operators -k 'cpu-cpu or test_cpu and not sanitizers'",
+        "tests/backends/test_cpu.py -k sanitizers",
+        f"{_MORE} tests/backends/test_cpu.py",
     ),
-    "*/triton/*.py": (
+    "*/triton/*": (
         f"TRITON_INTERPRET=1 {_OPERATORS} -k 'triton-cpu and not float32'",
-        "TRITON_INTERPRET=1 tests/backends/test_triton.py tests/operators/test_amp.py "
-        "tests/operators/test_determinism.py -k 'interpreted or triton-cpu'",
+        "TRITON_INTERPRET=1 tests/backends/test_triton.py tests/operators "
+        "-k 'interpreted or triton-cpu and not test_oracle'",
+        f"TRITON_INTERPRET=1 {_MORE} tests/backends/test_triton.py -k interpreted",
         f"{_OPERATORS} -m gpu -k triton-cuda",
     ),
     "*/geometry.py": (
@@ -92,6 +96,11 @@ class Stage(NamedTuple):
     @property
     def runs_here(self) -> bool:
         return not self.needs_gpu or shutil.which("nvidia-smi") is not None
+
+    def alone(self, test: str) -> Stage:
+        """One test of this stage, which may no longer be there."""
+        options = tuple(word for word in self.arguments if word == "--exhaustive")
+        return self._replace(arguments=(*options, test), may_be_gone=True)
 
     @classmethod
     def parse(cls, text: str) -> Stage:

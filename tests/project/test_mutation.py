@@ -121,8 +121,15 @@ def test_an_import_that_fails_is_noticed(root: Path) -> None:
 
 
 def test_a_test_that_fails_anyway_notices_nothing(root: Path) -> None:
-    (root / "tests/test_small.py").write_text("def test_fails():\n    assert False\n")
-    with pytest.raises(RuntimeError, match="test_fails must pass as it is"):
+    path = root / "tests/test_small.py"
+    path.write_text("def test_fails():\n    assert False\n" + TESTS)
+    where = bench(root)
+    (entry,) = results(where, [change("a > b", "a < b")])
+    assert entry["result"] == "killed"
+    assert entry["test"] == "tests/test_small.py::test_larger"
+    assert where.failing == ["tests/test_small.py::test_fails"]
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(RuntimeError, match="must pass as it is"):
         results(bench(root), [change("a > b", "a < b")])
 
 
@@ -136,11 +143,13 @@ def test_the_budget_ends_a_run(root: Path) -> None:
 
 
 def test_a_test_that_is_gone(root: Path) -> None:
-    stage = Stage(("tests/test_small.py::test_gone",), (), may_be_gone=True)
+    stage = Stage(("tests/test_small.py",), ())
     where = bench(root)
     tree = where.tree("0")
-    assert where.pytest(tree, stage).passed
-    assert not where.pytest(tree, stage._replace(may_be_gone=False)).passed
+    assert where.run_stage(tree, stage.alone("tests/test_small.py::test_gone")).passed
+    assert where.run_stage(tree, stage.alone("tests/test_small.py::test_count")).passed
+    gone = stage._replace(arguments=("tests/test_small.py::test_gone",))
+    assert not where.run_stage(tree, gone).passed
 
 
 def test_the_draw(root: Path) -> None:
