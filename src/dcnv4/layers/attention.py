@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_backend, check_tensor
+from ..arguments import check_backend, check_divides, check_integer, check_tensor, factory
 from ..eager import is_traced
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
@@ -28,9 +28,10 @@ class FlashDeformAttn(nn.Module):
         n_heads: G, attention heads.
         n_points: P, points a head samples in each level.
         backend: as in `functional.ms_deform_attn`.
+        device, dtype: of the parameters, as in PyTorch's layers.
 
     Raises:
-        ValueError: an argument of the wrong range or shape, by its name.
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Note:
         Sampling locations are computed in float32 at least, also under autocast.
@@ -47,24 +48,22 @@ class FlashDeformAttn(nn.Module):
         n_points: int = 4,
         *,
         backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1; got {size}")
-        if d_model % n_heads:
-            raise ValueError(f"n_heads must divide d_model = {d_model}; got {n_heads}")
-        self.d_model = d_model
-        self.n_levels = n_levels
-        self.n_heads = n_heads
-        self.n_points = n_points
+        self.d_model = check_integer("d_model", d_model, 1)
+        self.n_levels = check_integer("n_levels", n_levels, 1)
+        self.n_heads = check_integer("n_heads", n_heads, 1)
+        self.n_points = check_integer("n_points", n_points, 1)
+        check_divides("n_heads", n_heads, "d_model", d_model)
         self.backend = check_backend(backend)
         samples = n_heads * n_levels * n_points
-        self.sampling_offsets = nn.Linear(d_model, 2 * samples)
-        self.attention_weights = nn.Linear(d_model, samples)
-        self.value_proj = nn.Linear(d_model, d_model)
-        self.output_proj = nn.Linear(d_model, d_model)
+        made = factory(device, dtype)
+        self.sampling_offsets = nn.Linear(d_model, 2 * samples, **made)
+        self.attention_weights = nn.Linear(d_model, samples, **made)
+        self.value_proj = nn.Linear(d_model, d_model, **made)
+        self.output_proj = nn.Linear(d_model, d_model, **made)
         self.reset_parameters()
 
     @torch.no_grad()

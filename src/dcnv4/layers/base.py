@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_backend, window
+from ..arguments import check_backend, check_flag, window
 from ..geometry import Window, conv_points
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def other_words(**right: str) -> Callable[[Init], Init]:
+    """Have a layer's `__init__` name the right word where it is given another layer's."""
+
+    def decorate(init: Init) -> Init:
+        @wraps(init)
+        def checked(self: nn.Module, *arguments: Any, **settings: Any) -> None:
+            for wrong in right.keys() & settings.keys():
+                raise TypeError(
+                    f"{wrong} must be given to {type(self).__name__} as {right[wrong]}; "
+                    f"got {wrong} = {settings[wrong]!r}"
+                )
+            init(self, *arguments, **settings)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 class WindowedLayer(nn.Module):
@@ -22,17 +44,17 @@ class WindowedLayer(nn.Module):
         *,
         center_feature_scale: bool,
         backend: str | None,
+        factory: dict[str, Any],
     ) -> None:
         super().__init__()
-        groups = settings.groups
-        if channels < 1 or channels % groups:
-            raise ValueError(f"group(s) must divide the {channels} channels; got {groups}")
         self.window = settings
         self.backend = check_backend(backend)
-        self.center_feature_scale = center_feature_scale
+        self.center_feature_scale = check_flag("center_feature_scale", center_feature_scale)
         if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+            weight, bias = (settings.groups, channels), (settings.groups,)
+            self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias = (
+                nn.Parameter(torch.zeros(shape, **factory)) for shape in (weight, bias)
+            )
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """(Ho, Wo) of the output for an input of `shape` (H, W)."""

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_tensor, window
+from ..arguments import (
+    check_choice,
+    check_divides,
+    check_integer,
+    check_pair,
+    check_tensor,
+    factory,
+    window,
+)
 from ..functional import windowed_conv
-from .base import WindowedLayer, reset_projection
+from .base import WindowedLayer, other_words, reset_projection
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
 
@@ -35,6 +43,7 @@ class DCNv3(WindowedLayer):
         norm_layer: "LN" or "BN".
         center_feature_scale: blend each output with the value at its centre, as above.
         backend: as in `functional.deform_conv`.
+        device, dtype: of the parameters, as in PyTorch's layers.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
@@ -42,6 +51,7 @@ class DCNv3(WindowedLayer):
     Source: Wang et al., InternImage, CVPR 2023, arXiv:2211.05778. Its checkpoints load.
     """
 
+    @other_words(groups="group", padding="pad")
     def __init__(
         self,
         channels: int = 64,
@@ -58,36 +68,51 @@ class DCNv3(WindowedLayer):
         remove_center: bool = False,
         *,
         backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         settings = window(
-            kernel_size, stride, pad, dilation, group, offset_scale, remove_center, softmax=True
+            kernel_size,
+            stride,
+            check_pair("pad", pad, 0),
+            dilation,
+            check_integer("group", group, 1),
+            offset_scale,
+            remove_center,
+            softmax=True,
         )
+        check_divides("group", group, "channels", check_integer("channels", channels, 1))
+        made = factory(device, dtype)
         super().__init__(
-            channels, settings, center_feature_scale=center_feature_scale, backend=backend
+            channels,
+            settings,
+            center_feature_scale=center_feature_scale,
+            backend=backend,
+            factory=made,
         )
-        if act_layer not in _ACTIVATIONS:
-            raise ValueError(f"act_layer must be one of GELU, ReLU, SiLU; got {act_layer!r}")
-        if norm_layer not in ("LN", "BN"):
-            raise ValueError(f"norm_layer must be 'LN' or 'BN'; got {norm_layer!r}")
         self.channels = channels
+        activation = _ACTIVATIONS[check_choice("act_layer", act_layer, tuple(_ACTIVATIONS))]
         depthwise = nn.Conv2d(
             channels,
             channels,
-            dw_kernel_size if dw_kernel_size is not None else settings.kernel_size,
+            settings.kernel_size
+            if dw_kernel_size is None
+            else check_integer("dw_kernel_size", dw_kernel_size, 1),
             padding="same",
             groups=channels,
+            **made,
         )
         norm = (
-            nn.Sequential(_ChannelsLast(), nn.LayerNorm(channels, eps=1e-6))
-            if norm_layer == "LN"
-            else nn.Sequential(nn.BatchNorm2d(channels), _ChannelsLast())
+            nn.Sequential(_ChannelsLast(), nn.LayerNorm(channels, eps=1e-6, **made))
+            if check_choice("norm_layer", norm_layer, ("LN", "BN")) == "LN"
+            else nn.Sequential(nn.BatchNorm2d(channels, **made), _ChannelsLast())
         )
-        self.dw_conv = nn.Sequential(depthwise, norm, _ACTIVATIONS[act_layer]())
+        self.dw_conv = nn.Sequential(depthwise, norm, activation())
         samples = settings.groups * settings.points()
-        self.offset = nn.Linear(channels, 2 * samples)
-        self.mask = nn.Linear(channels, samples)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.offset = nn.Linear(channels, 2 * samples, **made)
+        self.mask = nn.Linear(channels, samples, **made)
+        self.input_proj = nn.Linear(channels, channels, **made)
+        self.output_proj = nn.Linear(channels, channels, **made)
         for zeroed in (self.offset, self.mask):
             nn.init.zeros_(zeroed.weight)
             nn.init.zeros_(zeroed.bias)
