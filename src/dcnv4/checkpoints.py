@@ -15,7 +15,7 @@ from .conversion import matches
 from .layers import DCNv3, DCNv4
 from .layers.dcnv3 import _ChannelsLast as _ChannelsLast  # whole modules saved before have it here
 
-__all__ = ["DCNv3", "load"]
+__all__ = ["DCNv3", "Loaded", "load"]
 
 
 class Loaded(NamedTuple):

@@ -130,14 +130,14 @@ def test_sorted(number: int) -> None:
     check_in_either_order(case, dtype, EVERY, ("grad_locations", "grad_weights"))
 
 
-def test_an_encoders_forward_takes_queries_in_blocks() -> None:
-    """The same kernel, in an image of its own."""
+def test_an_encoders_forward_takes_queries_in_tiles() -> None:
+    """The same kernel, compiled otherwise."""
     case = sorted_cases()[0]
-    for slices, blocks in ((DIRECT, False), (EVERY, True)):
+    for slices, tiles in ((DIRECT, False), (EVERY, True)):
         with emulated(pays_from=slices), launches.recorded() as launched:
             case.run(torch.float16, "cpu", "cuda")
         (macros,) = (macros for name, macros in launched.variants if name == "attn_forward")
-        assert ("BLOCK_COLUMNS" in macros) == blocks
+        assert macros["QUERY_TILES"] == str(int(tiles))
 
 
 @pytest.mark.parametrize("number", one_in(3, [0, 2, 7]))

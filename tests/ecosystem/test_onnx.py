@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dcnv4
 import dcnv4.onnx
 from support import cases
+from support.tiers import one_in
 
 onnx = pytest.importorskip("onnx", reason="needs onnx; pip install onnx")
 pytest.importorskip("onnxscript", reason="needs onnxscript; pip install onnxscript")
@@ -81,9 +82,7 @@ def exported_calls(
     return model
 
 
-OTHER_DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16], ids=["float64", "float16"]
-)
+OTHER_DTYPES = pytest.mark.parametrize("dtype", one_in(2, [torch.float16, torch.float64]))
 
 
 def choose(kind: tuple[Any, ...], names: str) -> list[Any]:
@@ -150,7 +149,7 @@ def network_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]
     return torch.randn(batch, 3, height, width), torch.rand(batch, 5, 2, 2)
 
 
-@pytest.mark.parametrize("attention", ["gather", "grid_sample"])
+@pytest.mark.parametrize("attention", one_in(2, ["gather", "grid_sample"]))
 def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
     torch.manual_seed(0)
     network = Network().eval()
@@ -250,6 +249,7 @@ def test_lowered_program(tmp_path: Path) -> None:
     torch.testing.assert_close(run(load(path, 20)[1], *inputs)[0], expected)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_keeps_coordinates(tmp_path: Path) -> None:
     """In float16 neighbours of 300.125 are 0.25 apart: such a column must not be rounded."""
     value = torch.zeros(1, 1, 400, 1).half()
