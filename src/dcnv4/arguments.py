@@ -141,7 +141,8 @@ def check_flag(name: str, argument: Any) -> bool:
 
 
 def check_choice(name: str, argument: Any, choices: Sequence[str]) -> str:
-    rule = f"{name} must be {' or '.join(map(repr, choices))}; got {argument!r}"
+    listed = f"one of {', '.join(choices)}" if choices[2:] else " or ".join(map(repr, choices))
+    rule = f"{name} must be {listed}; got {argument!r}"
     if not isinstance(argument, str):
         raise TypeError(rule)
     if argument not in choices:

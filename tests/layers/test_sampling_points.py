@@ -98,4 +98,4 @@ def test_attention_is_the_sum_over_its_points(size, as_tensor):
 def test_attention_checks_what_it_is_given():
     layer = FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3)
     with pytest.raises(ValueError, match=r"reference_points must be .* \[1, 5, 2, 2\]"):
-        layer.sampling_points(torch.ones(1, 5, 8), torch.ones(1, 5, 1, 2), ((1, 1), (1, 1)))
+        layer.sampling_points(torch.ones(1, 5, 8), torch.ones(1, 5, 3, 2), ((1, 1), (1, 1)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,22 @@ from ..arguments import (
     check_divides,
     check_flag,
     check_integer,
-    check_pair,
     check_tensor,
     factory,
     window,
 )
+from ..beginnings import Begin, average
 from ..eager import autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
-from .base import WindowedLayer, other_words, reset_projection
+from .base import (
+    OriginalNames,
+    WindowedLayer,
+    original_window,
+    other_words,
+    pair,
+    width_read,
+)
 
 
 class _DeformConv(WindowedLayer):
@@ -49,9 +57,15 @@ class _DeformConv(WindowedLayer):
             backend=backend,
             factory=factory,
         )
+        if check_flag("without_pointwise", without_pointwise) and in_channels != out_channels:
+            raise ValueError(
+                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
+                f"got {out_channels}"
+            )
         self.init = check_choice("init", init, ("average", "zero"))
         if dw_kernel_size is not None:
             check_integer("dw_kernel_size", dw_kernel_size, 1)
+        self.dw_kernel_size = dw_kernel_size
         width = math.ceil(settings.offset_mask_channels() / 8) * 8
         self.offset_mask = nn.Linear(in_channels, width, **factory)
         self.offset_mask_dw = self.value_proj = self.output_proj = None
@@ -67,24 +81,19 @@ class _DeformConv(WindowedLayer):
         if not without_pointwise:
             self.value_proj = nn.Linear(in_channels, out_channels, **factory)
             self.output_proj = nn.Linear(out_channels, out_channels, bias=output_bias, **factory)
-        self.reset_parameters()
+        self._begin()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew, as `init` says."""
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)
-        if self.init == "average":
-            _, weights = self.window.split(self.offset_mask.bias)
-            weights.fill_(1 / self.window.points())
-        if self.offset_mask_dw is not None:
-            self.offset_mask_dw.reset_parameters()
+    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+        zeros = nn.init.zeros_
+        first = partial(average, self.window) if self.init == "average" else zeros
+        yield self.offset_mask, zeros, first
         for projection in (self.value_proj, self.output_proj):
-            if projection is not None:
-                reset_projection(projection)
-        if self.center_feature_scale:
-            nn.init.zeros_(self.center_feature_scale_proj_weight)
-            nn.init.zeros_(self.center_feature_scale_proj_bias)
+            yield projection, nn.init.xavier_uniform_, zeros
+
+    def _width(self) -> int | None:
+        """Channels of the input, where the submodule that reads it tells."""
+        readers = (self.value_proj, self.offset_mask_dw, self.offset_mask)
+        return width_read(next(module for module in readers if module is not None))
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
@@ -105,7 +114,7 @@ class _DeformConv(WindowedLayer):
         return offset_mask
 
 
-class DCNv4(_DeformConv):
+class DCNv4(_DeformConv, OriginalNames):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
     Every output pixel sums K points of each group of channels, at offsets and with weights that
@@ -167,17 +176,17 @@ class DCNv4(_DeformConv):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        settings = window(
-            kernel_size,
-            stride,
-            check_pair("pad", pad, 0),
-            dilation,
-            check_integer("group", group, 1),
-            offset_scale,
-            remove_center,
-            softmax,
+        settings = original_window(
+            channels,
+            pad,
+            group,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            offset_scale=offset_scale,
+            remove_center=remove_center,
+            softmax=softmax,
         )
-        check_divides("group", group, "channels", check_integer("channels", channels, 1))
         super().__init__(
             channels,
             channels,
@@ -191,6 +200,15 @@ class DCNv4(_DeformConv):
             factory=factory(device, dtype),
         )
         self.channels = channels
+
+    @property
+    def K(self) -> int:  # noqa: N802, the original's name
+        """G·K, points of all groups, as the original layer counts them."""
+        return self.window.groups * self.window.points()
+
+    @property
+    def without_pointwise(self) -> bool:
+        return self.value_proj is None
 
     def forward(self, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Apply the layer.
@@ -229,13 +247,11 @@ class DCNv4(_DeformConv):
         """[B, H, W, C] of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
-        if x.shape[-1] != self.channels:
+        if (width := self._width()) not in (x.shape[-1], None):
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
-            raise ValueError(
-                f"x must be {layout} with C = {self.channels}; got {list(x.shape)}{hint}"
-            )
-        if shape is not None and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
-            raise TypeError(f"shape must be (H, W); got {shape!r}")
+            raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
+        if shape is not None:
+            _check_shape(shape)
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
@@ -247,7 +263,7 @@ class DCNv4(_DeformConv):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        return x.view(x.shape[0], height, width, self.channels)
+        return x.view(x.shape[0], height, width, x.shape[2])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
@@ -287,6 +303,10 @@ class DCNv4Conv2d(_DeformConv):
     Source: as `DCNv4`.
     """
 
+    # What code that takes any convolution reads of it, and may change.
+    stride, padding, dilation = pair("stride"), pair("padding"), pair("dilation")
+    padding_mode, transposed, output_padding = "zeros", False, (0, 0)
+
     @other_words(group="groups", pad="padding", output_bias="bias", channels="in_channels")
     def __init__(
         self,
@@ -313,18 +333,11 @@ class DCNv4Conv2d(_DeformConv):
     ) -> None:
         check_integer("in_channels", in_channels, 1)
         check_integer("out_channels", out_channels, 1)
-        check_flag("without_pointwise", without_pointwise)
-        if without_pointwise and in_channels != out_channels:
-            raise ValueError(
-                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
-                f"got {out_channels}"
-            )
         check_choice("padding_mode", padding_mode, ("zeros",))
-        named = isinstance(padding, str) and check_choice("padding", padding, ("valid", "same"))
         settings = window(
             kernel_size,
             stride,
-            0 if named else padding,  # type: ignore[arg-type]
+            _as_number(padding),
             dilation,
             _groups_of_16(out_channels) if groups is None else groups,
             offset_scale,
@@ -332,7 +345,7 @@ class DCNv4Conv2d(_DeformConv):
             softmax,
         )
         check_divides("groups", settings.groups, "out_channels", out_channels)
-        if named == "same":
+        if padding == "same":
             settings = settings._replace(padding=_same_padding(settings))
         super().__init__(
             in_channels,
@@ -348,9 +361,7 @@ class DCNv4Conv2d(_DeformConv):
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        # What code that takes any convolution reads of it.
-        self.kernel_size, self.stride, self.padding, self.dilation, self.groups = settings[:5]
-        self.transposed, self.output_padding, self.padding_mode = False, (0, 0), padding_mode
+        self.kernel_size, self.groups = settings.kernel_size, settings.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -381,10 +392,8 @@ class DCNv4Conv2d(_DeformConv):
         """[B, H, W, in_channels] of what `forward` takes."""
         layout = "[B, in_channels, H, W] or [in_channels, H, W]"
         check_tensor("x", x, layout, (4, 3))
-        if x.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"x must be {layout} with in_channels = {self.in_channels}; got {list(x.shape)}"
-            )
+        if (width := self._width()) not in (x.shape[-3], None):
+            raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
         if x.dim() == 3:
             x = x[None]
         if (dtype := autocast_dtype(x)) != x.dtype:
@@ -398,6 +407,22 @@ class DCNv4Conv2d(_DeformConv):
 def _groups_of_16(channels: int) -> int:
     """How many groups make them of 16 channels, or of the next larger size that divides."""
     return next(g for g in range(max(channels // 16, 1), 0, -1) if channels % g == 0)
+
+
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"shape must be (H, W); got {shape!r}")
+    for size in shape:
+        if not isinstance(size, Tensor):  # as a tracer has it
+            check_integer("shape", size, 0)
+
+
+def _as_number(padding: str | int | Sequence[int]) -> int | Sequence[int]:
+    """The padding, 0 for one that is named."""
+    if not isinstance(padding, str):
+        return padding
+    check_choice("padding", padding, ("valid", "same"))
+    return 0
 
 
 def _same_padding(window: Window) -> tuple[int, int]:
