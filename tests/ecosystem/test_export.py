@@ -74,7 +74,7 @@ def queries(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
 class Conv(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = dcnv4.DCNv4Conv2d(8, 6, groups=3, remove_center=True)
+        self.layer = dcnv4.DCNv4Conv2d(8, 6, padding=1, groups=3, remove_center=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.permute(0, 3, 1, 2))

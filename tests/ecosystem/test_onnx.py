@@ -130,7 +130,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.image = dcnv4.DCNv4Conv2d(3, 16, stride=2, groups=2, dw_kernel_size=3)
+        self.image = dcnv4.DCNv4Conv2d(3, 16, 3, 2, 1, groups=2, dw_kernel_size=3)
         self.flat = dcnv4.DCNv4(16, group=2, offset_scale=0.5, center_feature_scale=True)
         self.attention = dcnv4.FlashDeformAttn(16, n_levels=2, n_heads=2, n_points=2)
         for parameter in self.parameters():
