@@ -53,33 +53,55 @@ def check_levels(
     spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
 ) -> Tensor | list[tuple[int, int]]:
     """The level sizes as backends take them: a tensor left where it is, or pairs (H, W)."""
-    rule = f"spatial_shapes must be L = {levels} pairs (H, W)"
     if isinstance(spatial_shapes, Tensor):
-        if spatial_shapes.dtype not in _INTEGERS:
-            raise TypeError(f"{rule} of an integer dtype; got {spatial_shapes.dtype}")
-        if spatial_shapes.shape != (levels, 2):
-            raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
+        check_sizes("spatial_shapes", spatial_shapes, levels)
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
-            raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
+            raise ValueError(
+                f"spatial_shapes must be on {device} or the CPU; got {spatial_shapes.device}"
+            )
         if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
             return spatial_shapes
         spatial_shapes = spatial_shapes.tolist()
-    try:
-        pairs = [(height, width) for height, width in spatial_shapes]
-    except (TypeError, ValueError):
-        raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
+    pairs: list[tuple[int, int]] = check_sizes("spatial_shapes", spatial_shapes, levels)
     total = 0
     for height, width in pairs:
-        rows = check_integer("spatial_shapes", height, 0)
-        total += rows * check_integer("spatial_shapes", width, 0)
-    if len(pairs) != levels:
-        raise ValueError(f"{rule}, as in sampling_locations; got {len(pairs)}")
+        total += height * width
     if total != length:
         raise ValueError(
             f"spatial_shapes must add up to S = {length} pixels, as in value; got {pairs}, "
             f"which is {total}"
         )
     return pairs
+
+
+def check_sizes(name: str, spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int) -> Any:
+    """What levels are large by themselves: a tensor [L, 2] of integers, or pairs of them."""
+    rule = f"{name} must be L = {levels} pairs (H, W)"
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.dtype not in _INTEGERS:
+            raise TypeError(f"{rule} of an integer dtype; got {spatial_shapes.dtype}")
+        if spatial_shapes.shape != (levels, 2):
+            raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
+        return spatial_shapes
+    try:
+        pairs = [(height, width) for height, width in spatial_shapes]
+    except (TypeError, ValueError):
+        raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
+    for height, width in pairs:
+        check_integer(name, height, 0)
+        check_integer(name, width, 0)
+    if len(pairs) != levels:
+        raise ValueError(f"{rule}; got {len(pairs)}")
+    return pairs
+
+
+def check_shape(shape: Any) -> None:
+    """Check that it is (H, W)."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"shape must be (H, W); got {shape!r}")
+    for size in shape:
+        if not isinstance(size, Tensor):  # as a tracer has it
+            check_integer("shape", size, 0)
 
 
 def check_backend(backend: str | None) -> str | None:
@@ -150,9 +172,9 @@ def check_choice(name: str, argument: Any, choices: Sequence[str]) -> str:
     return argument
 
 
-def check_divides(name: str, argument: int, whole_name: str, whole: int) -> None:
+def check_divides(name: str, argument: int, whole: int, what: str) -> None:
     if whole % argument:
-        raise ValueError(f"{name} must divide {whole_name} = {whole}; got {argument}")
+        raise ValueError(f"{name} must divide {what}; got {argument}")
 
 
 def factory(device: Any, dtype: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .conversion import matches
-from .layers import DCNv3, DCNv4
+from .layers import DCNv3, DCNv3_pytorch, DCNv4
 from .layers.dcnv3 import _ChannelsLast as _ChannelsLast  # whole modules saved before have it here
 
-__all__ = ["DCNv3", "Loaded", "load"]
+__all__ = ["DCNv3", "DCNv3_pytorch", "Loaded", "load"]
 
 
 class Loaded(NamedTuple):

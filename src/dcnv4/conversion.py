@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import check_pair
+from .arguments import check_choice, check_pair
 from .layers import DCNv4Conv2d
 
 __all__ = ["convert"]
@@ -60,9 +60,12 @@ def convert(
         ValueError: nothing was selected, or a selected convolution cannot be replaced; the model is
             then as it was.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {kind!r}")
-    patterns = [names] if isinstance(names, str) else list(names)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_choice("kind", kind, tuple(_KINDS))
+    if not isinstance(names, (str, tuple, list)):
+        raise TypeError(f"names must be a string or a sequence of them; got {names!r}")
+    patterns = [names] if isinstance(names, str) else names
     allowed = (types,) if isinstance(types, type) else tuple(types)
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = [p for p in patterns if not any(matches(name, p) for name in modules)]

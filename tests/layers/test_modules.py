@@ -309,9 +309,11 @@ def attention_by_grid_sample(
     layer: FlashDeformAttn, query: Tensor, reference: Tensor, flat: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Deformable DETR's module, written with grid_sample."""
-    batch, queries, width = query.shape
+    batch, queries, _ = query.shape
     heads, points = layer.n_heads, layer.n_points
+    reference = reference.expand(batch, queries, len(SHAPES), -1)
     value = layer.value_proj(flat)
+    width = value.shape[-1]
     if mask is not None:
         value = value * (~mask)[..., None]
     offsets = layer.sampling_offsets(query).view(batch, queries, heads, len(SHAPES), points, 2)
@@ -323,7 +325,8 @@ def attention_by_grid_sample(
         if reference.shape[-1] == 2:
             locations = place + offsets[:, :, :, level] / torch.tensor([w, h])
         else:
-            locations = place[..., :2] + offsets[:, :, :, level] / points * place[..., 2:] * 0.5
+            unit = torch.tensor([w, h]) if layer.use_4D_normalizer else points
+            locations = place[..., :2] + offsets[:, :, :, level] / unit * place[..., 2:] * 0.5
         image = value[:, start : start + h * w].view(batch, h, w, heads, -1)
         image = image.permute(0, 3, 4, 1, 2).flatten(0, 1)
         grid = 2 * locations.transpose(1, 2).flatten(0, 1) - 1
@@ -346,6 +349,41 @@ def test_attention_against_grid_sample(size: int, masked: bool) -> None:
     torch.testing.assert_close(got, attention_by_grid_sample(layer, query, reference, flat, mask))
     assert torch.equal(got, layer(query, reference, flat, torch.tensor(SHAPES), starts, mask))
     assert torch.equal(got, layer(query, reference, flat, [list(s) for s in SHAPES], None, mask))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [{"ratio": 0.5}, {"ratio": 1.75}, {"use_4D_normalizer": True}],
+    ids=lambda settings: str(settings),
+)
+def test_variants_of_attention_against_grid_sample(settings: dict[str, Any], size: int) -> None:
+    layer = randomised(FlashDeformAttn(8, 2, 2, 3, **settings))
+    assert layer.value_proj.out_features == 8 * settings.get("ratio", 1)
+    query, flat = random(2, 4, 8), random(2, LENGTH, 8, seed=1)
+    reference = random(2, 4, 2, size, seed=2).sigmoid()
+    got = layer(query, reference, flat, SHAPES)
+    torch.testing.assert_close(got, attention_by_grid_sample(layer, query, reference, flat, None))
+    for word in settings:
+        assert word in repr(layer)
+
+
+@pytest.mark.parametrize("use_4d_normalizer", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 1, 2), (2, 4, 1, 4), (2, 1, 2, 2), (1, 1, 1, 4), (1, 4, 2, 2)], ids=str
+)
+def test_reference_points_broadcast(shape: tuple[int, ...], use_4d_normalizer: bool) -> None:
+    layer = randomised(FlashDeformAttn(8, 2, 2, 3, use_4D_normalizer=use_4d_normalizer))
+    query, flat = random(2, 4, 8), random(2, LENGTH, 8, seed=1)
+    reference = random(*shape, seed=2).sigmoid().requires_grad_()
+    output = layer(query, reference, flat, SHAPES)
+    expected = attention_by_grid_sample(layer, query, reference, flat, None)
+    torch.testing.assert_close(output, expected)
+    got, right = (torch.autograd.grad(y.square().sum(), reference)[0] for y in (output, expected))
+    torch.testing.assert_close(got, right)
+    locations, weights = layer.sampling_points(query, reference, SHAPES)
+    assert locations.shape == (2, 4, 2, 2, 3, 2)
+    assert weights.shape == (2, 4, 2, 2, 3)
 
 
 def test_attention_starts_with_the_fields_rays() -> None:

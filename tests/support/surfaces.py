@@ -33,6 +33,12 @@ def arguments(function: Callable[..., Any]) -> list[str]:
     return [name for name, p in parameters.items() if p.kind in kinds and name != "self"]
 
 
+def keywords(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that a function takes by name only."""
+    parameters = inspect.signature(function).parameters
+    return [name for name, p in parameters.items() if p.kind == inspect.Parameter.KEYWORD_ONLY]
+
+
 def surface(what: Any, built: list[Any]) -> Surface:
     """The arguments of a function; of a layer also its names, each with the kind of thing it is.
 

@@ -15,6 +15,7 @@ from ..arguments import (
     check_finite,
     check_flag,
     check_integer,
+    check_sizes,
     check_tensor,
     factory,
 )
@@ -38,8 +39,8 @@ class FlashDeformAttn(Layer):
         n_points: P, points a head samples in each level.
         ratio: channels of the values inside, in `d_model`s, as in ViT-Adapter's layer; `n_heads`
             must divide what they come to, rounded down.
-        use_4D_normalizer: of reference boxes, offsets are in half boxes per pixel of the level
-            instead of per `n_points`, as in DAB-Deformable-DETR's and DINO's layers.
+        use_4D_normalizer: with reference boxes, offsets are in half boxes per pixel of the level
+            instead of per `n_points`, as in variants of DINO's layer.
         backend: as in `functional.ms_deform_attn`.
         device, dtype: of the parameters, as in PyTorch's layers.
 
@@ -77,10 +78,10 @@ class FlashDeformAttn(Layer):
         self.n_levels = check_integer("n_levels", n_levels, 1)
         self.n_heads = check_integer("n_heads", n_heads, 1)
         self.n_points = check_integer("n_points", n_points, 1)
-        check_divides("n_heads", n_heads, "d_model", d_model)
+        check_divides("n_heads", n_heads, d_model, f"d_model = {d_model}")
         self.ratio = check_finite("ratio", ratio)
         inside = check_integer("int(ratio * d_model)", int(ratio * d_model), 1)
-        check_divides("n_heads", n_heads, "int(ratio * d_model)", inside)
+        check_divides("n_heads", n_heads, inside, f"int(ratio * d_model) = {inside}")
         self.use_4D_normalizer = check_flag("use_4D_normalizer", use_4D_normalizer)
         self.backend = check_backend(backend)
         samples = n_heads * n_levels * n_points
@@ -183,6 +184,7 @@ class FlashDeformAttn(Layer):
                 f"reference_points must be [B, Q, L, 2 or 4] = {[*whole, 2]} or {[*whole, 4]}, or "
                 f"1 in place of B, Q or L; got {list(given)}"
             )
+        check_sizes("input_spatial_shapes", shapes, self.n_levels)
         # As many heads as the projection has offsets for.
         points = (-1, self.n_levels, self.n_points)
         offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*points, 2))

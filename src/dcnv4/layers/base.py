@@ -17,6 +17,7 @@ from ..arguments import (
     check_flag,
     check_integer,
     check_pair,
+    check_shape,
     window,
 )
 from ..beginnings import Begin, begin
@@ -144,6 +145,7 @@ class WindowedLayer(Layer):
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """(Ho, Wo) of the output for an input of `shape` (H, W)."""
+        check_shape(shape)
         return self.window.output_size(*shape)
 
     def extra_repr(self) -> str:
@@ -189,7 +191,9 @@ def original_window(channels: int, pad: int | Sequence[int], group: int, **setti
     checked = window(
         padding=check_pair("pad", pad, 0), groups=check_integer("group", group, 1), **settings
     )
-    check_divides("group", group, "channels", check_integer("channels", channels, 1))
+    check_divides(
+        "group", group, check_integer("channels", channels, 1), f"the {channels} channels"
+    )
     return checked
 
 

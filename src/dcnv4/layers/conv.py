@@ -15,6 +15,7 @@ from ..arguments import (
     check_divides,
     check_flag,
     check_integer,
+    check_shape,
     check_tensor,
     factory,
     window,
@@ -251,7 +252,7 @@ class DCNv4(_DeformConv, OriginalNames):
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
             raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
         if shape is not None:
-            _check_shape(shape)
+            check_shape(shape)
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
@@ -344,7 +345,7 @@ class DCNv4Conv2d(_DeformConv):
             remove_center,
             softmax,
         )
-        check_divides("groups", settings.groups, "out_channels", out_channels)
+        check_divides("groups", settings.groups, out_channels, f"the {out_channels} channels")
         if padding == "same":
             settings = settings._replace(padding=_same_padding(settings))
         super().__init__(
@@ -407,14 +408,6 @@ class DCNv4Conv2d(_DeformConv):
 def _groups_of_16(channels: int) -> int:
     """How many groups make them of 16 channels, or of the next larger size that divides."""
     return next(g for g in range(max(channels // 16, 1), 0, -1) if channels % g == 0)
-
-
-def _check_shape(shape: Any) -> None:
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise TypeError(f"shape must be (H, W); got {shape!r}")
-    for size in shape:
-        if not isinstance(size, Tensor):  # as a tracer has it
-            check_integer("shape", size, 0)
 
 
 def _as_number(padding: str | int | Sequence[int]) -> int | Sequence[int]:

@@ -164,6 +164,10 @@ class DCNv3(WindowedLayer, OriginalNames):
         return f"{self.channels}, {super().extra_repr()}"
 
 
+DCNv3_pytorch = DCNv3
+"""What InternImage computes without its kernels: the same."""
+
+
 def _norm(norm_layer: str, channels: int, made: dict[str, Any]) -> nn.Sequential:
     """NHWC from NCHW, normalised."""
     if check_choice("norm_layer", norm_layer, ("LN", "BN")) == "LN":
