@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import check_tensor, window
-from ..eager import autocast_dtype
+from ..eager import as_leaf, autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
 from .base import WindowedLayer, reset_projection
@@ -72,8 +73,11 @@ class _DeformConv(WindowedLayer):
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+        # In one pass, and once, not for each projection.
         if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype)  # once, not for each projection
+            x = x.to(dtype, memory_format=torch.contiguous_format)
+        else:
+            x = x.contiguous()
         value_proj, output_proj = self.value_proj, self.output_proj
         value = x if value_proj is None else value_proj(x)
         y = windowed_conv(value, self._predict(x), self.window, self.backend)
@@ -176,6 +180,8 @@ class DCNv4(_DeformConv):
             ValueError: x or `shape` does not fit the layer or each other.
             RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4, self, x, shape)
         y = self._deform(self._as_map(x, shape))
         return y if x.dim() == 4 else y.flatten(1, 2)
 
@@ -320,9 +326,11 @@ class DCNv4Conv2d(_DeformConv):
         Raises:
             TypeError, ValueError, RuntimeError: as in `DCNv4.forward`.
         """
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        y = self._deform(self._as_map(x)).permute(0, 3, 1, 2)
-        return y if channels_last else y.contiguous()
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4Conv2d, self, x)
+        pixels = self._as_map(x)
+        y = self._deform(pixels).permute(0, 3, 1, 2)
+        return y if pixels.is_contiguous() else y.contiguous()
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x [B, in_channels, H, W]; returns as `DCNv4.sampling_points`."""
@@ -336,9 +344,7 @@ class DCNv4Conv2d(_DeformConv):
                 f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
                 f"got {list(x.shape)}"
             )
-        if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
-        return x.permute(0, 2, 3, 1).contiguous()
+        return x.permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import check_tensor, window
+from ..eager import as_leaf
 from ..functional import windowed_conv
 from .base import WindowedLayer, reset_projection
 
@@ -96,6 +98,8 @@ class DCNv3(WindowedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C] from [B, H, W, C]."""
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv3, self, x)
         features = self._features(x)
         value = self.input_proj(x)
         y = windowed_conv(value, self._predict(features), self.window, self.backend)
