@@ -141,3 +141,25 @@ def check_flag(name: str, argument: Any) -> bool:
     if not isinstance(argument, bool):
         raise TypeError(f"{name} must be True or False; got {argument!r}")
     return argument
+
+
+def check_choice(name: str, argument: Any, choices: Sequence[str]) -> str:
+    listed = f"one of {', '.join(choices)}" if choices[2:] else " or ".join(map(repr, choices))
+    rule = f"{name} must be {listed}; got {argument!r}"
+    if not isinstance(argument, str):
+        raise TypeError(rule)
+    if argument not in choices:
+        raise ValueError(rule)
+    return argument
+
+
+def check_divides(name: str, argument: int, whole_name: str, whole: int) -> None:
+    if whole % argument:
+        raise ValueError(f"{name} must divide {whole_name} = {whole}; got {argument}")
+
+
+def factory(device: Any, dtype: Any) -> dict[str, Any]:
+    """Where a layer's parameters are made and in which dtype, as PyTorch's modules take it."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16; got {dtype!r}")
+    return {"device": device, "dtype": dtype}

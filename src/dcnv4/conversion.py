@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import check_pair
 from .layers import DCNv4Conv2d
 
 __all__ = ["convert"]
@@ -111,8 +112,7 @@ def _deformable(
         raise ValueError(f"padding_mode of {name} must be 'zeros'; got {conv.padding_mode!r}")
     if conv._forward_hooks or conv._forward_pre_hooks:
         raise ValueError(f"{name} must have no forward hooks, which would be lost; got some")
-    kernel = conv.kernel_size if kernel_size is None else kernel_size
-    size = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    size = conv.kernel_size if kernel_size is None else check_pair("kernel_size", kernel_size, 1)
     carried = init == "kernel"
     if carried:
         options = {"groups": conv.groups, **options}
@@ -124,10 +124,11 @@ def _deformable(
         [_padding(name, conv, axis, size[axis]) for axis in (0, 1)],
         conv.dilation,
         bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
         init="zero" if carried else init,
         **options,
     )
-    layer.to(conv.weight.device, conv.weight.dtype)
     with torch.no_grad():
         if carried:
             _carry_kernel(name, conv, layer)

@@ -157,7 +157,8 @@ def _tile_variants(planned: dict[Variant, None], row: pairs.Row) -> list[Variant
 def test_tile_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them for sm_80 and sm_90, and for the others so that every pair of settings meets."""
+    """All of them for sm_80 and sm_90; for the others so that every pair of settings meets, with
+    the kernels that compute what tiles leave."""
     monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
     rows = kernel_cases.variants()
     spread = pairs.rows(rows, {"architecture": ("sm_86", "sm_89", "sm_100", "sm_120")})
@@ -166,6 +167,7 @@ def test_tile_variants_compile(
         (*variant, row["architecture"])
         for row in [*every[::part], *spread[::part]]
         for variant in _tile_variants(planned, row)
+        if "tile" in variant[0] or row["architecture"] not in ("sm_80", "sm_90")
     }
     _compile(sorted(jobs))
 
@@ -328,7 +330,9 @@ def test_cache_that_takes_nothing_only_costs_time(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DCNV4_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert compile.cached("a", (), "sm_90") == compile.cached("a", (), "sm_90")
+    with pytest.warns(UserWarning, match="is not used"):
+        code = compile.cached("a", (), "sm_90")
+    assert compile.cached("a", (), "sm_90") == code
     assert compiled == ["a", "a"]
 
 

@@ -21,6 +21,7 @@ from dcnv4 import backends, functional, geometry
 from dcnv4.backends import triton as backend
 from support import cases
 from support.runner import Runner
+from support.tiers import one_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MISSING = backend.why_not(backends.Call("deform_conv", CUDA, torch.float32))
@@ -40,12 +41,15 @@ LAYERS = [
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    exhaustive = request.config.getoption("exhaustive")
     operators = Path(__file__).parents[1] / "operators"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     others = ("test_operators.py", "test_positions.py", "test_amp.py", "test_determinism.py")
     files = [*(str(operators / name) for name in others), __file__]
-    chosen = ["-k", "interpreted or (triton-cpu and not float32)"]
+    dtypes = "not float32" if exhaustive else "float16"
+    chosen = ["-k", f"interpreted or (triton-cpu and {dtypes})"]
+    chosen += ["--exhaustive"] if exhaustive else []
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         [*command, *files, *chosen], env=environment, capture_output=True, text=True
@@ -258,7 +262,7 @@ def test_interpreted_levels_that_do_not_fit_count_nothing() -> None:
 
 
 @only_interpreted
-@pytest.mark.parametrize("case", [c for _, c in cases.CASES], ids=[i for i, _ in cases.CASES])
+@pytest.mark.parametrize("case", one_in(4, (case for _, case in cases.CASES), cases.name))
 def test_interpreted_memory_accesses_stay_inside(case: cases.Case) -> None:
     runner = Runner("triton", "cpu")
     with _guarded() as accesses:

@@ -169,9 +169,14 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "in_channels": (ValueError, "in_channels", lambda: DCNv4Conv2d(0, 8)),
     "out_channels": (ValueError, "out_channels", lambda: DCNv4Conv2d(8, 0)),
     "conv2d_groups": (ValueError, "group", lambda: DCNv4Conv2d(8, 9, groups=2)),
-    "conv2d_valid": (TypeError, "padding", lambda: DCNv4Conv2d(8, 8, padding="valid")),
-    "conv2d_same_even": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, kernel_size=2)),
-    "conv2d_3d": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(8, 3, 3))),
+    "conv2d_padding": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, padding="full")),
+    "conv2d_same_even": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, 2, padding="same")),
+    "conv2d_padding_mode": (
+        ValueError,
+        "padding_mode",
+        lambda: DCNv4Conv2d(8, 8, padding_mode="reflect"),
+    ),
+    "conv2d_2d": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(8, 3))),
     "conv2d_channels": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(1, 3, 3, 8))),
     # FlashDeformAttn
     "d_model": (ValueError, "d_model", lambda: FlashDeformAttn(0)),

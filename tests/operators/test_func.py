@@ -175,7 +175,7 @@ def layers() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
             DCNv4(4, group=2, stride=2, dw_kernel_size=3, center_feature_scale=True),
             (torch.randn(2, 3, 4, 4),),
         ),
-        "DCNv4Conv2d": (DCNv4Conv2d(3, 4, groups=2), (torch.randn(2, 3, 3, 2),)),
+        "DCNv4Conv2d": (DCNv4Conv2d(3, 4, padding=1, groups=2), (torch.randn(2, 3, 3, 2),)),
         "FlashDeformAttn": (
             FlashDeformAttn(4, n_levels=2, n_heads=2, n_points=2),
             (torch.randn(2, 3, 4), torch.rand(2, 3, 2, 2), torch.randn(2, 8, 4), [(2, 3), (1, 2)]),

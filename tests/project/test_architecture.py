@@ -32,17 +32,22 @@ ARROWS = {
     "geometry": set(),
     "eager": {"geometry"},
     "arguments": {"geometry", "backends", "eager"},
+    "beginnings": {"geometry"},
     "functional": {"geometry", "backends", "eager", "arguments", "ops"},
     "ops": {"geometry", "backends", "backends.reference", "eager"},
     "layers": {"layers.attention", "layers.conv", "layers.dcnv3"},
-    "layers.base": {"geometry", "arguments"},
-    "layers.conv": {"geometry", "eager", "arguments", "functional", "layers.base"},
-    "layers.attention": {"geometry", "eager", "arguments", "functional", "layers.base"},
-    "layers.dcnv3": {"arguments", "functional", "layers.base"},
+    "layers.base": {"geometry", "eager", "arguments", "beginnings"},
+    "layers.conv": {
+        *("geometry", "eager", "arguments", "beginnings", "functional", "layers.base"),
+    },
+    "layers.attention": {
+        *("geometry", "eager", "arguments", "beginnings", "functional", "layers.base"),
+    },
+    "layers.dcnv3": {"arguments", "beginnings", "functional", "layers.base"},
     "modules": {"layers"},
     "backends": {"geometry"},
     "flops": {"layers"},
-    "conversion": {"layers"},
+    "conversion": {"arguments", "layers"},
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "visualize": {"layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
@@ -174,6 +179,47 @@ def test_backends_have_one_shape(name: str) -> None:
         others = [p for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD]
         assert positional == wanted, function
         assert all(p.default is not p.empty for p in others), function
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` on, without the docstring."""
+    first = function.body[0]
+    described = ast.get_docstring(function) is not None
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    return lines - ((first.end_lineno or 0) - first.lineno + 1 if described else 0)
+
+
+def test_functions_are_short() -> None:
+    """At most 60 lines, docstrings and Triton kernels apart."""
+    long = {
+        f"{file}: {node.name}": lines_of_code(node)
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if lines_of_code(node) > 60
+    }
+    assert not long
+
+
+def test_modules_of_tests_do_not_import_each_other() -> None:
+    """Only `support`, which imports none of them."""
+    tests = Path(__file__).parents[1]
+    for path in sorted(tests.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            part
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or "", *(alias.name for alias in node.names)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for part in name.split(".")
+        }
+        assert not {name for name in modules if name.startswith(("test_", "conftest"))}, path
 
 
 def top_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -528,7 +528,9 @@ def layers() -> dict[str, nn.Module]:
         "DCNv4": DCNv4(
             8, group=2, dw_kernel_size=3, center_feature_scale=True, remove_center=True, stride=2
         ),
-        "DCNv4Conv2d": DCNv4Conv2d(4, 8, (3, 5), groups=2, dilation=2, offset_scale=0.5),
+        "DCNv4Conv2d": DCNv4Conv2d(
+            4, 8, (3, 5), padding="same", groups=2, dilation=2, offset_scale=0.5
+        ),
         "FlashDeformAttn": FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=2),
     }
     for layer in made.values():
@@ -681,7 +683,7 @@ from dcnv4 import DCNv4Conv2d, FlashDeformAttn
 class Gradients(Dataset):
     def __init__(self):
         torch.manual_seed(0)
-        self.conv = DCNv4Conv2d(8, 8, groups=2)
+        self.conv = DCNv4Conv2d(8, 8, padding=1, groups=2)
         self.attention = FlashDeformAttn(8, n_levels=1, n_heads=2)
 
     def __len__(self):

@@ -566,7 +566,12 @@ ATTENTION = (
     AttnCase("float_locations", coordinates=(_F32, _F16), softmax=True, queries=3),
     AttnCase("double_locations", coordinates=(_F64, _F32), queries=3),
 )
-CASES = tuple(
-    (f"{kind}-{c.id}", c) for kind, cs in (("conv", CONV), ("attn", ATTENTION)) for c in cs
-)
+
+
+def name(case: Case) -> str:
+    """Unique among both operators' cases."""
+    return f"{'conv' if isinstance(case, ConvCase) else 'attn'}-{case.id}"
+
+
+CASES = tuple((name(case), case) for case in (*CONV, *ATTENTION))
 """Every case of both operators, `(id, case)`."""

@@ -57,8 +57,8 @@ def why_not() -> str | None:
 @cache
 def _built() -> Path:
     """Where compiled kernels lie, for all processes: a folder for every state of the sources."""
-    texts = [path.read_bytes() for path in sorted(_FOLDER.iterdir())]
-    key = repr((cpu_compile._compiler(), _FLAGS, _MAIN, compile._sources(), texts))
+    texts = [path.read_bytes() for path in sorted(_FOLDER.rglob("*.*h"))]
+    key = repr((cpu_compile._compiler(), _FLAGS, compile._sources(), texts))
     folder = Path(backends.cache_dir(), "emulated", sha256(key.encode()).hexdigest()[:24])
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
@@ -71,12 +71,13 @@ def _built() -> Path:
 @cache
 def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
     """The kernel `name`, compiled."""
-    built = _built() / f"{sha256(repr((name, macros)).encode()).hexdigest()[:24]}.so"
+    text = compile.source(name) + _MAIN % name
+    built = _built() / f"{sha256(repr((text, macros)).encode()).hexdigest()[:24]}.so"
     if built.exists():
         return ctypes.CDLL(str(built))
     with TemporaryDirectory(dir=built.parent) as work:
         source, made = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
-        source.write_text(compile.source(name) + _MAIN % name, encoding="utf-8")
+        source.write_text(text, encoding="utf-8")
         command = [
             *cpu_compile._compiler(),
             *_FLAGS,

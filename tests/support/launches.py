@@ -1,15 +1,17 @@
-"""Which kernels of the CUDA backend run, on a GPU or on the emulator, and what tiles leave."""
+"""What runs: which backend computes a call; which kernels of CUDA's, on a GPU or on the emulator,
+and what tiles leave."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cuda import choice, compile, plans
 from support import cases
@@ -110,6 +112,29 @@ def launching(*names: str) -> Iterator[Launches]:
         yield launches
     ran = set(launches.names)
     assert ran == set(names), f"kernels {sorted(ran)} ran; {sorted(names)} should have"
+
+
+@contextmanager
+def computing(backend: str, case: cases.Case) -> Iterator[None]:
+    """Fails unless this backend computes a case's forward and backward, and no other one."""
+    operator = "conv" if isinstance(case, cases.ConvCase) else "attn"
+    ran: set[str] = set()
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            ran.add(f"{name}.{function.__name__}")
+            return function(*arguments, **named)
+
+        return call
+
+    with ExitStack() as patches:
+        for name in backends.NAMES:
+            module = backends.load(name)
+            for direction in ("conv_forward", "conv_backward", "attn_forward", "attn_backward"):
+                function = noted(name, getattr(module, direction))
+                patches.enter_context(mock.patch.object(module, direction, function))
+        yield
+    assert ran == {f"{backend}.{operator}_{direction}" for direction in ("forward", "backward")}
 
 
 def expected(

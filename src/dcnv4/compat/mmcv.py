@@ -129,7 +129,7 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
             )
         if not 0 <= check_finite("dropout", dropout) <= 1:
             raise ValueError(f"dropout must be from 0 to 1; got {dropout}")
-        super().__init__(*numbers.values())
+        super().__init__(embed_dims, num_levels, num_heads, num_points, value_proj_ratio)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_levels = num_levels
@@ -139,10 +139,6 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
         self.batch_first = check_flag("batch_first", batch_first)
         self.norm_cfg = norm_cfg
         self.init_cfg = copy.deepcopy(init_cfg)
-        if width != embed_dims:
-            self.value_proj = nn.Linear(embed_dims, width)
-            self.output_proj = nn.Linear(width, embed_dims)
-            self.reset_parameters()
 
     def init_weights(self) -> None:
         """Initialise every parameter anew."""

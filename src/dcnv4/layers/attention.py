@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..arguments import check_backend, check_tensor
+from ..arguments import (
+    check_backend,
+    check_divides,
+    check_finite,
+    check_flag,
+    check_integer,
+    check_tensor,
+    factory,
+)
+from ..beginnings import Begin, rays
 from ..eager import as_leaf, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
-from .base import reset_projection
+from .base import Layer, width_read
 
 
-class FlashDeformAttn(nn.Module):
+class FlashDeformAttn(Layer):
     r"""Multi-scale deformable attention, with the meaning and parameters of Deformable DETR's.
 
     Every query looks at `n_points` points of each level, at offsets from its reference points;
@@ -28,10 +37,15 @@ class FlashDeformAttn(nn.Module):
         n_levels: L, feature levels.
         n_heads: G, attention heads.
         n_points: P, points a head samples in each level.
+        ratio: channels of the values inside, in `d_model`s, as in ViT-Adapter's layer; `n_heads`
+            must divide what they come to, rounded down.
+        use_4D_normalizer: of reference boxes, offsets are in half boxes per pixel of the level
+            instead of per `n_points`, as in DAB-Deformable-DETR's and DINO's layers.
         backend: as in `functional.ms_deform_attn`.
+        device, dtype: of the parameters, as in PyTorch's layers.
 
     Raises:
-        ValueError: an argument of the wrong range or shape, by its name.
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Note:
         Sampling locations are computed in float32 at least, also under autocast.
@@ -40,48 +54,50 @@ class FlashDeformAttn(nn.Module):
     arXiv:2401.06197. Checkpoints of Deformable DETR's MSDeformAttn load.
     """
 
+    # What layers that were saved whole before had not.
+    ratio: float = 1.0
+    use_4D_normalizer: bool = False  # noqa: N815, the original's name
+    im2col_step = 64
+    """What the original layers hand to their kernel. Nothing reads it."""
+
     def __init__(
         self,
         d_model: int = 256,
         n_levels: int = 4,
         n_heads: int = 8,
         n_points: int = 4,
+        ratio: float = 1.0,
+        use_4D_normalizer: bool = False,  # noqa: N803, the original's name
         *,
         backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1; got {size}")
-        if d_model % n_heads:
-            raise ValueError(f"n_heads must divide d_model = {d_model}; got {n_heads}")
-        self.d_model = d_model
-        self.n_levels = n_levels
-        self.n_heads = n_heads
-        self.n_points = n_points
+        self.d_model = check_integer("d_model", d_model, 1)
+        self.n_levels = check_integer("n_levels", n_levels, 1)
+        self.n_heads = check_integer("n_heads", n_heads, 1)
+        self.n_points = check_integer("n_points", n_points, 1)
+        check_divides("n_heads", n_heads, "d_model", d_model)
+        self.ratio = check_finite("ratio", ratio)
+        inside = check_integer("int(ratio * d_model)", int(ratio * d_model), 1)
+        check_divides("n_heads", n_heads, "int(ratio * d_model)", inside)
+        self.use_4D_normalizer = check_flag("use_4D_normalizer", use_4D_normalizer)
         self.backend = check_backend(backend)
         samples = n_heads * n_levels * n_points
-        self.sampling_offsets = nn.Linear(d_model, 2 * samples)
-        self.attention_weights = nn.Linear(d_model, samples)
-        self.value_proj = nn.Linear(d_model, d_model)
-        self.output_proj = nn.Linear(d_model, d_model)
-        self.reset_parameters()
+        made = factory(device, dtype)
+        self.sampling_offsets = nn.Linear(d_model, 2 * samples, **made)
+        self.attention_weights = nn.Linear(d_model, samples, **made)
+        self.value_proj = nn.Linear(d_model, inside, **made)
+        self.output_proj = nn.Linear(inside, d_model, **made)
+        self._begin()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise anew: head h looks in a direction of its own, point p at p + 1 pixels."""
-        angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
-        directions = torch.stack((angles.cos(), angles.sin()), -1)
-        directions /= directions.abs().amax(-1, keepdim=True)
-        distances = torch.arange(1, self.n_points + 1)
-        radial = directions[:, None, None] * distances[:, None]
-        nn.init.zeros_(self.sampling_offsets.weight)
-        self.sampling_offsets.bias.copy_(radial.expand(-1, self.n_levels, -1, -1).flatten())
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
+    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+        zeros = nn.init.zeros_
+        yield self.sampling_offsets, zeros, partial(rays, self.n_levels, self.n_points)
+        yield self.attention_weights, zeros, zeros
         for projection in (self.value_proj, self.output_proj):
-            reset_projection(projection)
+            yield projection, nn.init.xavier_uniform_, zeros
 
     def forward(
         self,
@@ -97,7 +113,8 @@ class FlashDeformAttn(nn.Module):
         Args:
             query: [B, Q, C], in the dtype of the parameters; under autocast in any.
             reference_points: [B, Q, L, 2], (x, y) in [0, 1] over each level; or [B, Q, L, 4],
-                boxes (x, y, w, h), whose offsets are in half boxes per `n_points`.
+                boxes (x, y, w, h), whose offsets are in half boxes per `n_points`. B, Q and L may
+                be 1: the same for all.
             input_flatten: [B, S, C], the levels' pixels one level after another.
             input_spatial_shapes: (H, W) of each level, a sequence or an integer tensor [L, 2]; on
                 an accelerator it stays there.
@@ -120,17 +137,14 @@ class FlashDeformAttn(nn.Module):
                 *(input_spatial_shapes, input_level_start_index, input_padding_mask),
             )
         locations, logits = self._locate(query, reference_points, input_spatial_shapes)
-        self._check_rows("input_flatten", input_flatten)
+        _check_rows("input_flatten", input_flatten, self.value_proj)
+        if input_padding_mask is not None:
+            _check_mask(input_padding_mask, input_flatten)
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
-            if input_padding_mask.shape != input_flatten.shape[:2]:
-                raise ValueError(
-                    f"input_padding_mask must be [B, S] = {list(input_flatten.shape[:2])}; "
-                    f"got {list(input_padding_mask.shape)}"
-                )
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         output = ms_deform_attn(
-            value.unflatten(-1, (self.n_heads, -1)),
+            value.unflatten(-1, (logits.shape[2], -1)),
             input_spatial_shapes,
             locations,
             logits,
@@ -165,38 +179,35 @@ class FlashDeformAttn(nn.Module):
         shapes: Tensor | Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
         """Locations [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of their weights."""
-        self._check_rows("query", query)
+        _check_rows("query", query, self.sampling_offsets)
         check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
-        batch, queries = query.shape[:2]
-        if reference_points.shape not in (
-            expected := [(batch, queries, self.n_levels, size) for size in (2, 4)]
+        whole, given = (*query.shape[:2], self.n_levels), reference_points.shape
+        if given[3] not in (2, 4) or any(
+            one not in (1, all_) for one, all_ in zip(given, whole, strict=False)
         ):
             raise ValueError(
-                f"reference_points must be [B, Q, L, 2 or 4] = {list(expected[0])} or "
-                f"{list(expected[1])}; got {list(reference_points.shape)}"
+                f"reference_points must be [B, Q, L, 2 or 4] = {[*whole, 2]} or {[*whole, 4]}, or "
+                f"1 in place of B, Q or L; got {list(given)}"
             )
-        heads = (self.n_heads, self.n_levels, self.n_points)
-        offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
-        size = reference_points.shape[3]
-        centers = _wide(reference_points).reshape(batch, queries, 1, self.n_levels, 1, size)
-        if size == 2:
-            locations = centers + offsets / self._sizes(shapes, offsets)
+        # As many heads as the projection has offsets for.
+        points = (-1, self.n_levels, self.n_points)
+        offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*points, 2))
+        boxes = _wide(reference_points)[:, :, None, :, None]
+        if given[3] == 2 or self.use_4D_normalizer:
+            offsets = offsets / self._sizes(shapes, offsets)
         else:
-            locations = centers[..., :2] + offsets * (centers[..., 2:] * (0.5 / self.n_points))
-        return locations, self.attention_weights(query).unflatten(-1, heads)
-
-    def _check_rows(self, name: str, argument: Tensor) -> None:
-        check_tensor(name, argument, "[B, length, d_model]", (3,))
-        if argument.shape[-1] != self.d_model:
-            raise ValueError(
-                f"{name} must be [B, length, d_model = {self.d_model}]; got {list(argument.shape)}"
-            )
+            offsets = offsets * (1 / self.n_points)
+        if given[3] == 4:
+            offsets = offsets * (boxes[..., 2:] * 0.5)
+        return boxes[..., :2] + offsets, self.attention_weights(query).unflatten(-1, points)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
-            f"n_points={self.n_points}"
-        )
+        settings = {name: getattr(self, name) for name in ("n_levels", "n_heads", "n_points")}
+        if self.ratio != 1:
+            settings["ratio"] = self.ratio
+        if self.use_4D_normalizer:
+            settings["use_4D_normalizer"] = True
+        return ", ".join((f"{self.d_model}", *(f"{k}={v}" for k, v in settings.items())))
 
     @staticmethod
     def _sizes(shapes: Tensor | Sequence[Sequence[int]], offsets: Tensor) -> Tensor:
@@ -207,6 +218,24 @@ class FlashDeformAttn(nn.Module):
         sizes = tuple((width, height) for height, width in shapes)
         make = _make_sizes if is_traced(offsets) else _kept_sizes
         return make(sizes, offsets.device, offsets.dtype)
+
+
+def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
+    check_tensor(name, argument, "[B, length, d_model]", (3,))
+    if (width := width_read(reader)) not in (argument.shape[-1], None):
+        raise ValueError(
+            f"{name} must be [B, length, d_model = {width}]; got {list(argument.shape)}"
+        )
+
+
+def _check_mask(mask: Any, rows: Tensor) -> None:
+    rule = f"input_padding_mask must be [B, S] = {list(rows.shape[:2])}, of bool"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{rule}; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{rule}; got {mask.dtype}")
+    if mask.shape != rows.shape[:2]:
+        raise ValueError(f"{rule}; got {list(mask.shape)}")
 
 
 def _wide(tensor: Tensor) -> Tensor:

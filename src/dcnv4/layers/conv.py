@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..arguments import check_tensor, window
+from ..arguments import (
+    check_choice,
+    check_divides,
+    check_flag,
+    check_integer,
+    check_tensor,
+    factory,
+    window,
+)
+from ..beginnings import Begin, average
 from ..eager import as_leaf, autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
-from .base import WindowedLayer, reset_projection
+from .base import (
+    OriginalNames,
+    WindowedLayer,
+    original_window,
+    other_words,
+    pair,
+    width_read,
+)
 
 
 class _DeformConv(WindowedLayer):
@@ -31,45 +49,52 @@ class _DeformConv(WindowedLayer):
         without_pointwise: bool,
         init: str,
         backend: str | None,
+        factory: dict[str, Any],
     ) -> None:
         super().__init__(
-            out_channels, settings, center_feature_scale=center_feature_scale, backend=backend
+            out_channels,
+            settings,
+            center_feature_scale=center_feature_scale,
+            backend=backend,
+            factory=factory,
         )
-        if init not in ("average", "zero"):
-            raise ValueError(f"init must be 'average' or 'zero'; got {init!r}")
-        if dw_kernel_size is not None and dw_kernel_size < 1:
-            raise ValueError(f"dw_kernel_size must be None or >= 1; got {dw_kernel_size}")
-        self.init = init
-        self.offset_mask = nn.Linear(
-            in_channels, math.ceil(settings.offset_mask_channels() / 8) * 8
-        )
-        self.offset_mask_dw = (
-            nn.Conv2d(in_channels, in_channels, dw_kernel_size, padding="same", groups=in_channels)
-            if dw_kernel_size is not None
-            else None
-        )
-        self.value_proj = None if without_pointwise else nn.Linear(in_channels, out_channels)
-        self.output_proj = (
-            None if without_pointwise else nn.Linear(out_channels, out_channels, bias=output_bias)
-        )
-        self.reset_parameters()
+        if check_flag("without_pointwise", without_pointwise) and in_channels != out_channels:
+            raise ValueError(
+                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
+                f"got {out_channels}"
+            )
+        self.init = check_choice("init", init, ("average", "zero"))
+        if dw_kernel_size is not None:
+            check_integer("dw_kernel_size", dw_kernel_size, 1)
+        self.dw_kernel_size = dw_kernel_size
+        width = math.ceil(settings.offset_mask_channels() / 8) * 8
+        self.offset_mask = nn.Linear(in_channels, width, **factory)
+        self.offset_mask_dw = self.value_proj = self.output_proj = None
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = nn.Conv2d(
+                in_channels,
+                in_channels,
+                dw_kernel_size,
+                padding="same",
+                groups=in_channels,
+                **factory,
+            )
+        if not without_pointwise:
+            self.value_proj = nn.Linear(in_channels, out_channels, **factory)
+            self.output_proj = nn.Linear(out_channels, out_channels, bias=output_bias, **factory)
+        self._begin()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew, as `init` says."""
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)
-        if self.init == "average":
-            _, weights = self.window.split(self.offset_mask.bias)
-            weights.fill_(1 / self.window.points())
-        if self.offset_mask_dw is not None:
-            self.offset_mask_dw.reset_parameters()
+    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+        zeros = nn.init.zeros_
+        first = partial(average, self.window) if self.init == "average" else zeros
+        yield self.offset_mask, zeros, first
         for projection in (self.value_proj, self.output_proj):
-            if projection is not None:
-                reset_projection(projection)
-        if self.center_feature_scale:
-            nn.init.zeros_(self.center_feature_scale_proj_weight)
-            nn.init.zeros_(self.center_feature_scale_proj_bias)
+            yield projection, nn.init.xavier_uniform_, zeros
+
+    def _width(self) -> int | None:
+        """Channels of the input, where the submodule that reads it tells."""
+        readers = (self.value_proj, self.offset_mask_dw, self.offset_mask)
+        return width_read(next(module for module in readers if module is not None))
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
@@ -93,7 +118,7 @@ class _DeformConv(WindowedLayer):
         return offset_mask
 
 
-class DCNv4(_DeformConv):
+class DCNv4(_DeformConv, OriginalNames):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
     Every output pixel sums K points of each group of channels, at offsets and with weights that
@@ -124,6 +149,7 @@ class DCNv4(_DeformConv):
             elsewhere it outputs zeros and passes no gradient. With `softmax`, either is a box
             filter.
         backend: as in `functional.deform_conv`.
+        device, dtype: of the parameters, as in PyTorch's layers.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
@@ -132,6 +158,7 @@ class DCNv4(_DeformConv):
     are named as in its published checkpoints.
     """
 
+    @other_words(groups="group", padding="pad", bias="output_bias")
     def __init__(
         self,
         channels: int = 64,
@@ -150,19 +177,42 @@ class DCNv4(_DeformConv):
         softmax: bool = False,
         init: str = "average",
         backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        settings = original_window(
+            channels,
+            pad,
+            group,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            offset_scale=offset_scale,
+            remove_center=remove_center,
+            softmax=softmax,
+        )
         super().__init__(
             channels,
             channels,
-            window(kernel_size, stride, pad, dilation, group, offset_scale, remove_center, softmax),
+            settings,
             dw_kernel_size=dw_kernel_size,
             center_feature_scale=center_feature_scale,
-            output_bias=output_bias,
+            output_bias=check_flag("output_bias", output_bias),
             without_pointwise=without_pointwise,
             init=init,
             backend=backend,
+            factory=factory(device, dtype),
         )
         self.channels = channels
+
+    @property
+    def K(self) -> int:  # noqa: N802, the original's name
+        """G·K, points of all groups, as the original layer counts them."""
+        return self.window.groups * self.window.points()
+
+    @property
+    def without_pointwise(self) -> bool:
+        return self.value_proj is None
 
     def forward(self, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Apply the layer.
@@ -203,13 +253,11 @@ class DCNv4(_DeformConv):
         """[B, H, W, C] of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
-        if x.shape[-1] != self.channels:
+        if (width := self._width()) not in (x.shape[-1], None):
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
-            raise ValueError(
-                f"x must be {layout} with C = {self.channels}; got {list(x.shape)}{hint}"
-            )
-        if shape is not None and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
-            raise TypeError(f"shape must be (H, W); got {shape!r}")
+            raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
+        if shape is not None:
+            _check_shape(shape)
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
@@ -221,14 +269,17 @@ class DCNv4(_DeformConv):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        return x.view(x.shape[0], height, width, self.channels)
+        return x.view(x.shape[0], height, width, x.shape[2])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
 
 
 class DCNv4Conv2d(_DeformConv):
-    """Deformable Convolution v4 with the arguments and the layout of `torch.nn.Conv2d`.
+    """Deformable Convolution v4 with the arguments, the defaults and the layout of `nn.Conv2d`.
+
+    Only `groups` means something else: the groups of channels that share points. Every output
+    channel depends on every input channel, whatever their number.
 
     `DCNv4` with a `value_proj` from `in_channels` to `out_channels`, NCHW in and NCHW out. A
     `channels_last` tensor passes through without a copy and comes out `channels_last`.
@@ -238,12 +289,15 @@ class DCNv4Conv2d(_DeformConv):
         out_channels: channels of the output.
         kernel_size: an int or (height, width).
         stride: an int or (height, width).
-        padding: an int, (height, width), or "same": what keeps the size at stride 1, and divides
-            it by the stride otherwise; dilation·(kernel_size - 1) must then be even.
+        padding: an int, (height, width), "valid" for 0, or "same": what keeps the size at stride 1,
+            and divides it by the stride otherwise, which `nn.Conv2d` refuses;
+            dilation·(kernel_size - 1) must then be even.
         dilation: an int or (height, width).
         groups: G, groups of channels with offsets and weights of their own; must divide
             `out_channels`. None: groups of 16 channels, or the next larger size that divides.
         bias: whether the output projection has a bias.
+        padding_mode: "zeros", the only one: what lies outside the image is not read.
+        device, dtype: of the parameters.
         without_pointwise: neither `value_proj` nor the output projection with its bias, as beside
             the pointwise convolutions of a depthwise block; `out_channels` must be `in_channels`.
         offset_scale, dw_kernel_size, center_feature_scale, remove_center, softmax, init, backend:
@@ -255,16 +309,24 @@ class DCNv4Conv2d(_DeformConv):
     Source: as `DCNv4`.
     """
 
+    # What code that takes any convolution reads of it, and may change.
+    stride, padding, dilation = pair("stride"), pair("padding"), pair("dilation")
+    padding_mode, transposed, output_padding = "zeros", False, (0, 0)
+
+    @other_words(group="groups", pad="padding", output_bias="bias", channels="in_channels")
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int] = 3,
         stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] = "same",
+        padding: str | int | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int | None = None,
         bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         offset_scale: float = 1.0,
         dw_kernel_size: int | None = None,
@@ -275,27 +337,21 @@ class DCNv4Conv2d(_DeformConv):
         init: str = "average",
         backend: str | None = None,
     ) -> None:
-        if in_channels < 1 or out_channels < 1:
-            raise ValueError(
-                f"in_channels and out_channels must be >= 1; got {in_channels} and {out_channels}"
-            )
-        if without_pointwise and in_channels != out_channels:
-            raise ValueError(
-                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
-                f"got {out_channels}"
-            )
-        same = padding == "same"
+        check_integer("in_channels", in_channels, 1)
+        check_integer("out_channels", out_channels, 1)
+        check_choice("padding_mode", padding_mode, ("zeros",))
         settings = window(
             kernel_size,
             stride,
-            0 if same else padding,  # type: ignore[arg-type]
+            _as_number(padding),
             dilation,
             _groups_of_16(out_channels) if groups is None else groups,
             offset_scale,
             remove_center,
             softmax,
         )
-        if same:
+        check_divides("groups", settings.groups, "out_channels", out_channels)
+        if padding == "same":
             settings = settings._replace(padding=_same_padding(settings))
         super().__init__(
             in_channels,
@@ -303,25 +359,25 @@ class DCNv4Conv2d(_DeformConv):
             settings,
             dw_kernel_size=dw_kernel_size,
             center_feature_scale=center_feature_scale,
-            output_bias=bias,
+            output_bias=check_flag("bias", bias),
             without_pointwise=without_pointwise,
             init=init,
             backend=backend,
+            factory=factory(device, dtype),
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        # What code that takes any convolution reads of it.
-        self.kernel_size, self.stride, self.padding, self.dilation, self.groups = settings[:5]
-        self.transposed, self.output_padding = False, (0, 0)
+        self.kernel_size, self.groups = settings.kernel_size, settings.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
 
         Args:
-            x: [B, in_channels, H, W], contiguous or `channels_last`; dtypes as in `DCNv4.forward`.
+            x: [B, in_channels, H, W], contiguous or `channels_last`, or [in_channels, H, W]; dtypes
+                as in `DCNv4.forward`.
 
         Returns:
-            [B, out_channels, Ho, Wo] in the memory format of x.
+            [B, out_channels, Ho, Wo] in the memory format of x, or [out_channels, Ho, Wo].
 
         Raises:
             TypeError, ValueError, RuntimeError: as in `DCNv4.forward`.
@@ -330,21 +386,24 @@ class DCNv4Conv2d(_DeformConv):
             return as_leaf(DCNv4Conv2d, self, x)
         pixels = self._as_map(x)
         y = self._deform(pixels).permute(0, 3, 1, 2)
+        if x.dim() == 3:
+            return y[0].contiguous()
         return y if pixels.is_contiguous() else y.contiguous()
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the layer looks on x [B, in_channels, H, W]; returns as `DCNv4.sampling_points`."""
+        """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
+
+        An x without a batch is one of 1.
+        """
         return self._points(self._predict(self._as_map(x)))
 
     def _as_map(self, x: Tensor) -> Tensor:
         """[B, H, W, in_channels] of what `forward` takes."""
-        check_tensor("x", x, "[B, in_channels, H, W]", (4,))
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x must be [B, in_channels, H, W] with in_channels = {self.in_channels}; "
-                f"got {list(x.shape)}"
-            )
-        return x.permute(0, 2, 3, 1)
+        layout = "[B, in_channels, H, W] or [in_channels, H, W]"
+        check_tensor("x", x, layout, (4, 3))
+        if (width := self._width()) not in (x.shape[-3], None):
+            raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
+        return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"
@@ -353,6 +412,22 @@ class DCNv4Conv2d(_DeformConv):
 def _groups_of_16(channels: int) -> int:
     """How many groups make them of 16 channels, or of the next larger size that divides."""
     return next(g for g in range(max(channels // 16, 1), 0, -1) if channels % g == 0)
+
+
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"shape must be (H, W); got {shape!r}")
+    for size in shape:
+        if not isinstance(size, Tensor):  # as a tracer has it
+            check_integer("shape", size, 0)
+
+
+def _as_number(padding: str | int | Sequence[int]) -> int | Sequence[int]:
+    """The padding, 0 for one that is named."""
+    if not isinstance(padding, str):
+        return padding
+    check_choice("padding", padding, ("valid", "same"))
+    return 0
 
 
 def _same_padding(window: Window) -> tuple[int, int]:

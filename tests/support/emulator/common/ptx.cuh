@@ -31,7 +31,8 @@ inline unsigned mul_f16x2(unsigned a, unsigned b) {
 }
 inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     return each_half([=](int shift) {
-        return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift) + cvt_f32_f16(c >> shift));
+        return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift) +
+                           cvt_f32_f16(c >> shift));
     });
 }
 constexpr unsigned half_bits(int number) {
@@ -52,7 +53,8 @@ inline unsigned cvt_bf16x2_f32(float lower, float upper) {
 }
 inline unsigned hat_f16x2(unsigned center, unsigned x) {
     return each_half([=](int shift) {
-        const float from = cvt_f32_f16(cvt_f16_f32(double(cvt_f32_f16(center >> shift)) - cvt_f32_f16(x >> shift)));
+        const float from = cvt_f32_f16(
+            cvt_f16_f32(double(cvt_f32_f16(center >> shift)) - cvt_f32_f16(x >> shift)));
         const float hat = 1 - std::abs(from);
         return cvt_f16_f32(hat > 0 ? hat : 0);
     });
@@ -67,8 +69,7 @@ inline unsigned short fma_bf16(unsigned short a, unsigned short b, unsigned shor
     return cvt_bf16_f32(float(double(cvt_f32_bf16(a)) * cvt_f32_bf16(b) + cvt_f32_bf16(c)));
 }
 inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
-    return each_half(
-        [=](int shift) { return fma_bf16(a >> shift, b >> shift, c >> shift); });
+    return each_half([=](int shift) { return fma_bf16(a >> shift, b >> shift, c >> shift); });
 }
 
 inline void adds() {

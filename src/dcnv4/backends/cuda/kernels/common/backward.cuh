@@ -10,7 +10,8 @@ DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image) {
     return DETERMINISTIC ? a.fixed_point_scale[image] : Sum(1);
 }
 
-// What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of each.
+// What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
+// each.
 struct Operands {
     const VALUE* image;  // the value's first pixel
     const VALUE* grad;   // the output's gradient

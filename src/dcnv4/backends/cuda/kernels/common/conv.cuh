@@ -29,23 +29,38 @@ struct Grid {
 };
 __constant__ constexpr Grid grid;
 
-// The window of an output pixel, on an input image.
+// Along one axis, the pixel at the centre of a window, and the points of an image of `size` pixels
+// as they are seen from there. Where Sum does not hold a bound exactly, 2^24 pixels away and more,
+// the next number on the inner side takes its place.
+struct Center {
+    int pixel;
+    Sum low, high;
+
+    DCNV4_DEVICE Center(int pixel, int size)
+        : pixel(pixel), low(round_up(-1 - pixel)), high(round_down(size - pixel)) {}
+};
+
+// The window of an output pixel, on an input image. A point lies a small number of pixels from its
+// centre: what is added to an integer would lose precision.
 struct OwnWindow {
-    Sum x, y, scale;  // of its centre
+    Center x, y;
+    Sum scale;
     int height, width;
 
     DCNV4_DEVICE OwnWindow(const Arguments& a, int row, int column)
-        : x(Sum(column * STRIDE_W - PADDING_W + CENTER_W)),
-          y(Sum(row * STRIDE_H - PADDING_H + CENTER_H)),
+        : x(column * STRIDE_W - PADDING_W + CENTER_W, a.width),
+          y(row * STRIDE_H - PADDING_H + CENTER_H, a.height),
           scale(a.offset_scale),
           height(a.height),
           width(a.width) {}
 
     DCNV4_DEVICE Corners<Sum> point(int k, Sum offset_x, Sum offset_y) const {
         const int cell = cell_of(k);
-        const Sum at_x = x + scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + offset_x);
-        const Sum at_y = y + scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + offset_y);
-        return corners(at_x, at_y, height, width);
+        const Sum from_x = scale * ((TABULATED ? grid.x[cell] : grid_x(cell)) + offset_x);
+        const Sum from_y = scale * ((TABULATED ? grid.y[cell] : grid_y(cell)) + offset_y);
+        const bool inside =
+            (from_x > x.low) & (from_x < x.high) & (from_y > y.low) & (from_y < y.high);
+        return corners(inside, x.pixel, y.pixel, from_x, from_y, height, width);
     }
 };
 
@@ -78,9 +93,7 @@ struct ConvPoints {
 
     DCNV4_DEVICE ConvPoints(const Arguments& a, const OutputPixel& at,
                             const OFFSET_MASK* offset_mask, OFFSET_MASK* gradient)
-        : offset_mask(offset_mask),
-          gradient(gradient),
-          window(a, at.row, at.column) {}
+        : offset_mask(offset_mask), gradient(gradient), window(a, at.row, at.column) {}
 
     DCNV4_DEVICE int level(int) const { return 0; }
     DCNV4_DEVICE Place locate(int k) const {

@@ -18,13 +18,12 @@ struct Group {
                  a.offset_mask + at.image * a.offset_mask_image +
                      at.in_image * a.offset_mask_pixel + slice.group * (3 * POINTS),
                  grad_offset_mask + slice.group * (3 * POINTS)),
-          operands{a.value + at.image * a.value_image + slice.group * DEPTH,
-                   a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel +
-                       slice.group * DEPTH,
-                   a.grad_value +
-                       at.image * (a.height * (long long)a.width) * (GROUPS * DEPTH) +
-                       slice.group * DEPTH,
-                   at.image} {}
+          operands{
+              a.value + at.image * a.value_image + slice.group * DEPTH,
+              a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel + slice.group * DEPTH,
+              a.grad_value + at.image * (a.height * (long long)a.width) * (GROUPS * DEPTH) +
+                  slice.group * DEPTH,
+              at.image} {}
 
     // Zeros to the channels that no group owns.
     DCNV4_DEVICE void fill_up(const Arguments& a, const Slice& slice) const {

@@ -48,7 +48,8 @@ struct Number<float16> {
     using Sum = float;
     static constexpr bool packed = true;
     static constexpr unsigned exponents = 0x7c007c00u;
-    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                          unsigned b1) {
         ptx::mma_m16n8k16_f16(c, a, b0, b1);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) { return pair; }
@@ -57,9 +58,7 @@ struct Number<float16> {
         return ptx::cvt_f32_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
     }
     static DCNV4_DEVICE unsigned short round(float number) { return ptx::cvt_f16_f32(number); }
-    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) {
-        return ptx::mul_f16x2(a, b);
-    }
+    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) { return ptx::mul_f16x2(a, b); }
     static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {
         return ptx::fma_f16x2(a, b, c);
     }
@@ -74,7 +73,8 @@ struct Number<bfloat16> {
     using Sum = float;
     static constexpr bool packed = __CUDA_ARCH__ >= 800;
     static constexpr unsigned exponents = 0x7f807f80u;
-    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                          unsigned b1) {
         ptx::mma_m16n8k16_bf16(c, a, b0, b1);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) {
@@ -96,9 +96,7 @@ struct Number<bfloat16> {
         return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
 #endif
     }
-    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) {
-        return fma(a, b, 0x80008000u);
-    }
+    static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) { return fma(a, b, 0x80008000u); }
     static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {
         return ptx::fma_bf16x2(a, b, c);
     }

@@ -158,13 +158,15 @@ DCNV4_DEVICE void hold(int& number) { asm volatile("" : "+r"(number)); }
 DCNV4_DEVICE void hold(unsigned (&words)[2]) { asm volatile("" : "+r"(words[0]), "+r"(words[1])); }
 
 // c += a b, of [16, 16] and [16, 8] halves, in fragments: sm_80 on.
-DCNV4_DEVICE void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+DCNV4_DEVICE void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                   unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DCNV4_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+DCNV4_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                    unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,8 +1,8 @@
-// Which queries a block takes: neighbours in memory or, for an encoder, whose queries are the pixels
-// of the levels, neighbours in the image.
+// Which queries a block takes: neighbours in memory or, for an encoder, whose queries are the
+// pixels of the levels, neighbours in the image.
 //
-// A block of the latter has BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS heads:
-// they sample the same pixels. Any queries are right, these are fast.
+// A block of the latter has BLOCK_COLUMNS x BLOCK_ROWS queries of one level, and BLOCK_GROUPS
+// heads: they sample the same pixels. Any queries are right, these are fast.
 #pragma once
 
 #include <common/attn.cuh>
@@ -23,10 +23,9 @@ struct Tiling {
                 const bool rest = level == LEVELS;
                 const bool follows =
                     !rest && levels.height[level] > 0 && levels.first[level] == query;
-                const int down =
-                    rest      ? int((queries - query + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS)
-                    : follows ? levels.height[level]
-                              : 0;
+                const int down = rest ? int((queries - query + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS)
+                                 : follows ? levels.height[level]
+                                           : 0;
                 const int across = rest ? BLOCK_COLUMNS : follows ? levels.width[level] : 0;
                 first[level] = query, height[level] = down, width[level] = across;
                 query += Index(down) * across;
@@ -69,8 +68,8 @@ DCNV4_DEVICE void each_tile(const Arguments& a, const Levels& levels, Visit visi
         const int head = int(index - row * PARTS) * BLOCK_GROUPS + own % BLOCK_GROUPS;
         const Index query = tiling.query(row - image * tiles, own / BLOCK_GROUPS, a.queries);
         const Index legal = query < a.queries ? query : a.queries - 1;
-        visit(Slice(query < a.queries, image * a.queries + legal, head, threadIdx.x % LANES),
-              image, legal);
+        visit(Slice(query < a.queries, image * a.queries + legal, head, threadIdx.x % LANES), image,
+              legal);
     }
 }
 

@@ -17,12 +17,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, OCCUPANCY) attn_forwar
     __shared__ Levels levels;
     levels.fill(a);
     each_slice(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const AttnPoints points{levels,
-                                a.locations + image * a.locations_image +
-                                    query * a.locations_query + slice.group * (2 * POINTS),
-                                a.weights + image * a.weights_image + query * a.weights_query +
-                                    slice.group * POINTS,
-                                nullptr, nullptr};
+        const AttnPoints points{
+            levels,
+            a.locations + image * a.locations_image + query * a.locations_query +
+                slice.group * (2 * POINTS),
+            a.weights + image * a.weights_image + query * a.weights_query + slice.group * POINTS,
+            nullptr, nullptr};
         gather_slice(a, points, image, slice);
     });
 }

@@ -96,7 +96,8 @@ DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, c
             sample.pixels.each(pixel);
             Channels corner[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) corner[i] = Channels::load(at(image, pixel[i], pixel_bytes));
+            for (int i = 0; i < 4; ++i)
+                corner[i] = Channels::load(at(image, pixel[i], pixel_bytes));
             sample.add_to(sum, corner);
         }
     }

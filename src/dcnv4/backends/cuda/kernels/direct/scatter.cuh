@@ -28,7 +28,8 @@ DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Operan
         legal_coefficients(place.corners, weight, coefficient);
         const bool adds = slice.active && place.corners.inside;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) coefficient[i] = adds ? coefficient[i] * fixed_point_scale : Sum(0);
+        for (int i = 0; i < 4; ++i)
+            coefficient[i] = adds ? coefficient[i] * fixed_point_scale : Sum(0);
 #pragma unroll
         for (int j = 0; j < (LANES < POINTS ? LANES : POINTS); ++j) {
             if (first + j >= POINTS) break;

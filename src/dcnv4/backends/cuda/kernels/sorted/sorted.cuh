@@ -353,8 +353,8 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
         each_point(first, slice.lane, [&](int r, int k) {
             const Corners<Sum>& c = at[r].corners;
             Sum share[4];
-            coefficients(weights[k < POINTS ? k : POINTS - 1] * fixed_point_scale, c.fraction_x, c.fraction_y,
-                         share);
+            coefficients(weights[k < POINTS ? k : POINTS - 1] * fixed_point_scale, c.fraction_x,
+                         c.fraction_y, share);
             const Buckets buckets(at[r], points.level(k));
             const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
             unsigned place[4];

@@ -24,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) convert_sums(Arguments
     const Sums held = *(const Sums*)(a.sums + first);
     Vector<VALUE, VECTOR> out;
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out.set(i, number(held.number[i], a.fixed_point_scale + image));
+    for (int i = 0; i < VECTOR; ++i)
+        out.set(i, number(held.number[i], a.fixed_point_scale + image));
     out.store(a.result + first);
 }

@@ -51,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) fixed_point_scale(Argu
     const bool of_weights = rest / a.images;
     unsigned most;
     if (of_weights)
-        most = largest_of<WEIGHTS, WEIGHT_VECTOR, GROUPS * WEIGHTS_OF_GROUP, WEIGHTS_OF_GROUP,
-                          FIRST_WEIGHT>(a.weights + image * a.weights_image, a.weights_row, a,
-                                        block);
+        most =
+            largest_of<WEIGHTS, WEIGHT_VECTOR, GROUPS * WEIGHTS_OF_GROUP, WEIGHTS_OF_GROUP,
+                       FIRST_WEIGHT>(a.weights + image * a.weights_image, a.weights_row, a, block);
     else
         most = largest_of<VALUE, VECTOR, CHANNELS, 1, 0>(a.grad + image * a.grad_image, a.grad_row,
                                                          a, block);

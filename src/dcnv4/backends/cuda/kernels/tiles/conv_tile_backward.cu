@@ -5,7 +5,7 @@
 // added tile after tile.
 // Memory: as the forward and the output's gradient once; WINDOW_W / TILE_W vectors of float32
 // additions for every pixel and channel.
-// Limit: the latency of its own instructions, at 11 warps a multiprocessor for want of registers;
+// Limit: the latency of its own instructions, at 11 warps an SM for want of registers;
 // L1 is 62 % busy, L2 70 %.
 #include <common/backward.cuh>
 #include <tiles/points.cuh>
@@ -51,11 +51,12 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
     Total* grad_image = a.grad_value +
                         (long long)tile.image * a.height * a.width * (GROUPS * DEPTH) +
                         group * DEPTH + 4 * t;
-    OFFSET_MASK* grad_offset_mask =
-        a.grad_offset_mask + (long long)tile.image * a.out_height * a.out_width * a.offset_mask_channels;
+    OFFSET_MASK* grad_offset_mask = a.grad_offset_mask + (long long)tile.image * a.out_height *
+                                                             a.out_width * a.offset_mask_channels;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
     // What the lane copies first of the next tile.
-    StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image, a.offset_mask_pixel);
+    StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image,
+                                a.offset_mask_pixel);
     const char* window = Rows::first(left, tile.row - above, a.width, image, a.pixel_bytes);
     const Sum fixed_point_scale = scale_of_sums(a, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
@@ -70,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         for (int half = 0; half < 2; ++half) {
             Sum term[4] = {row[0][2 * half], row[0][2 * half + 1], row[1][2 * half],
                            row[1][2 * half + 1]};
-            red_add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term, fixed_point_scale);
+            red_add_if(there && legal[half], to + half * (8 * GROUPS * DEPTH), term,
+                       fixed_point_scale);
         }
     };
     int first = 0;  // where the window begins in the ring
@@ -78,7 +80,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 
     shared.staged.load(tile, source, a.offset_mask_pixel);
     ptx::cp_async_commit();
-    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, a.height, a.width, window, a.pixel_bytes);
+    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, a.height, a.width, window,
+                                 a.pixel_bytes);
     ptx::cp_async_commit();
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
@@ -147,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                     shared.spread.read(first_share, row, m, lane, shares);
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        Number<VALUE>::mma_m16n8k16(sum[j], shares, turned[2 * m][j], turned[2 * m + 1][j]);
+                        Number<VALUE>::mma_m16n8k16(sum[j], shares, turned[2 * m][j],
+                                                    turned[2 * m + 1][j]);
                 }
                 if (row < WINDOW_H - KEPT)
                     add_to(top + row, chunk, sum);
@@ -169,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i)
-                values[half][i] = shared.window.bytes + t % 2 * 8 +
-                                  Rows::at(8 * half + g, 2 * i + t / 2);
+                values[half][i] =
+                    shared.window.bytes + t % 2 * 8 + Rows::at(8 * half + g, 2 * i + t / 2);
 #pragma unroll
         for (int row = 0; row < WINDOW_H; ++row) {
             float dot[2][2][4] = {};
@@ -250,8 +254,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                     unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
 #pragma unroll
                     for (int row = 1; row < TILE_H; ++row)
-                        if (r == row)
-                            here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
+                        if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
                     Sum term[4];
 #pragma unroll
                     for (int v = 0; v < 4; ++v) {

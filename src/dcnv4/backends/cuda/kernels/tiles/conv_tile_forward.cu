@@ -4,7 +4,7 @@
 // Memory: every offset and weight once, every output once, the value once and what neighbouring
 // strips share, WINDOW_W / TILE_W times in all.
 // Limit: shared memory and L1 do 67 % of what they can on an H100, L2 62 %, issue slots 60 %, with
-// 15 warps a multiprocessor.
+// 15 warps an SM.
 #include <tiles/points.cuh>
 
 using namespace dcnv4;
@@ -42,8 +42,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     // while the one before is computed, in the next strip too.
     const unsigned strips = a.images * a.strips * TileArea::across(a) * TILE_PARTS;
     const auto source_of = [&](const Tile& of) {
-        return StagedPoints::Source(of, of.part / PARTS, a.offset_mask + of.image * a.offset_mask_image,
-                              a.offset_mask_pixel);
+        return StagedPoints::Source(of, of.part / PARTS,
+                                    a.offset_mask + of.image * a.offset_mask_image,
+                                    a.offset_mask_pixel);
     };
     const unsigned step = gridDim.x * WARPS;
     unsigned strip = blockIdx.x * WARPS + warp, skipped = 0;
@@ -57,8 +58,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
         const VALUE* image = a.value + tile.image * a.value_image;
         const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
         // What the thread copies or stores first of the next tile.
-        const char* window = Rows::first(left, tile.row - above, a.width,
-                                         image + (tile.part - warp) * STRIP_CHANNELS, a.pixel_bytes);
+        const char* window =
+            Rows::first(left, tile.row - above, a.width,
+                        image + (tile.part - warp) * STRIP_CHANNELS, a.pixel_bytes);
         const long long pixel =
             (long long)tile.image * a.out_height * a.out_width + tile.pixel(g, 0);
         VALUE* output =
@@ -96,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
                     for (int i = 0; i < 4; ++i) {
                         if (!(at.legal >> i & 1)) continue;
                         const int where = (at.row + i / 2) * a.width + at.column + i % 2;
-                        const VALUE* corner =
-                            dcnv4::at(image + tile.part * STRIP_CHANNELS + 2 * t, where, a.pixel_bytes);
+                        const VALUE* corner = dcnv4::at(image + tile.part * STRIP_CHANNELS + 2 * t,
+                                                        where, a.pixel_bytes);
 #pragma unroll
                         for (int n = 0; n < STRIP_CHANNELS / 8; ++n) {
                             const auto pair = Vector<VALUE, 2>::load(corner + 8 * n);
@@ -149,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
                     for (int n = 0; n < STRIP_CHANNELS / 8; ++n)
                         Number<VALUE>::mma_m16n8k16(sum[m][n], shares, value[n / 2][n % 2 * 2],
-                                           value[n / 2][n % 2 * 2 + 1]);
+                                                    value[n / 2][n % 2 * 2 + 1]);
                 }
             }
             // What is not finite in the window has spoilt pixels that do not sample it.

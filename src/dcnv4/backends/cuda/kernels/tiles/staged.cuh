@@ -41,10 +41,11 @@ struct Staged {
     // What a lane copies of tile after tile of a strip.
     struct Source {
         const OFFSET_MASK* number;  // the first of the next tile
-        int columns;           // of the image, from its pixel on; none if it copies nothing
+        int columns;                // of the image, from its pixel on; none if it copies nothing
 
         // `image`: the image's first number; `stride`: from pixel to pixel.
-        DCNV4_DEVICE Source(const Tile& tile, int group, const OFFSET_MASK* image, long long stride) {
+        DCNV4_DEVICE Source(const Tile& tile, int group, const OFFSET_MASK* image,
+                            long long stride) {
             const int own = tile.lane / PIECES, piece = tile.lane % PIECES;
             number = image + tile.pixel(own, 0) * stride + group * COUNT / 4 * 4 + 4 * piece;
             columns = piece <= (shift(group) + COUNT - 1) / 4 ? tile.width - tile.column - own : 0;
@@ -157,7 +158,7 @@ struct HaloWindow {
                 const bool there = unsigned(left + column) < unsigned(width) && column < SAMPLED_W;
                 const int slot = at(column, threadIdx.x % PIECES) + row(first, begin + r);
                 ptx::cp_async<16>(bytes + slot, from + i * AT_ONCE * (long long)stride,
-                                    there && legal);
+                                  there && legal);
             }
             from += width * (long long)stride;
         }

@@ -3,8 +3,8 @@
 // A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel
 // (column, row) in lane 4 * column + row. Offsets are small: where both numbers of one are less
 // than REACH pixels, its point is NEAR, and all corners that near points sample lie in a window of
-// WINDOW_W x WINDOW_H pixels, the tile and its halo. Let S, of [window positions, pixels], hold at every corner its share
-// of the point's weight. Then
+// WINDOW_W x WINDOW_H pixels, the tile and its halo. Let S, of [window positions, pixels], hold at
+// every corner its share of the point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
