@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dcnv4.backends.cuda import plans
+from dcnv4.backends.cuda import choice, plans
 from dcnv4.cli.bench import measure, prepare
 from dcnv4.cli.bench.cases import Conv, floor_bytes
 from dcnv4.cli.bench.peers import CONTESTANTS, Expected
@@ -58,8 +58,8 @@ def main() -> None:
             for direction in DIRECTIONS
         ]
         for label, name in contestants.items():
-            large = {} if "direct" in label else plans.PAYS_FROM
-            with mock.patch.object(plans, "PAYS_FROM", large):
+            large = {} if "direct" in label else choice.PAYS_FROM
+            with mock.patch.object(choice, "PAYS_FROM", large):
                 plans.conv_plan.cache_clear()
                 for curve, time in zip(
                     curves[label], times(name, case, inputs, expected), strict=True

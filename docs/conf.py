@@ -74,6 +74,14 @@ def in_the_package(
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, text)
 
 
+def where_it_is_written(app: Sphinx, module: str, name: str) -> str | None:
+    """Two operators say that they are PyTorch's; they and the function between them are shown where
+    they are exported."""
+    exported = ("dcnv4_forward", "dcnv4_forward_pytorch", "flash_deform_attn")
+    return module if name in exported else None
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", as_in_markdown, priority=400)  # before napoleon
     app.connect("missing-reference", in_the_package)
+    app.connect("viewcode-follow-imported", where_it_is_written)

@@ -41,7 +41,7 @@ class Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
-        self.conv = DCNv4Conv2d(channels, channels, dw_kernel_size=3)
+        self.conv = DCNv4Conv2d(channels, channels, padding=1, dw_kernel_size=3)
         self.mlp = nn.Sequential(
             nn.GroupNorm(1, channels),
             nn.Conv2d(channels, 2 * channels, 1),

@@ -42,12 +42,35 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run what is marked exhaustive, too: many more of what the other tests try",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.stash[_LEFT_OUT] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch sees none"))
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    left_out = config.stash.get(_LEFT_OUT, 0)
+    if not left_out:
+        return None
+    return f"{left_out} tests are exhaustive and left out: `pytest --exhaustive` runs them, too"
 
 
 @pytest.fixture(

@@ -1,8 +1,9 @@
 """Deformable Convolution v4 and multi-scale deformable attention for PyTorch."""
 
 from . import backends, flops, functional
+from .compat.fork import dcnv4_forward, dcnv4_forward_pytorch, flash_deform_attn
 from .conversion import convert
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 dcnv4 = DCNv4
 
@@ -14,6 +15,9 @@ __all__ = [
     "backends",
     "convert",
     "dcnv4",
+    "dcnv4_forward",
+    "dcnv4_forward_pytorch",
+    "flash_deform_attn",
     "flops",
     "functional",
 ]

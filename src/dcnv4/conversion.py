@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import DCNv4Conv2d
+from .arguments import check_choice, check_pair
+from .layers import DCNv4Conv2d
 
 __all__ = ["convert"]
 
@@ -59,9 +60,12 @@ def convert(
         ValueError: nothing was selected, or a selected convolution cannot be replaced; the model is
             then as it was.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {kind!r}")
-    patterns = [names] if isinstance(names, str) else list(names)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_choice("kind", kind, tuple(_KINDS))
+    if not isinstance(names, (str, tuple, list)):
+        raise TypeError(f"names must be a string or a sequence of them; got {names!r}")
+    patterns = [names] if isinstance(names, str) else names
     allowed = (types,) if isinstance(types, type) else tuple(types)
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = [p for p in patterns if not any(matches(name, p) for name in modules)]
@@ -111,8 +115,7 @@ def _deformable(
         raise ValueError(f"padding_mode of {name} must be 'zeros'; got {conv.padding_mode!r}")
     if conv._forward_hooks or conv._forward_pre_hooks:
         raise ValueError(f"{name} must have no forward hooks, which would be lost; got some")
-    kernel = conv.kernel_size if kernel_size is None else kernel_size
-    size = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    size = conv.kernel_size if kernel_size is None else check_pair("kernel_size", kernel_size, 1)
     carried = init == "kernel"
     if carried:
         options = {"groups": conv.groups, **options}
@@ -124,10 +127,11 @@ def _deformable(
         [_padding(name, conv, axis, size[axis]) for axis in (0, 1)],
         conv.dilation,
         bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
         init="zero" if carried else init,
         **options,
     )
-    layer.to(conv.weight.device, conv.weight.dtype)
     with torch.no_grad():
         if carried:
             _carry_kernel(name, conv, layer)
@@ -171,9 +175,8 @@ def _carry_kernel(name: str, conv: nn.Conv2d, layer: DCNv4Conv2d) -> None:
             f"init = 'kernel' must keep the bias of {name}; got without_pointwise, which has none"
         )
     # Points run columns outermost.
-    kernels = conv.weight[:, 0].transpose(1, 2).flatten(1)
-    used = layer.offset_mask.bias[: window.fields()].view(window.groups, -1)
-    used[:, 2 * window.points() :] = kernels
+    _, weights = window.split(layer.offset_mask.bias)
+    weights.copy_(conv.weight[:, 0].transpose(1, 2).flatten(1))
     for projection in (layer.value_proj, layer.output_proj):
         if projection is not None:
             nn.init.eye_(projection.weight)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 __all__ = ["FVCORE", "thop_hooks"]
 

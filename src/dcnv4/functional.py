@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, ops
+from .arguments import check_flag, check_levels, check_tensor, window
+from .eager import exact_coordinates
 from .geometry import Window
 
 __all__ = ["deform_conv", "ms_deform_attn"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def deform_conv(
@@ -82,34 +78,6 @@ def deform_conv(
     return windowed_conv(value, offset_mask, settings, backend)
 
 
-def window(
-    kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 4,
-    offset_scale: float = 1.0,
-    remove_center: bool = False,
-    softmax: bool = False,
-) -> Window:
-    """The checked settings of a `deform_conv`, as its arguments of the same names."""
-    settings = Window(
-        _pair("kernel_size", kernel_size, 1),
-        _pair("stride", stride, 1),
-        _pair("padding", padding, 0),
-        _pair("dilation", dilation, 1),
-        _integer("groups", groups, 1),
-        _finite("offset_scale", offset_scale),
-        _flag("remove_center", remove_center),
-        _flag("softmax", softmax),
-    )
-    if remove_center and settings.points() == 0:
-        raise ValueError(
-            "remove_center must leave a point; got kernel_size (1, 1), whose one it is"
-        )
-    return settings
-
-
 def windowed_conv(
     value: Tensor, offset_mask: Tensor, window: Window, backend: str | None = None
 ) -> Tensor:
@@ -130,12 +98,12 @@ def windowed_conv(
             f"{window.dilation}"
         )
     shape = batch, max(rows, 0), max(columns, 0)
-    fields = window.fields()
+    channels_read = window.offset_mask_channels()
     found = offset_mask.shape
-    if found[:3] != shape or found[3] < fields:
+    if found[:3] != shape or found[3] < channels_read:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
-            f"[{', '.join(map(str, shape))}, >= {fields}]; got {list(found)}"
+            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(found)}"
         )
     deterministic = ops.must_be_deterministic(value, offset_mask)
     chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
@@ -191,7 +159,7 @@ def ms_deform_attn(
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
     """
-    _flag("softmax", softmax)
+    check_flag("softmax", softmax)
     check_tensor("value", value, "[B, S, G, D]", (4,))
     check_tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
     batch, length, groups, depth = value.shape
@@ -214,7 +182,7 @@ def ms_deform_attn(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
             f"got {list(attention_weights.shape)}"
         )
-    shapes = _levels(spatial_shapes, levels, length, value.device)
+    shapes = check_levels(spatial_shapes, levels, length, value.device)
     deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)
     chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
     dtype = value.dtype
@@ -231,116 +199,4 @@ def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor,
     """Dtypes that every backend takes, nothing rounded down: the value may become float64."""
     if any(c.dtype == torch.float64 for c in coordinates):
         value = value.double()
-    return value, ops.exact_coordinates(value, *coordinates)
-
-
-def _levels(
-    spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
-) -> Tensor | list[tuple[int, int]]:
-    """The level sizes as backends take them: a tensor left where it is, or pairs (H, W)."""
-    rule = f"spatial_shapes must be L = {levels} pairs (H, W)"
-    if isinstance(spatial_shapes, Tensor):
-        if spatial_shapes.dtype not in _INTEGERS:
-            raise TypeError(f"{rule} of an integer dtype; got {spatial_shapes.dtype}")
-        if spatial_shapes.shape != (levels, 2):
-            raise ValueError(f"{rule}; got a tensor {list(spatial_shapes.shape)}")
-        if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
-            raise ValueError(f"{rule} on {device} or the CPU; got {spatial_shapes.device}")
-        if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
-            return spatial_shapes
-        spatial_shapes = spatial_shapes.tolist()
-    try:
-        pairs = [(height, width) for height, width in spatial_shapes]
-    except (TypeError, ValueError):
-        raise TypeError(f"{rule}; got {spatial_shapes!r}") from None
-    total = 0
-    for height, width in pairs:
-        total += _integer("spatial_shapes", height, 0) * _integer("spatial_shapes", width, 0)
-    if len(pairs) != levels:
-        raise ValueError(f"{rule}, as in sampling_locations; got {len(pairs)}")
-    if total != length:
-        raise ValueError(
-            f"spatial_shapes must add up to S = {length} pixels, as in value; got {pairs}, "
-            f"which is {total}"
-        )
-    return pairs
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether `tensor` may lack a value to read or to keep: it is fake, a graph is being traced, or
-    a `torch.func` transform runs."""
-    compiler = getattr(torch, "compiler", None)
-    if compiler is not None and compiler.is_compiling():
-        return True
-    if type(tensor) is not Tensor or torch._C._get_tracing_state() is not None:
-        return True
-    return bool(torch._C._are_functorch_transforms_active())
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that autocast, where it is on, makes of a tensor before a projection reads it."""
-    if tensor.dtype == torch.float64 or not ops.is_autocast(tensor.device.type):
-        return tensor.dtype
-    return ops.autocast_dtype(tensor.device.type)
-
-
-def check_backend(backend: str | None) -> str | None:
-    """A backend's name as an operator takes it, or None for the environment's choice."""
-    return None if backend is None else backends.known("backend", backend)
-
-
-def _kind(argument: Any) -> str:
-    return type(argument).__name__
-
-
-def check_tensor(
-    name: str, argument: Any, layout: str, dimensions: tuple[int, ...], value: Tensor | None = None
-) -> None:
-    """Check type, dtype, number of dimensions and, beside `value`, device of a tensor."""
-    if not isinstance(argument, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}; got {_kind(argument)}")
-    if argument.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16; got {argument.dtype}"
-        )
-    if argument.dim() not in dimensions:
-        raise ValueError(f"{name} must be {layout}; got {list(argument.shape)}")
-    if value is not None and argument.device != value.device:
-        raise ValueError(f"{name} must be on value's device {value.device}; got {argument.device}")
-
-
-def _integer(name: str, argument: Any, least: int) -> int:
-    if type(argument) is int and argument >= least:
-        return argument
-    if not isinstance(argument, (int, torch.SymInt, Integral)) or isinstance(argument, bool):
-        raise TypeError(f"{name} must be an integer >= {least}; got {argument!r}")
-    if argument < least:
-        raise ValueError(f"{name} must be an integer >= {least}; got {argument}")
-    return argument  # type: ignore[return-value]
-
-
-def _pair(name: str, argument: Any, least: int) -> tuple[int, int]:
-    if type(argument) is int and argument >= least:  # what follows costs microseconds
-        return argument, argument
-    if isinstance(argument, (tuple, list)):
-        if len(argument) != 2:
-            raise ValueError(f"{name} must be an int or (height, width); got {argument!r}")
-        return _integer(name, argument[0], least), _integer(name, argument[1], least)
-    return (_integer(name, argument, least),) * 2
-
-
-def _finite(name: str, argument: Any) -> float:
-    if type(argument) is float and -math.inf < argument < math.inf:
-        return argument
-    if not isinstance(argument, Real) or isinstance(argument, bool):
-        raise TypeError(f"{name} must be a number; got {argument!r}")
-    number = float(argument)
-    if not -math.inf < number < math.inf:  # as a tracer can ask it of a symbol
-        raise ValueError(f"{name} must be finite; got {argument}")
-    return number
-
-
-def _flag(name: str, argument: Any) -> bool:
-    if not isinstance(argument, bool):
-        raise TypeError(f"{name} must be True or False; got {argument!r}")
-    return argument
+    return value, exact_coordinates(value, *coordinates)

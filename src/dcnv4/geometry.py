@@ -32,9 +32,17 @@ class Window(NamedTuple):
         """K: how many points a group samples for one output pixel."""
         return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
 
-    def fields(self) -> int:
+    def offset_mask_channels(self) -> int:
         """3·G·K: how many channels of `offset_mask` are read."""
         return 3 * self.groups * self.points()
+
+    def split(self, offset_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of `offset_mask` [..., M]: offsets [..., G, K, 2] and weights [..., G, K]."""
+        points = self.points()
+        read = offset_mask[..., : self.offset_mask_channels()]
+        by_group = read.unflatten(-1, (self.groups, 3 * points))
+        offsets = by_group[..., : 2 * points].unflatten(-1, (points, 2))
+        return offsets, by_group[..., 2 * points :]
 
     def center(self) -> tuple[int, int]:
         """The distance from a window's first row and column to its centre, in pixels."""
@@ -57,8 +65,13 @@ class Window(NamedTuple):
         (kh, kw), (dh, dw), (ch, cw) = self.kernel_size, self.dilation, self.center()
         cells = [(i * dw - cw, j * dh - ch) for i in range(kw) for j in range(kh)]
         if self.remove_center:
-            del cells[kw // 2 * kh + kh // 2]
+            del cells[self.center_index()]
         return cells
+
+    def center_index(self) -> int:
+        """Which point of the whole kernel is its centre, the one that `remove_center` drops."""
+        kh, kw = self.kernel_size
+        return kw // 2 * kh + kh // 2
 
     def origins(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the undeformed centre of the windows of these output rows and columns."""
@@ -71,27 +84,21 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def conv_points(
-    offset_mask: Tensor, rows: Tensor, columns: Tensor, window: Window
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `offset_mask` [N, M] of N output pixels into x, y and weights, each [N, G, K].
+def conv_points(offset_mask: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    """Split `offset_mask` [..., M] of output pixels into x, y and weights, each [..., G, K].
 
-    x and y are in input pixels. `rows` and `columns` [N] say which output pixels these are.
+    x and y are input pixels from the centre of the window, `Window.origins`.
     """
-    groups, points = window.groups, window.points()
-    fields = offset_mask[:, : 3 * groups * points].unflatten(1, (groups, 3 * points))
-    offsets = fields[..., : 2 * points].unflatten(-1, (points, 2))
+    offsets, weights = window.split(offset_mask)
     base = torch.tensor(window.cells(), dtype=offsets.dtype, device=offsets.device)
-    origin = torch.stack(window.origins(rows, columns), -1).to(offsets.dtype)
-    x, y = (origin[:, None, None] + window.offset_scale * (base + offsets)).unbind(-1)
-    weights = fields[..., 2 * points :]
+    x, y = (window.offset_scale * (base + offsets)).unbind(-1)
     return x, y, weights.softmax(-1) if window.softmax else weights
 
 
 def conv_points_backward(
     grad_x: Tensor, grad_y: Tensor, grad_weights: Tensor, weights: Tensor, window: Window
 ) -> Tensor:
-    """Gradient [N, 3GK] of the fields that `conv_points` split, from those of its results."""
+    """Gradient [N, 3GK] of what `conv_points` split, from those of its results."""
     if window.softmax:
         grad_weights = softmax_backward(grad_weights, weights)
     offsets = torch.stack((grad_x, grad_y), -1) * window.offset_scale
@@ -118,27 +125,44 @@ def attn_points(locations: Tensor, heights: Tensor, widths: Tensor) -> tuple[Ten
 
 
 def corners(
-    x: Tensor, y: Tensor, heights: Tensor | int, widths: Tensor | int
+    x: Tensor,
+    y: Tensor,
+    heights: Tensor | int,
+    widths: Tensor | int,
+    origins: tuple[Tensor | int, Tensor | int] = (0, 0),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The four pixels around each point and where the point lies between them.
 
-    Returns `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the
-    fractions of a pixel [...] from the left and from the top corners. The index of a corner outside
-    the image is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such
-    corners contribute nothing.
+    A point is (x, y) pixels from the pixel of `origins`, which are integers (column, row). Returns
+    `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the fractions
+    of a pixel [...] from the left and from the top corners. The index of a corner outside the image
+    is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such corners
+    contribute nothing.
     """
-    inside = (x > -1) & (x < widths) & (y > -1) & (y < heights)
-    x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
-    left, top = x.detach().floor(), y.detach().floor()
-    column, row = left.long(), top.long()
-    legal_x = inside & (left >= 0), inside & (left < widths - 1)
-    legal_y = top >= 0, top < heights - 1
+    column, fraction_x, legal_x = _around(x, origins[0], widths)
+    row, fraction_y, legal_y = _around(y, origins[1], heights)
     index = [
         torch.where(legal_x[dx] & legal_y[dy], (row + dy) * widths + (column + dx), -1)
         for dy in (0, 1)
         for dx in (0, 1)
     ]
-    return torch.stack(index, -1), x - left, y - top
+    return torch.stack(index, -1), fraction_x, fraction_y
+
+
+def _around(
+    x: Tensor, origin: Tensor | int, size: Tensor | int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Along one axis, the pixel at or before each point `origin` + x, the fraction of a pixel from
+    it, and whether that pixel and the next count.
+
+    Floor and fraction are those of x alone: no precision is lost where the origin is large.
+    """
+    near = x.abs() < 2**31  # false for NaN; no image is larger
+    x = torch.where(near, x, 0.0)
+    floor = x.detach().floor()
+    before, fraction = origin + floor.long(), x - floor
+    inside = near & (before < size) & ((before >= 0) | ((before == -1) & (fraction > 0)))
+    return before, fraction, (inside & (before >= 0), inside & (before < size - 1))
 
 
 def coefficients(weights: Tensor, fraction_x: Tensor, fraction_y: Tensor) -> Tensor:

@@ -166,26 +166,22 @@ def _require_packages() -> None:
         )
 
 
-def _deform_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
+def _deform_conv(*arguments: Any) -> Tensor:
     """A depthwise `DeformConv` of ones, whose mask is the weights.
 
     It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
     """
-    window, _ = ops.unpack(settings)
-    kh, kw = window.kernel_size
-    points, channels = window.points(), value.shape[3]
+    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
+    (kh, kw), channels = window.kernel_size, value.shape[3]
     # The operator computes coordinates in its only dtype, which must hold them.
     dtype = _exact_dtype(value, offset_mask)
-    fields = offset_mask[..., : window.fields()].to(dtype)
-    fields = fields.unflatten(-1, (window.groups, 3 * points))
-    offsets, weights = fields[..., : 2 * points], fields[..., 2 * points :]
+    offsets, weights = window.split(offset_mask.to(dtype))
     if window.softmax:
         weights = weights.softmax(-1)
     if window.remove_center:
-        center = kw // 2 * kh + kh // 2
-        offsets = _with_zeros(offsets, 2 * center, 2)
-        weights = _with_zeros(weights, center, 1)
-    offsets = offsets.unflatten(-1, (kw, kh, 2))
+        offsets = _with_zero(offsets, window.center_index(), -2)
+        weights = _with_zero(weights, window.center_index(), -1)
+    offsets = offsets.unflatten(-2, (kw, kh))
     if window.offset_scale != 1:
         # An integer times a power of two, because the exporter rounds numbers to float32.
         fraction, exponent = math.frexp(window.offset_scale)
@@ -216,9 +212,11 @@ def _deform_conv(value: Tensor, offset_mask: Tensor, *settings: Any) -> Tensor:
     return output.to(value.device, value.dtype).permute(0, 2, 3, 1)
 
 
-def _with_zeros(fields: Tensor, start: int, count: int) -> Tensor:
-    zeros = torch.zeros_like(fields[..., :count])
-    return torch.cat((fields[..., :start], zeros, fields[..., start:]), -1)
+def _with_zero(points: Tensor, index: int, dim: int) -> Tensor:
+    """The points with one more, of zeros, at `index`."""
+    before, after = points.split((index, points.shape[dim] - index), dim)
+    zero = torch.zeros_like(points.narrow(dim, 0, 1))
+    return torch.cat((before, zero, after), dim)
 
 
 def _cells(window: Window, like: Tensor) -> Tensor:
@@ -237,7 +235,7 @@ def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
 
 
 def _gather(*arguments: Any) -> Tensor:
-    (value, shapes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    _, value, shapes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
     if not isinstance(shapes, Tensor):
         # A tensor of numbers would be a constant, which a lowering cannot add to a program.
         numbers = [size for pair in shapes for size in pair]
@@ -247,7 +245,7 @@ def _gather(*arguments: Any) -> Tensor:
 
 
 def _grid_sample(*arguments: Any) -> Tensor:
-    (value, sizes, locations, weights, softmax), _ = ops.unpack_attention(*arguments)
+    _, value, sizes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
     if isinstance(sizes, Tensor):
         raise ValueError(
             "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"

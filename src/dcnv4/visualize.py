@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import DCNv3
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

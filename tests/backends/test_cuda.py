@@ -11,21 +11,24 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dcnv4 import backends, functional
 from dcnv4.backends import cuda as backend
-from dcnv4.backends.cuda import compile, plans
-from support import cases, fuzz_cuda
-from support.kernel_cases import EVERY, SORTED, sorted_cases, sorted_conv_cases, tile_cases
+from dcnv4.backends.cuda import choice, compile, plans
+from support import cases, fuzz_cuda, kernel_cases, launches, pairs
+from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
+from support.launches import DIRECT, EVERY, SORTED
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
@@ -41,9 +44,8 @@ def nvrtc() -> None:
 
 
 @pytest.fixture
-def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
-    """What the cases compile; a part of them, too, for a batch that needs 64-bit indices, for
-    deterministic gradients, and with the kernels for large calls."""
+def planned(monkeypatch: pytest.MonkeyPatch) -> dict[Variant, None]:
+    """What plans made meanwhile would compile, in their order."""
     found: dict[Variant, None] = {}
 
     def record(name: str, macros: compile.Macros, index: int) -> None:
@@ -52,32 +54,33 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     properties = SimpleNamespace(multi_processor_count=132, major=9)
     monkeypatch.setattr(compile, "kernel", record)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    return found
+
+
+def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan the cases; a part of them, too, for a batch that needs 64-bit indices, for deterministic
+    gradients, and with the kernels for large calls."""
     for i, (_, case) in enumerate(cases.CASES):
         for dtype in cases.DTYPES:
             _plan(case, dtype, case.batch)
             if i % 10 == 0:
                 _plan(case, dtype, 2**31)
                 _plan(case, dtype, case.batch, deterministic=dtype != torch.float64)
-    monkeypatch.setattr(plans, "PAYS_FROM", EVERY)
-    for case in (*cases.CONV, *tile_cases()):
-        _plan(case, torch.float16, case.batch)
-    for case in tile_cases()[:4]:
-        _plan(case, torch.bfloat16, case.batch)
-        _plan(case, torch.float16, case.batch, deterministic=True)
-    for i, large in enumerate((*sorted_cases(), *sorted_conv_cases())):
-        dtype = cases.DTYPES[1:][i % 3]
-        deterministic = i % 4 == 0 and torch.float64 not in large.dtypes(dtype)
-        _plan(large, dtype, large.batch, deterministic)
+    large_calls = *sorted_cases(), *sorted_conv_cases(), *not_tiled(), *not_sorted()
+    for i, large in enumerate(large_calls):
+        slices = EVERY if isinstance(large, cases.AttnCase) else SORTED
+        monkeypatch.setattr(choice, "PAYS_FROM", slices)
+        for j, dtype in enumerate(cases.DTYPES[1:]):
+            _plan(large, dtype, large.batch, deterministic=(i + j) % 4 == 0)
     for dtype in cases.DTYPES[1:]:
         layout = (2, 3, 5, 40), (600, 200, 40, 1), dtype, 0
         for weights in (None, (layout, 18, 27)):
-            plans.units_plan.__wrapped__(layout, weights, 1, 9, 0)
-            plans.units_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__(layout, weights, 1, 9, 0)
+            plans.fixed_point_scale_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
             for deterministic in (False, True):
-                plans.totals_plan.__wrapped__(2, count, dtype, deterministic, 0)
-    return list(found)
+                plans.convert_sums_plan.__wrapped__(2, count, dtype, deterministic, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -104,21 +107,69 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
     plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
 
 
-def test_every_variant_compiles_for_every_architecture(
-    nvrtc: None, variants: list[Variant]
-) -> None:
-    macros = [dict(macros) for _, macros in variants]
-    assert {m["INDEX"] for m in macros if "INDEX" in m} == {"unsigned", "unsigned long long"}
-    assert {m["DETERMINISTIC"] for m in macros if "DETERMINISTIC" in m} == {"0", "1"}
-    jobs = [
-        (*variant, arch)
-        for variant in variants
-        for arch in ARCHITECTURES
-        if arch != "sm_75" or not ("tile" in variant[0] or "sorted" in variant[0])
-    ]
+def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         codes = list(pool.map(compile.compile, *zip(*jobs, strict=True), chunksize=8))
     assert all(code.startswith(b"\x7fELF") for code in codes)
+
+
+def _runs_on(name: str, architecture: str) -> bool:
+    return architecture != "sm_75" or not ("tile" in name or "sorted" in name)
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(8, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+)
+def test_variants_compile(
+    nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For two architectures each, so that those of a kernel meet all; of the few, for one."""
+    _plan_all(monkeypatch)
+    macros = [dict(macros) for _, macros in planned]
+    assert {m["INDEX"] for m in macros if "INDEX" in m} == {"unsigned", "unsigned long long"}
+    assert {m["DETERMINISTIC"] for m in macros if "DETERMINISTIC" in m} == {"0", "1"}
+    by_kernel: dict[str, list[Variant]] = {}
+    for variant in planned:
+        by_kernel.setdefault(variant[0], []).append(variant)
+    assert set(by_kernel) == launches.KERNELS - {"conv_tile_forward", "conv_tile_backward"}
+    jobs = []
+    for name, of_kernel in by_kernel.items():
+        architectures = [arch for arch in ARCHITECTURES if _runs_on(name, arch)]
+        for i, variant in enumerate(of_kernel[::part]):
+            for step in range(2 if part == 1 else 1):
+                jobs.append((*variant, architectures[(i + 3 * step) % len(architectures)]))
+    _compile(jobs)
+
+
+def _tile_variants(planned: dict[Variant, None], row: pairs.Row) -> list[Variant]:
+    """The kernels of a row's forward and backward, tiles and what computes the rest."""
+    planned.clear()
+    case = kernel_cases.tile_case({**row, "data": "near", "size": "ragged", "layout": "plain"})
+    _plan(case, row["dtype"], case.batch, row["deterministic"])
+    names = [name for name, _ in planned]
+    assert names[:3:2] == ["conv_tile_forward", "conv_tile_backward"], names
+    return list(planned)
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(32, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+)
+def test_tile_variants_compile(
+    nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them for sm_80 and sm_90; for the others so that every pair of settings meets, with
+    the kernels that compute what tiles leave."""
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
+    rows = kernel_cases.variants()
+    spread = pairs.rows(rows, {"architecture": ("sm_86", "sm_89", "sm_100", "sm_120")})
+    every = [{**row, "architecture": arch} for row in rows for arch in ("sm_80", "sm_90")]
+    jobs = {
+        (*variant, row["architecture"])
+        for row in [*every[::part], *spread[::part]]
+        for variant in _tile_variants(planned, row)
+        if "tile" in variant[0] or row["architecture"] not in ("sm_80", "sm_90")
+    }
+    _compile(sorted(jobs))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -129,7 +180,7 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
             for alignment in (2, 4, 8, 16):
                 if alignment < itemsize:
                     continue
-                vector, lanes = plans.launch_shape(depth, points, itemsize, alignment, backward)
+                vector, lanes = choice.launch_shape(depth, points, itemsize, alignment, backward)
                 assert depth % vector == 0
                 assert vector * itemsize <= alignment
                 assert lanes in (1, 2, 4, 8, 16, 32)
@@ -141,18 +192,18 @@ def test_launch_shape(itemsize: int, backward: bool) -> None:
 def test_threads_move_sixteen_bytes_of_the_usual_layers() -> None:
     for itemsize, vector in ((2, 8), (4, 4)):
         for depth in (16, 32, 64):
-            assert plans.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
-            assert plans.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
+            assert choice.launch_shape(depth, 9, itemsize, 16, False) == (vector, depth // vector)
+            assert choice.launch_shape(depth, 9, itemsize, 16, True) == (4, depth // 4)
 
 
 def test_block_size() -> None:
     for threads in (1, 63, 64, 1000, 77_000, 132 * 256, 132 * 256 + 1, 10**7, 2**33):
-        size = plans.block_size(threads, 132)
+        size = choice.block_size(threads, 132)
         assert size in (64, 128, 256)
         load = {s: math.ceil(math.ceil(threads / s) / 132) * s for s in (64, 128, 256)}
         assert load[size] <= 1.1 * min(load.values())
-    assert plans.block_size(10**7, 132) == 256
-    assert plans.block_size(132 * 64, 132) == 64
+    assert choice.block_size(10**7, 132) == 256
+    assert choice.block_size(132 * 64, 132) == 64
 
 
 def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,33 +224,44 @@ def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPa
 
 def test_strip_height() -> None:
     for columns, tiles in ((1, 1), (7, 14), (160, 50), (1792, 14), (5, 1000), (10**6, 3)):
-        assert 1 <= plans.strip_height(columns, tiles, 528) <= min(tiles, 64)
-    assert plans.strip_height(448, 14, 528) == 2  # 3136 strips in six rounds, all but the last full
-    assert plans.strip_height(3136, 14, 2112) == 7  # 6272 in three
-    assert plans.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
+        assert 1 <= choice.strip_height(columns, tiles, 528) <= min(tiles, 64)
+    assert (
+        choice.strip_height(448, 14, 528) == 2
+    )  # 3136 strips in six rounds, all but the last full
+    assert choice.strip_height(3136, 14, 2112) == 7  # 6272 in three
+    assert choice.strip_height(4, 8, 528) == 1  # few pixels: as many blocks as tiles
 
 
-def test_tiles_take_what_they_can() -> None:
-    def fits(
+def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
+
+    def why_not(
         depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any
-    ) -> bool:
+    ) -> str | None:
         window = functional.window(**{"groups": 4, **settings})
+        rows, columns = window.output_size(8, 8)
         value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
-        fields = torch.empty(2, 8, 8, 112 + extra, dtype=dtype)
-        layouts = (
-            plans.Layout(*plans.layout(value)),
-            plans.Layout(*plans.layout(fields)),
-        )
-        return plans.fits_tiles(window, depth, *layouts, 16, 9)
+        offset_mask = torch.empty(2, rows, columns, 4 * 28 + extra, dtype=dtype)
+        layouts = (choice.Layout(*plans.layout(tensor)) for tensor in (value, offset_mask))
+        chosen = choice.conv(*layouts, None, window, False, choice.GPU(9, 132))
+        reason = chosen.why_not["conv_tile_forward"]
+        names = ["conv_forward"] if reason else ["conv_tile_forward", "conv_forward"]
+        assert [kernel.name for kernel in chosen.kernels] == names
+        return reason
 
-    assert all(fits(depth) for depth in (16, 32, 48, 64))
-    assert fits(dtype=torch.bfloat16)
-    assert fits(remove_center=True, softmax=True, padding=0)
-    assert not any(fits(depth) for depth in (8, 24, 80))
-    assert not fits(dtype=torch.float32)
-    assert not fits(extra=1)  # pixels of offset_mask must begin on whole 8 bytes
-    for setting in ({"stride": 2}, {"dilation": 2}, {"kernel_size": 5}, {"offset_scale": 2.0}):
-        assert not fits(**setting)
+    for depth in (16, 32, 48, 64):
+        assert why_not(depth) is None
+    assert why_not(dtype=torch.bfloat16) is None
+    assert why_not(remove_center=True, softmax=True, padding=0) is None
+    for depth in (8, 24, 80):
+        assert why_not(depth) == "needs 16, 32, 48 or 64 channels a group"
+    assert why_not(dtype=torch.float32) == "needs a value in half precision"
+    assert why_not(extra=1) == "needs offset_mask's pixels on 8 bytes"
+    assert why_not(stride=2) == why_not(dilation=2) == "needs stride and dilation of 1"
+    assert why_not(kernel_size=5) == "needs a kernel of at most 3 x 3"
+    assert why_not(offset_scale=2.0) == "needs offset_scale of 1"
+    monkeypatch.undo()
+    assert why_not() == "needs 32768 slices"
 
 
 @pytest.fixture
@@ -268,7 +330,9 @@ def test_cache_that_takes_nothing_only_costs_time(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DCNV4_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert compile.cached("a", (), "sm_90") == compile.cached("a", (), "sm_90")
+    with pytest.warns(UserWarning, match="is not used"):
+        code = compile.cached("a", (), "sm_90")
+    assert compile.cached("a", (), "sm_90") == code
     assert compiled == ["a", "a"]
 
 
@@ -420,53 +484,81 @@ def test_random_calls() -> None:
     fuzz_cuda.fuzz(calls=200, settings=12, seed=1)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
-@pytest.mark.parametrize("kernels", [EVERY, SORTED], ids=["every", "sorted"])
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(
-    "case", [*tile_cases(), *sorted_cases(), *sorted_conv_cases()], ids=lambda case: case.id
-)
-def test_kernels_for_large_calls(
-    case: cases.Case,
-    deterministic: bool,
-    kernels: dict[str, int],
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if deterministic and torch.float64 in case.dtypes(dtype):
-        pytest.skip("float64 has no deterministic gradients")
-    monkeypatch.setattr(plans, "PAYS_FROM", kernels)
-    made = plans.conv_plan, plans.attn_plan
-    for plan in made:
-        plan.cache_clear()
-    torch.use_deterministic_algorithms(deterministic)
+@contextmanager
+def _deterministic(chosen: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(chosen)
     try:
-        results = case.run(dtype, "cuda", "cuda")
-        case.check(results, dtype)
-        if deterministic:
-            again = case.run(dtype, "cuda", "cuda")
-            assert all(torch.equal(results[name], again[name]) for name in results)
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
-        for plan in made:
-            plan.cache_clear()
+
+
+def _check(
+    case: cases.Case, dtype: torch.dtype, slices: dict[str, int], order: bool, finite: Any = None
+) -> list[float]:
+    """Against the oracle, from the kernels that `launches.expected` names, in the same bits again
+    where they are deterministic; the share of tiles that each launch of such a kernel computed."""
+    names = launches.expected(case, dtype, slices, order)
+    with (
+        _deterministic(order),
+        launches.paying_from(slices),
+        launches.launching(*names) as launched,
+    ):
+        results = case.run(dtype, "cuda", "cuda")
+        again = case.run(dtype, "cuda", "cuda") if order else results
+    case.check(results, dtype, finite)
+    for name, result in results.items():
+        torch.testing.assert_close(result, again[name], rtol=0, atol=0, equal_nan=True)
+    return launched.computed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case", [*sorted_cases(), *sorted_conv_cases(), *not_tiled()], ids=lambda case: case.id
+)
+def test_sorting(case: cases.Case, deterministic: bool, dtype: torch.dtype) -> None:
+    finite = None
+    if deterministic and case.id == "not_finite":
+        finite = np.ones(case.exact[0].shape, bool)
+        finite[::2] = False
+    _check(case, dtype, SORTED, deterministic, finite)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", not_tiled(), ids=lambda case: case.id)
+def test_what_tiles_refuse_is_sorted(case: cases.Case) -> None:
+    names = launches.expected(case, torch.float16, SORTED)
+    with launches.paying_from(EVERY), launches.launching(*names):
+        case.run(torch.float16, "cuda", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", kernel_cases.every_tile_row(), ids=kernel_cases.row_id)
+def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
+    """All that tile kernels are compiled for, with all data."""
+    case = kernel_cases.tile_case(row)
+    if kernel_cases.loses_what_is_not_finite(row):
+        request.applymarker(kernel_cases.LOST)
+    finite = kernel_cases.finite(row, case)
+    computed = _check(case, row["dtype"], EVERY, row["deterministic"], finite)
+    kernel_cases.check_left(row, computed[:2])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [*range(1, 10), 33, 257])
-@pytest.mark.parametrize("tiles", [False, True])
-def test_batch_independence(batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slices", [DIRECT, SORTED, EVERY], ids=["direct", "sorted", "tiles"])
+def test_batch_independence(batch: int, slices: dict[str, int]) -> None:
     """The same bits alone and among others, from one and the same kernel."""
-    monkeypatch.setattr(plans, "PAYS_FROM", EVERY if tiles else {})
-    plans.conv_plan.cache_clear()
     value, offset_mask = _call(batch, size=7)
     inputs = value, offset_mask / 4  # near enough for tiles
-    results = _run(*inputs)
-    for image in sorted({0, batch // 2, batch - 1}):
-        alone = _run(*(tensor[image : image + 1] for tensor in inputs))
-        _assert_same(tuple(result[image : image + 1] for result in results), alone)
-    plans.conv_plan.cache_clear()
+    names = launches.expected(plain_tiles(), torch.float16, slices)
+    with launches.paying_from(slices), launches.launching(*names):
+        results = _run(*inputs)
+        for image in sorted({0, batch // 2, batch - 1}):
+            alone = _run(*(tensor[image : image + 1] for tensor in inputs))
+            _assert_same(tuple(result[image : image + 1] for result in results), alone)
 
 
 @pytest.mark.gpu
@@ -475,7 +567,8 @@ def test_side_stream() -> None:
     expected = _run(*_call(16, 56, seed=3))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    names = launches.expected(plain_tiles(), torch.float16, EVERY)
+    with torch.cuda.stream(stream), launches.launching(*names):
         torch.cuda._sleep(50_000_000)
         results = _run(*_call(16, 56, seed=3))
     torch.cuda.current_stream().wait_stream(stream)
@@ -492,10 +585,11 @@ def test_fresh_threads() -> None:
         threading.Thread(target=lambda: results.extend(_run(*inputs) for _ in range(50)))
         for _ in range(8)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with launches.launching(*launches.expected(plain_tiles(), torch.float16)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len(results) == 400
     for result in results:
         _assert_same(result, expected)
@@ -506,7 +600,8 @@ def test_cuda_graph() -> None:
     inputs = _call()
     _run(*inputs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    names = launches.expected(plain_tiles(), torch.float16)
+    with launches.launching(*names), torch.cuda.graph(graph):
         captured = _run(*inputs)
     for seed in (1, 2):
         fresh = _call(seed=seed)
@@ -567,8 +662,10 @@ def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
         output = backend.conv_forward(value, offset_mask, window)
         return output, *backend.conv_backward(value, value, offset_mask, window)
 
-    results = tuple(result[32:].clone() for result in run(value, offset_mask))
-    output, grad_value, grad_mask = run(value[32:], offset_mask[32:])
+    with launches.launching(*launches.expected(plain_tiles(), torch.float16, EVERY)):
+        results = tuple(result[32:].clone() for result in run(value, offset_mask))
+    with launches.launching(*launches.expected(plain_tiles(), torch.float16, EVERY)):
+        output, grad_value, grad_mask = run(value[32:], offset_mask[32:])
     assert torch.equal(results[0], output)
     assert torch.equal(results[2], grad_mask)
     torch.testing.assert_close(results[1], grad_value, rtol=2**-8, atol=2**-4)
@@ -586,7 +683,9 @@ def test_more_than_2_31_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = offset_mask.unflatten(3, (groups, 3))[..., 2]
     weights.normal_()
     window = functional.window(1, padding=0, groups=groups)
-    output = backend.conv_forward(value, offset_mask, window)
+    with launches.launching("conv_forward") as launched:
+        output = backend.conv_forward(value, offset_mask, window)
+    assert launched.variants[0][1]["INDEX"] == "unsigned long long"
     for rows in torch.arange(side, device="cuda").split(500):
         expected = value[:, rows].float() * weights[:, rows].float()
         assert torch.equal(output[:, rows], expected.half())

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dcnv4 import backends, functional
+from dcnv4 import backends, functional, geometry
 from dcnv4.backends import triton as backend
 from support import cases
 from support.runner import Runner
+from support.tiers import one_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MISSING = backend.why_not(backends.Call("deform_conv", CUDA, torch.float32))
@@ -39,12 +41,15 @@ LAYERS = [
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    exhaustive = request.config.getoption("exhaustive")
     operators = Path(__file__).parents[1] / "operators"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    others = ("test_operators.py", "test_amp.py", "test_determinism.py")
+    others = ("test_operators.py", "test_positions.py", "test_amp.py", "test_determinism.py")
     files = [*(str(operators / name) for name in others), __file__]
-    chosen = ["-k", "interpreted or (triton-cpu and not float32)"]
+    dtypes = "not float32" if exhaustive else "float16"
+    chosen = ["-k", f"interpreted or (triton-cpu and {dtypes})"]
+    chosen += ["--exhaustive"] if exhaustive else []
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         [*command, *files, *chosen], env=environment, capture_output=True, text=True
@@ -91,10 +96,12 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(self.kernels, name)
-        if not name.startswith(("conv_", "attn_")):
+        if name not in ("forward", "backward"):
             return kernel
 
         class Launcher:
+            fn = staticmethod(kernel.fn)
+
             def __getitem__(_, grid: tuple[int, ...]) -> Any:  # noqa: N805
                 return lambda *args, **options: self.calls.append((kernel, args, options))
 
@@ -103,9 +110,9 @@ class _Recorder:
 
 def _conv_calls(batch: int, height: int, width: int) -> None:
     window = functional.window(3, groups=2)
-    value, fields = torch.ones(batch, height, width, 32), torch.ones(batch, height, width, 56)
-    backend.conv_forward(value, fields, window)
-    backend.conv_backward(value, value, fields, window)
+    value, offset_mask = torch.ones(batch, height, width, 32), torch.ones(batch, height, width, 56)
+    backend.conv_forward(value, offset_mask, window)
+    backend.conv_backward(value, value, offset_mask, window)
 
 
 def _attn_calls(batch: int, height: int, width: int) -> None:
@@ -136,7 +143,7 @@ def test_a_compilation_depends_on_no_batch_and_no_image(
         for _, others, other_options in launches[1:]:
             assert other_options == options
             for parameter, a, b in zip(kernel.params, first, others, strict=True):
-                if parameter.is_constexpr:
+                if parameter.is_constexpr or a is None:
                     assert a == b, parameter.name
                 elif isinstance(a, torch.Tensor):
                     assert a.dtype == b.dtype, parameter.name
@@ -159,8 +166,8 @@ def test_a_new_image_size_compiles_nothing() -> None:
         counts = []
         for batch, size in ((1, 5), (2, 16), (3, 1), (16, 33)):
             value = torch.randn(batch, size, size, 3 * 7, device="cuda", requires_grad=True)
-            fields = torch.randn(batch, size, size, 81, device="cuda", requires_grad=True)
-            output = functional.deform_conv(value, fields, groups=3, backend="triton")
+            offset_mask = torch.randn(batch, size, size, 81, device="cuda", requires_grad=True)
+            output = functional.deform_conv(value, offset_mask, groups=3, backend="triton")
             output.sum().backward()
             counts.append(len(compiled))
     finally:
@@ -255,7 +262,7 @@ def test_interpreted_levels_that_do_not_fit_count_nothing() -> None:
 
 
 @only_interpreted
-@pytest.mark.parametrize("case", [c for _, c in cases.CASES], ids=[i for i, _ in cases.CASES])
+@pytest.mark.parametrize("case", one_in(4, (case for _, case in cases.CASES), cases.name))
 def test_interpreted_memory_accesses_stay_inside(case: cases.Case) -> None:
     runner = Runner("triton", "cpu")
     with _guarded() as accesses:
@@ -265,12 +272,42 @@ def test_interpreted_memory_accesses_stay_inside(case: cases.Case) -> None:
 
 
 @only_interpreted
+@pytest.mark.parametrize("size", [64, 2**20, 2**31 - 2**10])
+def test_interpreted_corners_are_those_of_the_geometry(size: int) -> None:
+    """Next to both borders, as far from the first pixel as an image goes; what is not finite and
+    what is too far away is outside, and no corner outside counts."""
+    from support import triton_probe
+
+    small = torch.tensor([0.0, -0.0, 0.25, -0.25, 1e-10, -1e-10, -1.0, 1.0, 3.5, -3.5, 60.0, -60.0])
+    big = torch.tensor([np.inf, -np.inf, np.nan, 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**30])
+    numbers = torch.cat((small, big, -big[-1:], 2.0**20 + small[:3]))
+    origins = torch.tensor([-2, -1, 0, 1, 63, size - 2, size - 1, size, size + 1])
+    origins = origins.repeat(len(numbers))
+    numbers = numbers.repeat_interleave(9)
+    x, origin = (F.pad(t, (0, 256 - len(t))) for t in (numbers, origins))
+    before, counts = (torch.zeros(256, dtype=torch.int32) for _ in range(2))
+    fraction = torch.zeros(256)
+    triton_probe.around[(1,)](x, origin.int(), before, fraction, counts, size, COUNT=256)
+    expected = geometry._around(x, origin, size)
+    legal = expected[2][0].int() + 2 * expected[2][1].int()
+    near = x.abs() < 2**24
+    assert torch.equal(counts[near], legal[near])
+    counted = counts > 0
+    assert torch.equal(before[counted & near], expected[0][counted & near].int())
+    assert torch.equal(fraction[counted & near], expected[1][counted & near])
+    assert counted.any()
+    for offset in (0, 1):
+        column = before[(counts >> offset & 1) == 1].long() + offset
+        assert ((column >= 0) & (column < size)).all()
+
+
+@only_interpreted
 @pytest.mark.parametrize("case", [cases.CONV[2], cases.ATTENTION[0]], ids=lambda case: case.id)
 def test_interpreted_wide_offsets(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tensors of 2³¹ elements or more take."""
-    assert backend._index(10, 2**30) == "int32"
-    assert backend._index(10, 2**31) == "int64"
-    monkeypatch.setattr(backend, "_index", lambda *elements: "int64")
+    assert backend._index(2**30) == "int32"
+    assert backend._index(2**31) == "int64"
+    monkeypatch.setattr(backend, "_index", lambda elements: "int64")
     case.check(case.run(torch.float32, "cpu", "triton"), torch.float32)
 
 
@@ -292,10 +329,12 @@ def _guarded() -> Iterator[list[int]]:
     class Guard:
         def __getattr__(self, name: str) -> Any:
             kernel = getattr(kernels, name)
-            if not name.startswith(("conv_", "attn_")):
+            if name not in ("forward", "backward"):
                 return kernel
 
             class Launcher:
+                fn = staticmethod(kernel.fn)
+
                 def __getitem__(self, grid: tuple[int, ...]) -> Any:
                     def launch(*args: Any, **options: Any) -> None:
                         tensors = [a for a in args if isinstance(a, torch.Tensor)]

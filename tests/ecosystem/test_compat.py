@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcnv4 import FlashDeformAttn, compat
-from support import oracle
+from support import grid_sample, oracle
 
 SHAPES = [(5, 7), (3, 4), (1, 2)]
 STARTS = [0, 35, 47]
@@ -29,19 +28,6 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def check(
-    found: Callable[[], Tensor], expected: Callable[[], Tensor], leaves: dict[str, Tensor]
-) -> None:
-    """Both functions of the leaves must agree, in their output and in every gradient."""
-    outputs = [function() for function in (found, expected)]
-    torch.testing.assert_close(*outputs)
-    grad = torch.randn_like(outputs[1])
-    grads = [torch.autograd.grad(output, list(leaves.values()), grad) for output in outputs]
-    for name, *pair in zip(leaves, *grads, strict=True):
-        torch.testing.assert_close(*pair, msg=lambda m, n=name: f"{n}: {m}")
-        assert float(pair[1].abs().max()) > 0, name
-
-
 def attention_inputs() -> dict[str, Tensor]:
     value = random(2, 49, 3, 4)
     # Some of the points lie outside, none on a pixel's centre or edge.
@@ -49,22 +35,15 @@ def attention_inputs() -> dict[str, Tensor]:
     return {"value": value, "locations": locations, "weights": random(2, 6, 3, 3, 5)}
 
 
-def attention_by_grid_sample(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """[B, Q, G·D]: grid_sample on every level, head after head."""
-    batch, _, heads, depth = value.shape
-    heads_out = []
-    for g in range(heads):
-        head = torch.zeros(batch, depth, locations.shape[1], dtype=value.dtype)
-        for level, ((h, w), start) in enumerate(zip(SHAPES, STARTS, strict=True)):
-            image = value[:, start : start + h * w, g].transpose(1, 2).reshape(batch, depth, h, w)
-            grid = 2 * locations[:, :, g, level] - 1
-            sampled = F.grid_sample(image, grid, align_corners=False)
-            head = head + (sampled * weights[:, None, :, g, level]).sum(-1)
-        heads_out.append(head)
-    return torch.cat(heads_out, 1).transpose(1, 2)
-
-
-@pytest.mark.parametrize("function", ["MSDeformAttnFunction", "MultiScaleDeformableAttnFunction"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "MSDeformAttnFunction",
+        "MultiScaleDeformableAttnFunction",
+        "MultiScaleDeformableAttnFunction_fp16",
+        "MultiScaleDeformableAttnFunction_fp32",
+    ],
+)
 @pytest.mark.parametrize("form", ["tensor", "int32", "sequence"])
 def test_attention_functions(function: str, form: str) -> None:
     leaves = attention_inputs()
@@ -75,9 +54,9 @@ def test_attention_functions(function: str, form: str) -> None:
         shapes, starts = torch.tensor(SHAPES, dtype=dtype), torch.tensor(STARTS, dtype=dtype)
     value, locations, weights = leaves.values()
     apply = getattr(compat, function).apply
-    check(
-        lambda: apply(value, shapes, starts, locations, weights, 64),
-        lambda: attention_by_grid_sample(value, locations, weights),
+    grid_sample.check(
+        apply(value, shapes, starts, locations, weights, 64),
+        grid_sample.ms_deform_attn(SHAPES, value, locations, weights),
         leaves,
     )
 
@@ -89,9 +68,9 @@ def test_attention_fallbacks(function: str) -> None:
     leaves = attention_inputs()
     value, locations, weights = leaves.values()
     shapes = torch.tensor(SHAPES)
-    check(
-        lambda: getattr(compat, function)(value, shapes, locations, weights),
-        lambda: attention_by_grid_sample(value, locations, weights),
+    grid_sample.check(
+        getattr(compat, function)(value, shapes, locations, weights),
+        grid_sample.ms_deform_attn(SHAPES, value, locations, weights),
         leaves,
     )
 
@@ -117,7 +96,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     shapes, starts = torch.tensor(SHAPES), torch.tensor(STARTS)
     output = compat.MSDeformAttnFunction.apply(value, shapes, starts, locations, weights, 64)
     assert output.dtype == torch.bfloat16
-    wide = attention_by_grid_sample(value.double(), locations.double(), weights.double())
+    wide = grid_sample.ms_deform_attn(SHAPES, value.double(), locations.double(), weights.double())
     torch.testing.assert_close(output.double(), wide, rtol=2**-8, atol=2**-8)
 
 
@@ -137,6 +116,9 @@ def test_level_starts_must_agree(starts: list[int], message: str) -> None:
             compat.MSDeformAttnFunction.apply(value, SHAPES, given, locations, weights, 64)
         with pytest.raises(ValueError, match=message):
             compat.FlashDeformAttnFunction.apply(value, torch.tensor(SHAPES), given, logits, 64, 5)
+    for name, wrong in (("index", (SHAPES, 3)), ("shapes", (None, STARTS))):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor or a sequence of L levels"):
+            compat.MSDeformAttnFunction.apply(value, *wrong, locations, weights, 64)
 
 
 @pytest.mark.gpu
@@ -173,17 +155,38 @@ def test_flash_deform_attn_function() -> None:
 
     def expected() -> Tensor:
         where, weights = packed[..., :30], packed[..., 30:].softmax(-1)
-        return attention_by_grid_sample(
-            value, where.reshape(locations.shape), weights.reshape(logits.shape)
+        return grid_sample.ms_deform_attn(
+            SHAPES, value, where.reshape(locations.shape), weights.reshape(logits.shape)
         )
 
-    check(
-        lambda: compat.FlashDeformAttnFunction.apply(value, shapes, starts, packed, 64, 5),
-        expected,
+    grid_sample.check(
+        compat.FlashDeformAttnFunction.apply(value, shapes, starts, packed, 64, 5),
+        expected(),
         {"value": value, "sampling_loc_attn": packed},
     )
-    with pytest.raises(ValueError, match=r"3\*L\*K = 72\] with L = 3 and K = 8; got \[2, 6, 3, 45"):
+    with pytest.raises(
+        ValueError, match=r"3\*L\*K = 72\] or .* 216\] with L = 3 and K = 8; got \[2, 6, 3, 45"
+    ):
         compat.FlashDeformAttnFunction.apply(value, shapes, starts, packed, 64)
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp32"])
+def test_attention_functions_under_autocast(name: str) -> None:
+    """BEVFormer's two choose the dtype themselves; positions are never rounded."""
+    value, locations, weights = (t.detach().float() for t in attention_inputs().values())
+    dtype = torch.float16 if name == "fp16" else torch.float32
+    apply = getattr(compat, f"MultiScaleDeformableAttnFunction_{name}").apply
+    arguments = torch.tensor(SHAPES), torch.tensor(STARTS), locations, weights, 64
+    with torch.autocast("cpu", torch.bfloat16):
+        found = apply(value.bfloat16(), *arguments)
+        assert (value @ value.mT).dtype == torch.bfloat16  # it is on as before
+    assert found.dtype == dtype
+    rounded = value.bfloat16().to(dtype)
+    expected = compat.MSDeformAttnFunction.apply(rounded, *arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert apply(value.double(), *arguments).dtype == torch.float64
+    with pytest.raises(TypeError, match="value must be a tensor"):
+        apply(None, *arguments)
 
 
 def test_ms_deform_attn_is_the_layer() -> None:
@@ -284,140 +287,15 @@ def test_convolution_refusals() -> None:
         compat.DCNv3Function.apply(image, offsets.flatten(3), weights[..., 0], *arguments, 256, 0)
     with pytest.raises(ValueError, match=r"remove_center must come with a square kernel.*3 x 5"):
         compat.DCNv3Function.apply(image, offsets, weights, 3, 5, *arguments[2:], 256, 1)
-
-
-def torchvision_inputs(case: tuple[Any, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Leaves in torchvision's layout, and its settings."""
-    kernel, stride, padding, dilation, groups, _, _ = case
-    image, offsets, weights, _ = convolution_inputs((*case[:5], 1.0, 0))
-    leaves = {
-        "input": image.permute(0, 3, 1, 2),
-        "offset": offsets.flatten(3).permute(0, 3, 1, 2),
-        "bias": random(4 * groups),
-        "mask": weights.flatten(3).permute(0, 3, 1, 2),
-    }
-    leaves = {n: leaf.detach().contiguous().requires_grad_() for n, leaf in leaves.items()}
-    settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    settings["weight"] = torch.ones(4 * groups, 1, *kernel, dtype=torch.float64)
-    return leaves, settings
-
-
-def deform_conv2d_by_grid_sample(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    mask: Tensor | None,
-) -> Tensor:
-    """A depthwise one of ones, point after point: rows outermost, (y, x)."""
-    (kh, kw), (height, width) = weight.shape[2:], input.shape[2:]
-    groups = offset.shape[1] // (2 * kh * kw)
-    rows, columns = torch.meshgrid(*(torch.arange(n) for n in offset.shape[2:]), indexing="ij")
-    parts = []
-    for g, part in enumerate(input.chunk(groups, 1)):
-        total = torch.zeros((), dtype=input.dtype)
-        for k, (i, j) in enumerate((i, j) for i in range(kh) for j in range(kw)):
-            at = g * kh * kw + k
-            y = rows * stride[0] - padding[0] + i * dilation[0] + offset[:, 2 * at]
-            x = columns * stride[1] - padding[1] + j * dilation[1] + offset[:, 2 * at + 1]
-            grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
-            sampled = F.grid_sample(part, grid, align_corners=False)
-            total = total + sampled * (1 if mask is None else mask[:, at, None])
-        parts.append(total)
-    output = torch.cat(parts, 1)
-    return output if bias is None else output + bias[:, None, None]
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("optional", [True, False])
-def test_deform_conv2d(case: tuple[Any, ...], optional: bool) -> None:
-    leaves, settings = torchvision_inputs(case)
-    if not optional:
-        del leaves["bias"], leaves["mask"]
-    arguments = {"bias": None, "mask": None, **leaves, **settings}
-    check(
-        lambda: compat.deform_conv2d(**arguments),
-        lambda: deform_conv2d_by_grid_sample(**arguments),
-        leaves,
-    )
-    assert compat.deform_conv2d(**arguments).is_contiguous()
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_deform_conv2d_is_torchvisions(case: tuple[Any, ...]) -> None:
-    try:
-        from torchvision.ops import deform_conv2d
-    except Exception as error:
-        pytest.skip(f"needs torchvision for this build of torch; {type(error).__name__}: {error}")
-    leaves, settings = torchvision_inputs(case)
-    check(
-        lambda: compat.deform_conv2d(**leaves, **settings),
-        lambda: deform_conv2d(**leaves, **settings),
-        leaves,
-    )
-    names = inspect.signature(deform_conv2d).parameters
-    assert list(inspect.signature(compat.deform_conv2d).parameters) == list(names)
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_deform_conv2d_is_the_onnx_operator(case: tuple[Any, ...]) -> None:
-    """ONNX has taken torchvision's layout."""
-    for package in ("onnx", "onnxruntime"):
-        if find_spec(package) is None:
-            pytest.skip(f"needs {package}; pip install onnx onnxruntime")
-    import onnx
-    import onnxruntime
-    from onnx import helper
-
-    leaves, settings = torchvision_inputs(case)
-    arguments = {n: a.detach().float() for n, a in leaves.items()}
-    arguments["weight"] = settings["weight"].float()
-    order = ["input", "weight", "offset", "bias", "mask"]
-    pads = [*settings["padding"], *settings["padding"]]
-    node = helper.make_node(
-        "DeformConv",
-        order,
-        ["output"],
-        strides=settings["stride"],
-        pads=pads,
-        dilations=settings["dilation"],
-        group=arguments["input"].shape[1],
-        offset_group=case[4],
-    )
-    kind = onnx.TensorProto.FLOAT
-    values = [helper.make_tensor_value_info(n, kind, arguments[n].shape) for n in order]
-    result = [helper.make_tensor_value_info("output", kind, None)]
-    graph = helper.make_graph([node], "one", values, result)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    (expected,) = session.run(None, {n: arguments[n].numpy() for n in order})
-    settings["weight"] = arguments.pop("weight")
-    found = compat.deform_conv2d(**arguments, **settings)
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_deform_conv2d_refusals() -> None:
-    leaves, settings = torchvision_inputs(CONVOLUTIONS[0])
-    weight = settings.pop("weight")
-
-    def call(**changes: Any) -> Tensor:
-        return compat.deform_conv2d(**{**leaves, **settings, "weight": weight, **changes})
-
-    assert call().shape == (2, 8, 7, 9)
-    with pytest.raises(ValueError, match=r"weight must be depthwise = \[8, 1, kh, kw\].*8, 8, 3"):
-        call(weight=torch.ones(8, 8, 3, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"weight must be ones, as the mask holds.*got others"):
-        call(weight=2 * weight)
-    with pytest.raises(ValueError, match="got one that requires a gradient"):
-        call(weight=weight.clone().requires_grad_())
-    with pytest.raises(ValueError, match=r"offset must be .* = G\*18, Ho, Wo\]; got \[2, 35"):
-        call(offset=leaves["offset"][:, 1:])
-    with pytest.raises(ValueError, match=r"mask must be .* = \[2, 18, 7, 9\]; got \[2, 9, 7, 9"):
-        call(mask=leaves["mask"][:, :9])
-    with pytest.raises(TypeError, match="offset must be a tensor"):
-        call(offset=None)
+    with pytest.raises(ValueError, match="remove_center must be 0 or 1; got 2"):
+        compat.DCNv4Function.apply(image, packed, *arguments, 256, 2)
+    names = list(inspect.signature(compat.DCNv4Function.apply).parameters)[2:12]
+    for at, name in enumerate(names):
+        wrong = [*arguments[:at], "3", *arguments[at + 1 :]]
+        with pytest.raises(TypeError, match=f"^{name} must be an integer"):
+            compat.DCNv4Function.apply(image, packed, *wrong)
+    for name in ("kernel_h", "kernel_w", "group"):
+        at = names.index(name)
+        wrong = [*arguments[:at], 0, *arguments[at + 1 :]]
+        with pytest.raises(ValueError, match=f"^{name} must be an integer >= 1; got 0"):
+            compat.DCNv3Function.apply(image, offsets.flatten(3), weights.flatten(3), *wrong)

@@ -58,7 +58,7 @@ def test_one_dynamic_graph_serves_every_size() -> None:
         graphs.append(1)
         return module.forward
 
-    layer = DCNv4Conv2d(8, 8, groups=2, stride=2, backend="reference")
+    layer = DCNv4Conv2d(8, 8, 3, 2, 1, groups=2, backend="reference")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
     with torch.no_grad():
         for size in ((2, 8, 6, 7), (3, 8, 9, 5), (4, 8, 12, 11)):

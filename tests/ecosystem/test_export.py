@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
+from dcnv4 import backends
 from support import cases
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -73,7 +74,7 @@ def queries(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
 class Conv(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = dcnv4.DCNv4Conv2d(8, 6, groups=3, remove_center=True)
+        self.layer = dcnv4.DCNv4Conv2d(8, 6, padding=1, groups=3, remove_center=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.permute(0, 3, 1, 2))
@@ -140,6 +141,25 @@ torch.testing.assert_close(program.module()(*inputs), expected)
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+def test_a_program_exported_before_runs() -> None:
+    """A `DCNv4` without its centre and a `FlashDeformAttn`, saved for any batch by PyTorch 2.13, on
+    another batch, and what came out then."""
+    if VERSION < (2, 13):
+        pytest.skip(f"a program that torch 2.13 saved needs torch >= 2.13; got {VERSION}")
+    reason = backends.why_not(
+        "cpu", backends.Call("deform_conv", torch.device("cpu"), torch.float32)
+    )
+    if reason is not None:
+        pytest.skip(f"the program names the cpu backend, which {reason}")
+    data = Path(__file__).parents[1] / "data"
+    program = torch.export.load(data / "exported_by_torch_2.13.pt2")
+    names = [str(node.target) for node in program.graph.nodes if "dcnv4" in str(node.target)]
+    assert names == ["dcnv4.deform_conv.default", "dcnv4.ms_deform_attn.default"]
+    case = torch.load(data / "exported_by_torch_2.13_case.pt", weights_only=True)
+    assert len(case["inputs"][0]) != len(program.example_inputs[0][0])
+    torch.testing.assert_close(program.module()(*case["inputs"]), case["output"])
+
+
 def test_an_exported_model_trains() -> None:
     model = make("DCNv4")
     program = export("DCNv4", model).module()
@@ -152,6 +172,7 @@ def test_an_exported_model_trains() -> None:
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_ahead_of_time_package(tmp_path: Path) -> None:
     """A compiled package, in a process of its own, at another size."""
     model = make("DCNv4Conv2d")

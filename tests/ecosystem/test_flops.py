@@ -115,7 +115,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.flat = DCNv4(8, group=2, remove_center=True)
-        self.image = DCNv4Conv2d(8, 8, 3, stride=2, groups=2)
+        self.image = DCNv4Conv2d(8, 8, 3, 2, 1, groups=2)
         self.attention = FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3)
 
     def forward(self, x: Tensor, references: Tensor) -> Tensor:

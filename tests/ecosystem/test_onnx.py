@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dcnv4
 import dcnv4.onnx
 from support import cases
+from support.tiers import one_in
 
 onnx = pytest.importorskip("onnx", reason="needs onnx; pip install onnx")
 pytest.importorskip("onnxscript", reason="needs onnxscript; pip install onnxscript")
@@ -81,9 +82,7 @@ def exported_calls(
     return model
 
 
-OTHER_DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16], ids=["float64", "float16"]
-)
+OTHER_DTYPES = pytest.mark.parametrize("dtype", one_in(2, [torch.float16, torch.float64]))
 
 
 def choose(kind: tuple[Any, ...], names: str) -> list[Any]:
@@ -93,8 +92,10 @@ def choose(kind: tuple[Any, ...], names: str) -> list[Any]:
 
 
 def test_deform_conv(tmp_path: Path) -> None:
-    """Every case that has pixels, as ONNX knows no empty image."""
-    calls = [case for case in cases.CONV if all(array.size for array in case.exact)]
+    """Every case that has pixels, as ONNX knows no empty image, and not so many in a line that
+    ONNX Runtime's own positions, columns plus offsets, lose what the budget grants."""
+    small = [case for case in cases.CONV if max(case.size) < 100]
+    calls = [case for case in small if all(array.size for array in case.exact)]
     model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
     assert count(model, "DeformConv") == len(calls)
 
@@ -129,7 +130,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.image = dcnv4.DCNv4Conv2d(3, 16, stride=2, groups=2, dw_kernel_size=3)
+        self.image = dcnv4.DCNv4Conv2d(3, 16, 3, 2, 1, groups=2, dw_kernel_size=3)
         self.flat = dcnv4.DCNv4(16, group=2, offset_scale=0.5, center_feature_scale=True)
         self.attention = dcnv4.FlashDeformAttn(16, n_levels=2, n_heads=2, n_points=2)
         for parameter in self.parameters():
@@ -150,7 +151,7 @@ def network_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]
     return torch.randn(batch, 3, height, width), torch.rand(batch, 5, 2, 2)
 
 
-@pytest.mark.parametrize("attention", ["gather", "grid_sample"])
+@pytest.mark.parametrize("attention", one_in(2, ["gather", "grid_sample"]))
 def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
     torch.manual_seed(0)
     network = Network().eval()
@@ -250,6 +251,7 @@ def test_lowered_program(tmp_path: Path) -> None:
     torch.testing.assert_close(run(load(path, 20)[1], *inputs)[0], expected)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_keeps_coordinates(tmp_path: Path) -> None:
     """In float16 neighbours of 300.125 are 0.25 apart: such a column must not be rounded."""
     value = torch.zeros(1, 1, 400, 1).half()

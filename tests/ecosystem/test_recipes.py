@@ -143,7 +143,7 @@ YOLO: dict[str, Any] = {
         [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
         [[-1, 4], 1, "Concat", [1]],
         [-1, 1, "Conv", [32, 1, 1]],
-        [-1, 1, "DCNv4Conv2d", [32, 32, 3]],
+        [-1, 1, "DCNv4Conv2d", [32, 32, 3, 1, 1]],
         [-1, 1, "nn.BatchNorm2d", []],
         [-1, 1, "nn.SiLU", []],
         [-1, 1, "Conv", [64, 3, 2]],

@@ -27,7 +27,7 @@ def randomised(layer: Any) -> Any:
 
 
 LAYERS: dict[str, tuple[Any, torch.Tensor, dict[str, Any]]] = {
-    "DCNv4Conv2d": (DCNv4Conv2d(8, 12, stride=2, groups=3), torch.randn(2, 8, 10, 14), {}),
+    "DCNv4Conv2d": (DCNv4Conv2d(8, 12, 3, 2, 1, groups=3), torch.randn(2, 8, 10, 14), {}),
     "DCNv4": (DCNv4(12, group=3, remove_center=True), torch.randn(2, 140, 12), {"shape": (10, 14)}),
     "DCNv4 square": (DCNv4(12, group=3), torch.randn(2, 100, 12), {}),
     "DCNv3": (DCNv3(12, group=3, offset_scale=1.5), torch.randn(2, 10, 14, 12), {}),
@@ -179,7 +179,7 @@ def test_it_draws_into_a_figure_of_yours() -> None:
 
 
 def test_many_panels_stand_in_rows() -> None:
-    layer = DCNv4Conv2d(8, 12, groups=6)
+    layer = DCNv4Conv2d(8, 12, padding=1, groups=6)
     figure = visualize.conv(layer, torch.randn(1, 8, 5, 5))
     assert len(figure.axes) == 6
     assert len({round(axes.get_subplotspec().rowspan.start) for axes in figure.axes}) == 2

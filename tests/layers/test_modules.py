@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional, modules
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional
+from dcnv4.layers import DCNv3, attention
 
 
 def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -111,7 +114,7 @@ def test_layouts_agree(stride: int | tuple[int, int]) -> None:
     flat = layer(x.flatten(1, 2), (5, 6))
     assert full.shape == (2, rows, columns, 8)
     assert torch.equal(full.flatten(1, 2), flat)
-    conv2d = randomised(DCNv4Conv2d(8, 8, stride=stride, groups=2, center_feature_scale=True))
+    conv2d = randomised(DCNv4Conv2d(8, 8, 3, stride, 1, groups=2, center_feature_scale=True))
     conv2d.load_state_dict(layer.state_dict(), strict=True)
     torch.testing.assert_close(conv2d(x.permute(0, 3, 1, 2)), full.permute(0, 3, 1, 2))
 
@@ -124,7 +127,7 @@ def test_no_shape_means_a_square_map() -> None:
 
 def test_memory_formats() -> None:
     """channels_last passes through, with its value read in place; contiguous stays contiguous."""
-    layer = randomised(DCNv4Conv2d(8, 16, groups=2))
+    layer = randomised(DCNv4Conv2d(8, 16, padding=1, groups=2))
     seen: list[Tensor] = []
     value_proj = layer.value_proj
     value_proj.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
@@ -140,7 +143,7 @@ def test_memory_formats() -> None:
 
 
 def test_channels_last_makes_no_layout_copy() -> None:
-    layer = DCNv4Conv2d(8, 16, groups=2)
+    layer = DCNv4Conv2d(8, 16, padding=1, groups=2)
     x = random(2, 8, 5, 6, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     with torch.profiler.profile() as profile, torch.no_grad():
         layer(x)
@@ -213,13 +216,13 @@ def test_softmax_normalises_the_weights_of_a_group() -> None:
     settings = {**conv_settings(layer), "softmax": False}
     y = functional.deform_conv(layer.value_proj(x), normalised, **settings)
     torch.testing.assert_close(layer(x), layer.output_proj(y))
-    conv2d = DCNv4Conv2d(8, 8, groups=2, softmax=True).double()
+    conv2d = DCNv4Conv2d(8, 8, padding=1, groups=2, softmax=True).double()
     conv2d.load_state_dict(layer.state_dict(), strict=True)
     torch.testing.assert_close(conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), layer(x))
 
 
 def test_conv2d_without_pointwise() -> None:
-    layer = DCNv4Conv2d(8, 8, groups=2, without_pointwise=True)
+    layer = DCNv4Conv2d(8, 8, padding=1, groups=2, without_pointwise=True)
     assert set(layer.state_dict()) == {"offset_mask.weight", "offset_mask.bias"}
     x = random(2, 8, 4, 5, dtype=torch.float32)
     torch.testing.assert_close(layer(x), F.avg_pool2d(x, 3, 1, 1))
@@ -247,22 +250,52 @@ def test_zero_outputs_the_projections_bias() -> None:
     assert torch.equal(output, layer.output_proj.bias.expand_as(output))
 
 
-def test_conv2d_is_a_drop_in_for_conv2d() -> None:
-    """The same output size for the same arguments, whatever the channels."""
-    for kernel, stride, padding, dilation in ((3, 2, 1, 1), ((3, 5), 1, (0, 2), 1), (2, 2, 0, 2)):
-        arguments = 3, 10, kernel, stride, padding, dilation
-        x = torch.randn(2, 3, 9, 11)
-        assert DCNv4Conv2d(*arguments)(x).shape == nn.Conv2d(*arguments)(x).shape
-    assert DCNv4Conv2d(3, 10)(torch.randn(2, 3, 9, 11)).shape == (2, 10, 9, 11)
-    assert DCNv4Conv2d(3, 10, dilation=2, kernel_size=(1, 5))(x).shape == (2, 10, 9, 11)
-    assert DCNv4Conv2d(3, 10, stride=2)(x).shape == (2, 10, 5, 6)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (3, 10, 3),
+        (3, 10, 3, 2),
+        (3, 10, 3, 2, 1),
+        (3, 10, (3, 5), 1, (0, 2)),
+        (3, 10, 2, 2, 0, 2),
+        (3, 10, 5, 1, "same"),
+        (3, 10, (1, 5), 1, "same", 2),
+        (3, 10, 3, 2, "valid"),
+        (3, 10, 3, 1, 1, 1, 1, False, "zeros", "cpu", torch.float64),
+    ],
+    ids=str,
+)
+def test_conv2d_is_a_drop_in_for_conv2d(arguments: tuple[Any, ...]) -> None:
+    """The same output for the same arguments, whatever the channels, batched or not."""
+    ours, theirs = DCNv4Conv2d(*arguments), nn.Conv2d(*arguments)
+    dtype = theirs.weight.dtype
+    for shape in ((2, 3, 9, 11), (3, 9, 11)):
+        x = random(*shape, dtype=dtype)
+        assert ours(x).shape == theirs(x).shape
+        assert ours(x).dtype == dtype
+    single = random(3, 9, 11, dtype=dtype)
+    torch.testing.assert_close(ours(single), ours(single[None])[0])
+    assert (ours.output_proj.bias is None) == (theirs.bias is None)
+
+
+def test_conv2d_has_the_defaults_of_conv2d() -> None:
+    ours, theirs = (inspect.signature(c).parameters for c in (DCNv4Conv2d, nn.Conv2d))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    # A kernel of 3 x 3 unless another is given, and `groups` means another thing.
+    for name in theirs.keys() - {"kernel_size", "groups"}:
+        assert ours[name].default == theirs[name].default, name
+
+
+def test_conv2d_has_more() -> None:
+    x = torch.randn(2, 3, 9, 11)
+    assert DCNv4Conv2d(3, 10, stride=2, padding="same")(x).shape == (2, 10, 5, 6)
     assert DCNv4Conv2d(64, 48).window.groups == 3
     assert DCNv4Conv2d(3, 7).window.groups == 1
 
 
 def test_empty_batches() -> None:
     assert DCNv4(8, group=2, center_feature_scale=True)(torch.ones(0, 9, 8)).shape == (0, 9, 8)
-    assert DCNv4Conv2d(3, 8, stride=2)(torch.ones(0, 3, 6, 5)).shape == (0, 8, 3, 3)
+    assert DCNv4Conv2d(3, 8, stride=2, padding=1)(torch.ones(0, 3, 6, 5)).shape == (0, 8, 3, 3)
     layer = FlashDeformAttn(8, 1, 2)
     nothing = layer(torch.ones(2, 0, 8), torch.ones(2, 0, 1, 2), torch.ones(2, 4, 8), ((2, 2),))
     assert nothing.shape == (2, 0, 8)
@@ -276,9 +309,11 @@ def attention_by_grid_sample(
     layer: FlashDeformAttn, query: Tensor, reference: Tensor, flat: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Deformable DETR's module, written with grid_sample."""
-    batch, queries, width = query.shape
+    batch, queries, _ = query.shape
     heads, points = layer.n_heads, layer.n_points
+    reference = reference.expand(batch, queries, len(SHAPES), -1)
     value = layer.value_proj(flat)
+    width = value.shape[-1]
     if mask is not None:
         value = value * (~mask)[..., None]
     offsets = layer.sampling_offsets(query).view(batch, queries, heads, len(SHAPES), points, 2)
@@ -290,7 +325,8 @@ def attention_by_grid_sample(
         if reference.shape[-1] == 2:
             locations = place + offsets[:, :, :, level] / torch.tensor([w, h])
         else:
-            locations = place[..., :2] + offsets[:, :, :, level] / points * place[..., 2:] * 0.5
+            unit = torch.tensor([w, h]) if layer.use_4D_normalizer else points
+            locations = place[..., :2] + offsets[:, :, :, level] / unit * place[..., 2:] * 0.5
         image = value[:, start : start + h * w].view(batch, h, w, heads, -1)
         image = image.permute(0, 3, 4, 1, 2).flatten(0, 1)
         grid = 2 * locations.transpose(1, 2).flatten(0, 1) - 1
@@ -313,6 +349,41 @@ def test_attention_against_grid_sample(size: int, masked: bool) -> None:
     torch.testing.assert_close(got, attention_by_grid_sample(layer, query, reference, flat, mask))
     assert torch.equal(got, layer(query, reference, flat, torch.tensor(SHAPES), starts, mask))
     assert torch.equal(got, layer(query, reference, flat, [list(s) for s in SHAPES], None, mask))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [{"ratio": 0.5}, {"ratio": 1.75}, {"use_4D_normalizer": True}],
+    ids=lambda settings: str(settings),
+)
+def test_variants_of_attention_against_grid_sample(settings: dict[str, Any], size: int) -> None:
+    layer = randomised(FlashDeformAttn(8, 2, 2, 3, **settings))
+    assert layer.value_proj.out_features == 8 * settings.get("ratio", 1)
+    query, flat = random(2, 4, 8), random(2, LENGTH, 8, seed=1)
+    reference = random(2, 4, 2, size, seed=2).sigmoid()
+    got = layer(query, reference, flat, SHAPES)
+    torch.testing.assert_close(got, attention_by_grid_sample(layer, query, reference, flat, None))
+    for word in settings:
+        assert word in repr(layer)
+
+
+@pytest.mark.parametrize("use_4d_normalizer", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 1, 2), (2, 4, 1, 4), (2, 1, 2, 2), (1, 1, 1, 4), (1, 4, 2, 2)], ids=str
+)
+def test_reference_points_broadcast(shape: tuple[int, ...], use_4d_normalizer: bool) -> None:
+    layer = randomised(FlashDeformAttn(8, 2, 2, 3, use_4D_normalizer=use_4d_normalizer))
+    query, flat = random(2, 4, 8), random(2, LENGTH, 8, seed=1)
+    reference = random(*shape, seed=2).sigmoid().requires_grad_()
+    output = layer(query, reference, flat, SHAPES)
+    expected = attention_by_grid_sample(layer, query, reference, flat, None)
+    torch.testing.assert_close(output, expected)
+    got, right = (torch.autograd.grad(y.square().sum(), reference)[0] for y in (output, expected))
+    torch.testing.assert_close(got, right)
+    locations, weights = layer.sampling_points(query, reference, SHAPES)
+    assert locations.shape == (2, 4, 2, 2, 3, 2)
+    assert weights.shape == (2, 4, 2, 2, 3)
 
 
 def test_attention_starts_with_the_fields_rays() -> None:
@@ -345,21 +416,55 @@ def test_locations_are_never_rounded_to_half(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reference[0, :, 0, 0] - 0.5 / 128
     assert (output[0, :, 0] - wanted).abs().max() <= torch.finfo(torch.bfloat16).eps
     captured: list[torch.dtype] = []
-    original = modules.ms_deform_attn
+    original = attention.ms_deform_attn
 
     def spy(value: Tensor, shapes: Any, locations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         captured.append(locations.dtype)
         return original(value, shapes, locations, *args, **kwargs)
 
-    monkeypatch.setattr(modules, "ms_deform_attn", spy)
+    monkeypatch.setattr(attention, "ms_deform_attn", spy)
     half = layer.bfloat16()
     half(torch.zeros(1, 2, 8).bfloat16(), reference, ramp.bfloat16(), ((1, 128),))
     assert captured == [torch.float32]
 
 
+FORMER_NAMES = {
+    b"dcnv4.layers.conv": b"dcnv4.modules",
+    b"dcnv4.layers.attention": b"dcnv4.modules",
+    b"dcnv4.layers.dcnv3": b"dcnv4.checkpoints",
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DCNv4(8, group=2),
+        lambda: DCNv4Conv2d(8, 8, groups=2),
+        lambda: FlashDeformAttn(8, 1, 2, 2),
+        lambda: DCNv3(8, group=2),
+        lambda: DCNv3(8, group=2, norm_layer="BN"),
+    ],
+    ids=["DCNv4", "DCNv4Conv2d", "FlashDeformAttn", "DCNv3", "DCNv3-BN"],
+)
+def test_modules_saved_whole_under_former_names(make: Callable[[], nn.Module]) -> None:
+    """They say by name where their classes are; this protocol of pickle says it in plain words."""
+    layer = make()
+    saved = pickle.dumps(layer, protocol=0)
+    former = saved
+    for now, then in FORMER_NAMES.items():
+        former = former.replace(now, then)
+    assert former != saved
+    assert b"dcnv4.layers" not in former
+    loaded = pickle.loads(former)
+    assert type(loaded) is type(layer)
+    assert all(
+        torch.equal(*pair) for pair in zip(loaded.parameters(), layer.parameters(), strict=True)
+    )
+
+
 LAYER_FACTORIES = {
     "DCNv4": lambda: DCNv4(8, group=2, stride=2, dw_kernel_size=3, center_feature_scale=True),
-    "DCNv4Conv2d": lambda: DCNv4Conv2d(8, 12, groups=3, backend="reference"),
+    "DCNv4Conv2d": lambda: DCNv4Conv2d(8, 12, padding=1, groups=3, backend="reference"),
     "FlashDeformAttn": lambda: FlashDeformAttn(8, 1, 2, 2),
 }
 
@@ -427,7 +532,7 @@ def test_ten_layers_train_under_autocast(device: str, dtype: torch.dtype) -> Non
         pytest.skip(f"torch {torch.__version__} has no float16 autocast on the CPU")
     torch.manual_seed(0)
     blocks = [
-        nn.Sequential(DCNv4Conv2d(16, 16, groups=2), nn.BatchNorm2d(16), nn.ReLU())
+        nn.Sequential(DCNv4Conv2d(16, 16, padding=1, groups=2), nn.BatchNorm2d(16), nn.ReLU())
         for _ in range(10)
     ]
     network = nn.Sequential(*blocks).to(device)
@@ -455,7 +560,9 @@ def test_conv2d_has_the_attributes_of_a_convolution() -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-@pytest.mark.parametrize("layer", [DCNv4(32, group=2), DCNv4Conv2d(32, 32, groups=2)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [DCNv4(32, group=2), DCNv4Conv2d(32, 32, padding=1, groups=2)], ids=str
+)
 def test_autocast_casts_the_input_once(layer: torch.nn.Module) -> None:
     x = torch.randn(1, 32, 6, 6) if isinstance(layer, DCNv4Conv2d) else torch.randn(1, 36, 32)
     with (

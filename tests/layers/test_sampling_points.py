@@ -51,7 +51,7 @@ def test_layer_is_the_sum_over_its_points(settings):
 
 def test_layouts_agree():
     torch.manual_seed(0)
-    layer = randomised(DCNv4Conv2d(5, 8, stride=2, groups=2))
+    layer = randomised(DCNv4Conv2d(5, 8, stride=2, padding=1, groups=2))
     flat = DCNv4(8, stride=2, group=2).double()
     x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
     positions, weights = layer.sampling_points(x)
@@ -65,7 +65,9 @@ def test_layouts_agree():
 
 
 def test_a_fresh_layer_looks_at_the_kernel_grid():
-    positions, weights = DCNv4Conv2d(4, 4, groups=1).sampling_points(torch.randn(1, 4, 5, 5))
+    positions, weights = DCNv4Conv2d(4, 4, padding=1, groups=1).sampling_points(
+        torch.randn(1, 4, 5, 5)
+    )
     grid = [[x, y] for x in (1.0, 2.0, 3.0) for y in (2.0, 3.0, 4.0)]
     assert positions[0, 3, 2, 0].tolist() == grid
     assert weights.unique().tolist() == [torch.tensor(1 / 9).item()]
@@ -96,4 +98,4 @@ def test_attention_is_the_sum_over_its_points(size, as_tensor):
 def test_attention_checks_what_it_is_given():
     layer = FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3)
     with pytest.raises(ValueError, match=r"reference_points must be .* \[1, 5, 2, 2\]"):
-        layer.sampling_points(torch.ones(1, 5, 8), torch.ones(1, 5, 1, 2), ((1, 1), (1, 1)))
+        layer.sampling_points(torch.ones(1, 5, 8), torch.ones(1, 5, 3, 2), ((1, 1), (1, 1)))

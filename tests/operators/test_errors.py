@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import dcnv4
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, backends
+from dcnv4.checkpoints import DCNv3
 from dcnv4.functional import deform_conv, ms_deform_attn
 
 CPU = torch.device("cpu")
@@ -17,6 +21,18 @@ VALUE, FIELDS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 56)
 LEVELS = torch.zeros(2, 10, 2, 4)
 LOCATIONS, WEIGHTS = torch.zeros(2, 3, 2, 2, 4, 2), torch.zeros(2, 3, 2, 2, 4)
 SHAPES = ((2, 3), (4, 1))
+ARRAY = np.zeros(3, np.float32)
+MODEL = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+FLAGS = {
+    DCNv4: (
+        *("center_feature_scale", "remove_center", "output_bias", "without_pointwise", "softmax"),
+    ),
+    DCNv3: ("center_feature_scale", "remove_center", "use_dcn_v4_op"),
+    FlashDeformAttn: ("use_4D_normalizer",),
+    partial(DCNv4Conv2d, 8): (
+        *("bias", "center_feature_scale", "remove_center", "without_pointwise", "softmax"),
+    ),
+}
 
 
 def conv(value: Any = VALUE, offset_mask: Any = FIELDS, **settings: Any) -> Tensor:
@@ -169,11 +185,97 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "in_channels": (ValueError, "in_channels", lambda: DCNv4Conv2d(0, 8)),
     "out_channels": (ValueError, "out_channels", lambda: DCNv4Conv2d(8, 0)),
     "conv2d_groups": (ValueError, "group", lambda: DCNv4Conv2d(8, 9, groups=2)),
-    "conv2d_valid": (TypeError, "padding", lambda: DCNv4Conv2d(8, 8, padding="valid")),
-    "conv2d_same_even": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, kernel_size=2)),
-    "conv2d_3d": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(8, 3, 3))),
+    "conv2d_padding": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, padding="full")),
+    "conv2d_same_even": (ValueError, "padding", lambda: DCNv4Conv2d(8, 8, 2, padding="same")),
+    "conv2d_padding_mode": (
+        ValueError,
+        "padding_mode",
+        lambda: DCNv4Conv2d(8, 8, padding_mode="reflect"),
+    ),
+    "conv2d_2d": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(8, 3))),
     "conv2d_channels": (ValueError, "x", lambda: DCNv4Conv2d(8, 8)(torch.zeros(1, 3, 3, 8))),
+    "conv2d_array": (TypeError, "x", lambda: DCNv4Conv2d(3, 16)(ARRAY)),
+    "conv2d_list": (TypeError, "x", lambda: DCNv4Conv2d(3, 16)([[[1.0]]])),
+    "conv2d_in_text": (TypeError, "in_channels", lambda: DCNv4Conv2d("3", 16)),
+    "conv2d_out_none": (TypeError, "out_channels", lambda: DCNv4Conv2d(3, None)),
+    "conv2d_group": (TypeError, "as groups", lambda: DCNv4Conv2d(3, 16, group=1)),
+    "conv2d_pad": (TypeError, "as padding", lambda: DCNv4Conv2d(3, 16, pad=1)),
+    "conv2d_pad_list": (ValueError, "padding", lambda: DCNv4Conv2d(3, 16, padding=[1])),
+    "conv2d_stride_array": (TypeError, "stride", lambda: DCNv4Conv2d(3, 16, stride=ARRAY)),
+    "conv2d_dtype": (TypeError, "dtype", lambda: DCNv4Conv2d(3, 16, dtype="float16")),
+    # Wrong types of what layers are given
+    "channels_text": (TypeError, "channels", lambda: DCNv4("64")),
+    "channels_none": (TypeError, "channels", lambda: DCNv4(None)),
+    "channels_float": (TypeError, "channels", lambda: DCNv4(64.0)),
+    "group_text": (TypeError, "group", lambda: DCNv4(64, group="4")),
+    "groups": (TypeError, "as group;", lambda: DCNv4(64, groups=4)),
+    "padding_word": (TypeError, "as pad;", lambda: DCNv4(64, padding=1)),
+    "pad": (ValueError, "pad must", lambda: DCNv4(64, pad=-1)),
+    "dw_pair": (TypeError, "dw_kernel_size", lambda: DCNv4(8, dw_kernel_size=(3, 3))),
+    "init_none": (TypeError, "init", lambda: DCNv4(8, init=None)),
+    **{
+        f"{getattr(layer, '__name__', 'conv2d')}_{flag}": (
+            TypeError,
+            flag,
+            partial(layer, 8, **{flag: "False"}),
+        )
+        for layer, flags in FLAGS.items()
+        for flag in flags
+    },
+    "layer_array": (TypeError, "x", lambda: DCNv4(8)(ARRAY)),
+    "layer_shape_float": (
+        TypeError,
+        "shape",
+        lambda: DCNv4(16, group=1)(torch.zeros(1, 64, 16), (8.0, 8.0)),
+    ),
+    "layer_shape_text": (TypeError, "shape", lambda: DCNv4(8)(torch.zeros(1, 9, 8), "33")),
+    "output_shape": (TypeError, "shape", lambda: DCNv4(8).output_shape(9)),
+    "dcnv3_groups": (TypeError, "as group;", lambda: DCNv3(8, groups=4)),
+    "dcnv3_channels": (TypeError, "channels", lambda: DCNv3("8")),
+    "dcnv3_norm": (TypeError, "norm_layer", lambda: DCNv3(8, norm_layer=None)),
+    "dcnv3_act": (TypeError, "act_layer", lambda: DCNv3(8, act_layer=torch.nn.GELU)),
+    "dcnv3_dw": (TypeError, "dw_kernel_size", lambda: DCNv3(8, dw_kernel_size=(3, 3))),
+    "dcnv3_array": (TypeError, "x", lambda: DCNv3(8)(ARRAY)),
+    "dcnv3_channels_of_x": (ValueError, "x", lambda: DCNv3(8)(torch.zeros(1, 3, 3, 6))),
+    "convert_model": (TypeError, "model", lambda: dcnv4.convert(None)),
+    "convert_kind": (TypeError, "kind", lambda: dcnv4.convert(MODEL, kind=["any"])),
+    "convert_names": (TypeError, "names", lambda: dcnv4.convert(MODEL, None)),
+    "convert_kernel": (TypeError, "kernel_size", lambda: dcnv4.convert(MODEL, kernel_size="3")),
     # FlashDeformAttn
+    "d_model_float": (TypeError, "d_model", lambda: FlashDeformAttn(256.0)),
+    "n_levels_text": (TypeError, "n_levels", lambda: FlashDeformAttn(8, "1")),
+    "n_points_flag": (TypeError, "n_points", lambda: FlashDeformAttn(8, 1, 2, True)),
+    "ratio": (ValueError, "ratio", lambda: FlashDeformAttn(8, 1, 2, ratio=0.1)),
+    "ratio_heads": (ValueError, "ratio", lambda: FlashDeformAttn(8, 1, 4, ratio=0.75)),
+    "ratio_flag": (TypeError, "ratio", lambda: FlashDeformAttn(8, 1, 2, 4, True)),
+    "query_array": (TypeError, "query", lambda: attend(query=ARRAY)),
+    "reference_none": (TypeError, "reference_points", lambda: attend(reference_points=None)),
+    "flatten_list": (TypeError, "input_flatten", lambda: attend(input_flatten=[])),
+    "sizes_none": (
+        TypeError,
+        "input_spatial_shapes",
+        lambda: attend(input_spatial_shapes=None),
+    ),
+    "sizes_count": (
+        ValueError,
+        "input_spatial_shapes",
+        lambda: attend(input_spatial_shapes=((2, 3), (2, 2), (1, 1))),
+    ),
+    "sizes_floats": (
+        TypeError,
+        "input_spatial_shapes",
+        lambda: attend(input_spatial_shapes=((2.0, 3), (2, 2))),
+    ),
+    "mask_list": (
+        TypeError,
+        "input_padding_mask",
+        lambda: attend(input_padding_mask=[[False] * 10] * 2),
+    ),
+    "mask_floats": (
+        TypeError,
+        "input_padding_mask",
+        lambda: attend(input_padding_mask=torch.zeros(2, 10)),
+    ),
     "d_model": (ValueError, "d_model", lambda: FlashDeformAttn(0)),
     "n_levels": (ValueError, "n_levels", lambda: FlashDeformAttn(8, 0)),
     "n_heads": (ValueError, "n_heads", lambda: FlashDeformAttn(8, 1, 3)),

@@ -24,22 +24,43 @@ NATIVE = {
     if path.suffix in (".h", ".hpp", ".cuh", ".cu", ".cpp")
 }
 
+COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
+
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "conversion", "flops", "functional", "modules"},
+    "__init__": {"backends", "compat.fork", "conversion", "flops", "functional", "layers"},
     "geometry": set(),
-    "functional": {"geometry", "backends", "ops"},
-    "ops": {"geometry", "backends", "backends.reference"},
-    "modules": {"geometry", "functional"},
+    "eager": {"geometry"},
+    "arguments": {"geometry", "backends", "eager"},
+    "beginnings": {"geometry"},
+    "functional": {"geometry", "backends", "eager", "arguments", "ops"},
+    "ops": {"geometry", "backends", "backends.reference", "eager"},
+    "layers": {"layers.attention", "layers.conv", "layers.dcnv3"},
+    "layers.base": {"geometry", "eager", "arguments", "beginnings"},
+    "layers.conv": {
+        *("geometry", "eager", "arguments", "beginnings", "functional", "layers.base"),
+    },
+    "layers.attention": {
+        *("geometry", "eager", "arguments", "beginnings", "functional", "layers.base"),
+    },
+    "layers.dcnv3": {"arguments", "beginnings", "eager", "functional", "layers.base"},
+    "modules": {"layers"},
     "backends": {"geometry"},
-    "flops": {"modules"},
-    "conversion": {"modules"},
-    "checkpoints": {"conversion", "functional", "modules"},
-    "visualize": {"checkpoints", "modules"},
+    "flops": {"layers"},
+    "conversion": {"arguments", "layers"},
+    "checkpoints": {"conversion", "layers", "layers.dcnv3"},
+    "visualize": {"layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
-    "compat": {"functional", "modules"},
+    "compat": {f"compat.{name}" for name in COMPAT},
+    "compat.deformable_detr": {"eager", "functional", "layers"},
+    "compat.fork": {"arguments", "compat.opengvlab", "ops"},
+    "compat.mmcv": {
+        *("arguments", "compat.deformable_detr", "compat.torchvision", "eager", "layers")
+    },
+    "compat.opengvlab": {"arguments", "compat.deformable_detr", "functional"},
+    "compat.torchvision": {"arguments", "eager", "functional", "geometry"},
     "integrations": set(),
-    "integrations.transformers": {"functional"},
+    "integrations.transformers": {"arguments", "functional"},
 }
 
 
@@ -158,6 +179,47 @@ def test_backends_have_one_shape(name: str) -> None:
         others = [p for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD]
         assert positional == wanted, function
         assert all(p.default is not p.empty for p in others), function
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` on, without the docstring."""
+    first = function.body[0]
+    described = ast.get_docstring(function) is not None
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    return lines - ((first.end_lineno or 0) - first.lineno + 1 if described else 0)
+
+
+def test_functions_are_short() -> None:
+    """At most 60 lines, docstrings and Triton kernels apart."""
+    long = {
+        f"{file}: {node.name}": lines_of_code(node)
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if lines_of_code(node) > 60
+    }
+    assert not long
+
+
+def test_modules_of_tests_do_not_import_each_other() -> None:
+    """Only `support`, which imports none of them."""
+    tests = Path(__file__).parents[1]
+    for path in sorted(tests.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            part
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or "", *(alias.name for alias in node.names)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for part in name.split(".")
+        }
+        assert not {name for name in modules if name.startswith(("test_", "conftest"))}, path
 
 
 def top_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:

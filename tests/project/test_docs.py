@@ -54,7 +54,7 @@ NOT_RUN = "# not run here:"
 # Languages of fences that hold no Python; directives of the site stand in braces.
 OTHER = {"bash", "bibtex", "console", "cpp", "dockerfile", "text", "toml", "yaml"}
 # What is in the package and not for its users.
-INTERNAL = {"geometry", "modules", "ops", "__main__", "cli"}
+INTERNAL = {"arguments", "eager", "geometry", "layers", "modules", "ops", "__main__", "cli"}
 
 
 class Block(NamedTuple):
@@ -266,7 +266,10 @@ def public() -> Iterator[tuple[str, str]]:
         ]
         for key in getattr(module, "__all__", own):
             thing = getattr(module, key)
-            again = name and any(thing is vars(dcnv4)[other] for other in dcnv4.__all__)
+            again = name and (
+                any(thing is vars(dcnv4)[other] for other in dcnv4.__all__)
+                or getattr(thing, "__module__", "").startswith(f"{module.__name__}.")
+            )
             if not inspect.ismodule(thing) and not again:
                 yield module.__name__, key
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +39,10 @@ class Expected(NamedTuple):
 class Case:
     """A call of an operator.
 
-    `layout`: "plain"; "sliced", value and coordinates are parts of one wider tensor; "permuted",
-    channels are not innermost; "expanded", the output's gradient has strides of 0. `integer`: every
-    point lies on a pixel centre. `coordinates`: dtypes of the arguments after value, instead of
-    value's own.
+    `layout`: "plain"; "sliced", value and coordinates are parts of wider tensors; "packed", the
+    same on whole 16 bytes, as a layer's one projection has them; "permuted", channels are not
+    innermost; "expanded", the output's gradient has strides of 0. `integer`: every point lies on a
+    pixel centre. `coordinates`: dtypes of the arguments after value, instead of value's own.
     """
 
     id: str
@@ -79,9 +79,9 @@ class Case:
         raise NotImplementedError
 
     def vectors(self, *arrays: Array) -> Iterator[tuple[Any, ...]]:
-        """For each output vector: its points, their weights, the size (x, y) of the numbers that
-        coordinates are sums of, in pixels; and its places: in the output, of each point's image in
-        value, in the gradients of coordinates and of weights."""
+        """For each output vector: its points, their weights, the size [K, 2] of the numbers that
+        each (x, y) is the sum of, in pixels; and its places: in the output, of each point's image
+        in value, in the gradients of coordinates and of weights."""
         raise NotImplementedError
 
     @property
@@ -103,7 +103,9 @@ class Case:
         pairs = zip(self.exact, self.dtypes(dtype), strict=True)
         *arguments, grad = [torch.from_numpy(a).to(d).to(device) for a, d in pairs]
         if self.layout == "sliced":
-            arguments = [_slice(argument) for argument in arguments]
+            arguments = [_slice(argument, 2, 3) for argument in arguments]
+        elif self.layout == "packed":
+            arguments = [_slice(argument, 8, 8) for argument in arguments]
         elif self.layout == "permuted":
             arguments = [_permute(argument) for argument in arguments]
             grad = _permute(grad)
@@ -124,14 +126,34 @@ class Case:
         """Output and gradients by the oracle, each with its budget."""
         return _expected(self, dtype)
 
-    def check(self, results: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Every result of `run` must have its argument's dtype and lie within the budget."""
+    def check(
+        self, results: dict[str, Tensor], dtype: torch.dtype, finite: Array | None = None
+    ) -> None:
+        """Every result of `run` must have its argument's dtype, be finite where it should be and
+        lie within the budget there.
+
+        Args:
+            finite: where the value's gradient is, instead of where the oracle's is.
+        """
         dtypes = dict(zip(results, (dtype, *self.dtypes(dtype)), strict=False))
         for name, (result, budget) in self.expected(dtype).items():
-            got = results[name]
-            assert got.dtype == dtypes[name], f"{self.id} {name}: {got.dtype}"
-            assert got.shape == result.shape, f"{self.id} {name}: {tuple(got.shape)}"
-            error = np.abs(got.detach().cpu().double().numpy() - result)
+            tensor = results[name].detach()
+            assert tensor.dtype == dtypes[name], f"{self.id} {name}: {tensor.dtype}"
+            assert tensor.shape == result.shape, f"{self.id} {name}: {tuple(tensor.shape)}"
+            got, legal = tensor.cpu().double().numpy(), np.isfinite(result)
+            if name == "grad_value" and finite is not None:
+                legal = finite
+            either = legal & np.isnan(budget)
+            wrong = np.argwhere((np.isfinite(got) != legal) & ~either)
+            assert not len(wrong), (
+                f"{self.id} {name} {dtype}: {len(wrong)} of {got.size} elements should be finite "
+                f"or should not be; at {tuple(map(int, wrong[0]))} {got[tuple(wrong[0])]:.6g}, "
+                f"expected {result[tuple(wrong[0])]:.6g}"
+            )
+            result, budget = result.copy(), budget.copy()
+            result[~legal | either] = got[~legal | either] = 0.0
+            budget[~legal | either] = 1.0
+            error = np.abs(got - result)
             excess = error / budget
             worst = np.unravel_index(excess.argmax(), excess.shape) if excess.size else ()
             assert (error <= budget).all(), (
@@ -148,13 +170,18 @@ class Case:
 class ConvCase(Case):
     """A call of `deform_conv`; `window` holds its keywords, `extra` the padding channels of M.
 
-    `outside` is put in place of every fifth offset.
+    `outside`: numbers put in place of every `every`th offset, in turn. `spoilt`: a tensor,
+    "value", "weights" (of points inside the image) or "grad", and numbers, each of which is put
+    somewhere in every second image. `weight_scale`: what weights are multiplied with.
     """
 
     size: tuple[int, int] = (4, 5)
     window: dict[str, Any] = field(default_factory=dict, hash=False)
     extra: int = 0
     outside: tuple[float, ...] = ()
+    every: int = 5
+    spoilt: tuple[str, tuple[float, ...]] = ("value", ())
+    weight_scale: float = 1.0
 
     names = ("value", "offset_mask")
 
@@ -192,18 +219,36 @@ class ConvCase(Case):
         rng = np.random.default_rng(self._seed)
         value = rng.standard_normal((self.batch, *self.size, self.groups * self.depth))
         outer = self.batch, *self.output_size
-        fields = 3 * self.groups * self.points_per_group
-        offset_mask = rng.standard_normal((*outer, fields + self.extra))
+        channels = 3 * self.groups * self.points_per_group + self.extra
+        offset_mask = rng.standard_normal((*outer, channels))
         scale = self.window.get("offset_scale", 1.0)
         undeformed = offset_mask.copy()
         undeformed[...] = 0
-        for at, _, offsets, _, points in oracle.conv_windows(value, undeformed, **self.settings):
+        places = []
+        numbers = cycle(self.outside)
+        windows = oracle.conv_windows(value, undeformed, **self.settings)
+        for n, (at, _, offsets, weights, points) in enumerate(windows):
             start = np.array([(point.x, point.y) for point in points])
+            origin = np.array([point.origin for point in points])
             end = _place(rng, start, self.sigma, self.integer)
-            offset_mask[at][offsets] = ((end - start) / scale).reshape(-1)
-            for n, number in enumerate(self.outside):
-                offset_mask[at][offsets][n :: 5 * len(self.outside)] = number
+            own = ((end - start) / scale).reshape(-1)
+            if self.outside:
+                for i in range(-n * len(own) % self.every, len(own), self.every):
+                    own[i] = next(numbers)
+            offset_mask[at][offsets] = own
+            offset_mask[at][weights] *= self.weight_scale
+            inside = ((origin + end > -1) & (origin + end < self.size[::-1])).all(1)
+            places += [(*at, weights.start + k) for k in np.flatnonzero(inside)]
         grad = rng.standard_normal((*outer, value.shape[3]))
+        where, spoilers = self.spoilt
+        for image in range(0, self.batch, 2):
+            for spoiler in spoilers:
+                if where == "weights":
+                    of_image = [place for place in places if place[0] == image]
+                    offset_mask[of_image[rng.integers(len(of_image))]] = spoiler
+                else:
+                    of_image = {"value": value, "grad": grad[:, :1]}[where][image]
+                    of_image[tuple(rng.integers(of_image.shape))] = spoiler
         if self.layout == "expanded":
             grad[...] = grad[:1, :1]
         return value, offset_mask, grad
@@ -220,14 +265,14 @@ class ConvCase(Case):
 
     def vectors(self, *arrays: Array) -> Iterator[tuple[Any, ...]]:
         value, offset_mask, _ = arrays
-        kernel, dilation, padding = (
+        kernel, dilation = (
             max(a) if isinstance(a := self.window.get(name, default), tuple) else a
-            for name, default in (("kernel_size", 3), ("dilation", 1), ("padding", 1))
+            for name, default in (("kernel_size", 3), ("dilation", 1))
         )
-        span = dilation * (kernel - 1) * max(1.0, self.window.get("offset_scale", 1.0))
-        reach = tuple(size + padding + span for size in reversed(self.size))
+        scale, half_span = abs(self.window.get("offset_scale", 1.0)), dilation * (kernel - 1) / 2
         windows = oracle.conv_windows(value, offset_mask, **self.settings)
         for at, owned, offsets, weights, points in windows:
+            reach = scale * (half_span + 0.5 + np.abs(offset_mask[at][offsets].reshape(-1, 2)))
             image = at[0], slice(None), slice(None), owned
             places = (*at, owned), [image] * len(points), (*at, offsets), (*at, weights)
             yield points, offset_mask[at][weights], reach, places
@@ -285,9 +330,9 @@ class AttnCase(Case):
         value, locations, weights, _ = arrays
         levels = oracle.split_levels(value, self.shapes)
         starts = np.cumsum([0, *(h * w for h, w in self.shapes)])
-        reach = tuple(max(size) + 1 for size in zip(*self.shapes, strict=True))[::-1]
         for b, q, g in np.ndindex(locations.shape[:3]):
             points = oracle.attn_points(levels, locations, b, q, g)
+            reach = np.abs([(point.x, point.y) for point in points]) + 0.5
             images = [
                 (b, slice(start, stop), g)
                 for start, stop in pairwise(starts)
@@ -304,10 +349,10 @@ def _place(rng: np.random.Generator, start: Array, sigma: float, integer: bool) 
     return cells if integer else cells + rng.uniform(1 / 8, 7 / 8, start.shape)
 
 
-def _slice(tensor: Tensor) -> Tensor:
+def _slice(tensor: Tensor, before: int, after: int) -> Tensor:
     """The same numbers as the middle of a tensor whose last axis is longer."""
-    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), 99.0).to(tensor)
-    part = wide[..., 2:-3]
+    wide = torch.full((*tensor.shape[:-1], before + tensor.shape[-1] + after), 99.0).to(tensor)
+    part = wide[..., before:-after]
     return part.copy_(tensor).detach()
 
 
@@ -334,14 +379,22 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
     - 5·h·Σ|terms| for a half-precision value, h its own rounding: a backend may round a corner's
       coefficient to that dtype (1), and multiply (1) and add a point's four corners (3) in it; it
       must add the points in float32;
-    - e·Σ|d terms/d(x, y)|, with e = 8·u·reach: what is lost in computing a coordinate, reach being
-      the size of the numbers that it is the sum of;
+    - e·Σ|d terms/d(x, y)|, with e = u·(4·reach + 1): what is lost in computing a coordinate, at
+      most 4 roundings of numbers of the size reach that it is the sum of (of a convolution, those
+      of the point's distance from its window's pixel) and one of the fraction;
     - with softmax, (K + 8 + 2·(max - min))·u·Σ|terms|: the error of exp(logit - max), which is
       relative to the logit, and of the normalising sum;
     - one rounding of the result to its own dtype, and an underflow in each operation.
 
+    It is NaN where zero times what is not finite may count or not: for a point outside.
+
     These are bounds, so nothing in them was measured on any backend.
     """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _within_budgets(case, dtype)
+
+
+def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
     dtypes = case.dtypes(dtype)
     arrays = [t.detach().double().numpy() for t in case.inputs(dtype)]
     results = dict(zip(("output", *case._named(case.names)), case.loops(*arrays), strict=True))
@@ -364,15 +417,19 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
         depth = len(grad_here)
         relative = 0.0
         if case.softmax:
-            relative = (count + 8 + 2 * float(np.ptp(logits))) * unit
-        lost_x, lost_y = (8 * unit * size for size in reach)
+            finite = logits[np.isfinite(logits)]  # exp(-inf) is exact
+            spread = np.ptp(finite) if len(finite) else 0.0
+            relative = (count + 8 + 2 * float(spread)) * unit
+        lost_xy = unit * (4 * reach + 1)
         out_error = np.zeros(depth)
         by_points, by_weights = np.zeros((count, 2)), np.zeros(count)
         dots = np.zeros(count)
-        for k, (image, x, y, scale) in enumerate(points):
-            corners = oracle.bilinear(image, x, y)
+        for k, (image, x, y, scale, origin) in enumerate(points):
+            corners = oracle.bilinear(image, x, y, origin)
             if not corners:
+                by_points[k] = 0 * used[k]
                 continue
+            lost_x, lost_y = lost_xy[k]
             assert case.integer or min(abs(x - round(x)), abs(y - round(y))) > 1 / 32, (x, y)
             weight = abs(used[k])
             share, by_x, by_y = np.abs(np.array(corners)[:, 2:]).T
@@ -399,8 +456,7 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
                 target[1][row, column] += weight * share[corner] * grad_here
                 target[2][row, column] += 1
         if case.softmax:
-            spread = 2 * relative + (count + 8) * unit
-            terms = spread * dots + by_weights
+            terms = (2 * relative + (count + 8) * unit) * dots + by_weights
             by_weights = used * (terms + used @ terms)
         error["output"][out_at] = out_error
         shape = error[grad_coordinates][coordinates_at].shape
@@ -475,6 +531,8 @@ CONV = (
     ConvCase("float_coordinates", coordinates=(torch.float32,), depth=16),
     ConvCase("half_coordinates", coordinates=(torch.float16,), softmax=True),
     ConvCase("double_coordinates", coordinates=(torch.float64,)),
+    ConvCase("long_row", size=(1, 8192), window={"stride": (1, 1170)}),
+    ConvCase("long_column", size=(8192, 1), window={"stride": (1170, 1)}, softmax=True),
 )
 
 _F16, _F32, _F64 = torch.float16, torch.float32, torch.float64
@@ -508,7 +566,12 @@ ATTENTION = (
     AttnCase("float_locations", coordinates=(_F32, _F16), softmax=True, queries=3),
     AttnCase("double_locations", coordinates=(_F64, _F32), queries=3),
 )
-CASES = tuple(
-    (f"{kind}-{c.id}", c) for kind, cs in (("conv", CONV), ("attn", ATTENTION)) for c in cs
-)
+
+
+def name(case: Case) -> str:
+    """Unique among both operators' cases."""
+    return f"{'conv' if isinstance(case, ConvCase) else 'attn'}-{case.id}"
+
+
+CASES = tuple((name(case), case) for case in (*CONV, *ATTENTION))
 """Every case of both operators, `(id, case)`."""

@@ -7,13 +7,16 @@ numbers, meets its warp where it must and reads only aligned vectors; nothing of
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,7 +26,8 @@ import torch
 from dcnv4 import backends
 from dcnv4.backends import cuda
 from dcnv4.backends.cpu import compile as cpu_compile
-from dcnv4.backends.cuda import compile, plans
+from dcnv4.backends.cuda import choice, compile
+from support import launches
 
 _FOLDER = Path(__file__).parent / "emulator"
 _MAIN = """
@@ -37,6 +41,8 @@ extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes, int
     emulated::run(start, blocks, threads);
 }
 """
+_FLAGS = "-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive"
+_DAY = 24 * 3600
 
 
 def why_not() -> str | None:
@@ -49,28 +55,40 @@ def why_not() -> str | None:
 
 
 @cache
-def _folder() -> Path:
-    return Path(mkdtemp(prefix="dcnv4-emulated-"))
+def _built() -> Path:
+    """Where compiled kernels lie, for all processes: a folder for every state of the sources."""
+    texts = [path.read_bytes() for path in sorted(_FOLDER.rglob("*.*h"))]
+    key = repr((cpu_compile._compiler(), _FLAGS, compile._sources(), texts))
+    folder = Path(backends.cache_dir(), "emulated", sha256(key.encode()).hexdigest()[:24])
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    for other in folder.parent.iterdir():
+        if other.stat().st_mtime < time.time() - _DAY:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 @cache
 def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
     """The kernel `name`, compiled."""
-    text = (cuda_folder() / f"{name}.cu").read_text(encoding="utf-8") + _MAIN % name
-    key = sha256(repr((name, macros)).encode()).hexdigest()[:24]
-    source, built = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
-    source.write_text(text, encoding="utf-8")
-    folders = (_FOLDER, cuda_folder(), cuda_folder().parent / "include")
-    command = [
-        *cpu_compile._compiler(),
-        *("-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive"),
-        *("-include", str(_FOLDER / "cuda.h")),
-        *(f"-I{folder}" for folder in folders),
-        *(f"-D{key}={macro}" for key, macro in macros),
-        *(str(source), "-o", str(built)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    text = compile.source(name) + _MAIN % name
+    built = _built() / f"{sha256(repr((text, macros)).encode()).hexdigest()[:24]}.so"
+    if built.exists():
+        return ctypes.CDLL(str(built))
+    with TemporaryDirectory(dir=built.parent) as work:
+        source, made = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
+        source.write_text(text, encoding="utf-8")
+        command = [
+            *cpu_compile._compiler(),
+            *_FLAGS,
+            *("-include", str(_FOLDER / "cuda.h")),
+            *(f"-I{folder}" for folder in (_FOLDER, compile._FOLDER, compile._INCLUDE)),
+            *(f"-D{key}={macro}" for key, macro in macros),
+            *(str(source), "-o", str(made)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        os.replace(made, built)
     return ctypes.CDLL(str(built))
 
 
@@ -90,10 +108,6 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
     return start
 
 
-def cuda_folder() -> Path:
-    return Path(cuda.__file__).parent
-
-
 @contextmanager
 def emulated(
     backwards: bool = False, pays_from: dict[str, int] | None = None, **patches: Any
@@ -102,24 +116,15 @@ def emulated(
 
     Args:
         backwards: whether the last thread of a block runs first.
-        pays_from: of `plans`, meanwhile.
+        pays_from: of `choice`, meanwhile.
         patches: what attributes of the backend are meanwhile.
     """
     # So few processors that blocks go on from one piece of work to the next.
     properties = SimpleNamespace(multi_processor_count=1, major=9, minor=0)
-    caches = (
-        plans.conv_plan,
-        plans.attn_plan,
-        plans.units_plan,
-        plans.zeros_plan,
-        plans.totals_plan,
-        backends._choose,
-    )
-    for cached in caches:
-        cached.cache_clear()
+    backends._choose.cache_clear()
     with (
+        launches.paying_from(choice.PAYS_FROM if pays_from is None else pays_from),
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
-        mock.patch.object(plans, "PAYS_FROM", plans.PAYS_FROM if pays_from is None else pays_from),
         mock.patch.object(
             compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)
         ),
@@ -131,5 +136,4 @@ def emulated(
         try:
             yield cuda
         finally:
-            for cached in caches:
-                cached.cache_clear()
+            backends._choose.cache_clear()

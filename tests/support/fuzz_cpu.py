@@ -115,7 +115,7 @@ def conv(rng: random.Random) -> None:
     spoil(rng, fields[..., :offsets], (np.nan, np.inf, -np.inf, 1e9, -(2.0**31), -1e30))
     offset_mask = np.concatenate(
         (
-            fields.reshape(*pixels, settings.fields()),
+            fields.reshape(*pixels, settings.offset_mask_channels()),
             np.full((*pixels, padding), np.nan),
         ),
         -1,

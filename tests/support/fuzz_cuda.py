@@ -14,10 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from support import cases
+from support import cases, launches
+from support.launches import DIRECT, EVERY, SORTED
 
 DEPTHS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 33, 64, 130)
 LAYOUTS = ("plain", "plain", "plain", "sliced", "permuted", "expanded")
+Slices = dict[str, int]
 
 
 def main() -> None:
@@ -31,19 +33,35 @@ def main() -> None:
 
 
 def fuzz(calls: int, settings: int, seed: int) -> None:
-    """Raises AssertionError, which names the case, where a result is outside its budget."""
+    """Raises AssertionError, which names the case, where a result is outside its budget or other
+    kernels ran than those that each third of the settings is made for."""
     rng = random.Random(seed)
-    pool = [(conv(rng), attention(rng))[i % 2] for i in range(settings)]
-    dtypes = [rng.choice(cases.DTYPES) for _ in pool]
+    pool = [(slices, *drawn(rng, slices)) for slices in (DIRECT, SORTED, EVERY) * -(-settings // 3)]
     for i in range(calls):
-        chosen = rng.randrange(settings)
-        case = replace(
-            sized(rng, pool[chosen]),
-            id=f"fuzz-{seed}-{i}",
-            layout=rng.choice(LAYOUTS),
-            sigma=rng.choice((0.0, 0.5, 2.0, 8.0)),
-        )
-        case.check(case.run(dtypes[chosen], "cuda", "cuda"), dtypes[chosen])
+        slices, case, dtype = rng.choice(pool)
+        case = replace(sized(rng, case, slices), id=f"fuzz-{seed}-{i}")
+        names = launches.expected(case, dtype, slices)
+        with launches.paying_from(slices), launches.launching(*names):
+            results = case.run(dtype, "cuda", "cuda")
+        case.check(results, dtype)
+
+
+def drawn(rng: random.Random, slices: Slices) -> tuple[cases.Case, torch.dtype]:
+    """A setting that the direct kernels, those that sort or, under EVERY, tiles are used for."""
+    case = attention(rng) if slices != EVERY and rng.random() < 0.5 else conv(rng)
+    dtype = rng.choice(cases.DTYPES)
+    if slices != DIRECT:
+        dtype = rng.choice(cases.DTYPES[1:])
+        case = replace(case, depth=rng.choice((16, 32, 64)))
+    if slices == EVERY:
+        assert isinstance(case, cases.ConvCase)
+        dtype = rng.choice((torch.float16, torch.bfloat16))
+        kernel = rng.choice(((3, 3), (3, 3), (3, 3), (2, 2), (1, 3), (3, 2)))
+        fixed = {"kernel_size": kernel, "stride": (1, 1), "dilation": (1, 1), "offset_scale": 1.0}
+        window = {**case.window, **fixed, "remove_center": rng.random() < 0.3}
+        depth = rng.choice((16, 32, 48, 64))
+        case = replace(case, depth=depth, window=window, coordinates=())
+    return sized(rng, case, slices), dtype
 
 
 def conv(rng: random.Random) -> cases.ConvCase:
@@ -80,19 +98,30 @@ def attention(rng: random.Random) -> cases.AttnCase:
     )
 
 
-def sized(rng: random.Random, case: cases.Case) -> cases.Case:
+def sized(rng: random.Random, case: cases.Case, slices: Slices) -> cases.Case:
     """The case at another size, on which its kernels do not depend."""
     batch = rng.choice((0, 1, 1, 2, 3))
+    sigmas = (0.0, 0.25, 0.5, 1.0) if slices == EVERY else (0.0, 0.5, 2.0, 8.0)
+    layout = rng.choice(LAYOUTS)
+    if layout == "sliced" and slices != DIRECT:
+        layout = "packed"
+    case = replace(case, batch=batch, sigma=rng.choice(sigmas), layout=layout)
     if isinstance(case, cases.AttnCase):
         shapes = tuple((rng.randint(0, 6), rng.randint(0, 6)) for _ in case.shapes)
         queries = rng.randint(0, 9)
+        if slices != DIRECT:
+            queries = sum(height * width for height, width in shapes)
         flat = batch > 0 < queries and rng.random() < 0.3
-        return replace(case, batch=batch, shapes=shapes, queries=queries, flat=flat)
+        return replace(case, shapes=shapes, queries=queries, flat=flat)
+    assert isinstance(case, cases.ConvCase)
     (kh, kw), (dh, dw) = case.window["kernel_size"], case.window["dilation"]
     ph, pw = case.window["padding"]
     least = max(1, dh * (kh - 1) + 1 - 2 * ph), max(1, dw * (kw - 1) + 1 - 2 * pw)
-    size = tuple(low + rng.randint(0, 3) for low in least)
-    return replace(case, batch=batch, size=size, extra=rng.choice((0, 0, 1, 5)))
+    size = tuple(low + rng.randint(0, 11 if slices == EVERY else 3) for low in least)
+    extra = rng.choice((0, 0, 1, 5))
+    if slices == EVERY:  # pixels of offset_mask on whole 8 bytes
+        extra = 4 * extra + -3 * case.groups * case.points_per_group % 4
+    return replace(case, size=size, extra=extra)
 
 
 if __name__ == "__main__":

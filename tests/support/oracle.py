@@ -18,25 +18,31 @@ Shapes = Sequence[Sequence[int]]
 
 
 class Point(NamedTuple):
-    """A place in image [H, W, D], in pixels, and d(x, y) by the coordinates it was made from."""
+    """A place in image [H, W, D], (x, y) pixels from the pixel `origin`, which is (column, row);
+    and d(x, y) by the coordinates it was made from."""
 
     image: Array
     x: float
     y: float
     scale: tuple[float, float]
+    origin: tuple[int, int] = (0, 0)
 
 
-def bilinear(image: Array, x: float, y: float) -> list[tuple[int, int, float, float, float]]:
-    """The corners around pixel (x, y) of image [H, W, D]: row, column, weight, and the weight's
+def bilinear(
+    image: Array, x: float, y: float, origin: tuple[int, int] = (0, 0)
+) -> list[tuple[int, int, float, float, float]]:
+    """The corners around the place of a `Point`: row, column, weight, and the weight's
     derivatives by x and y. Empty outside (-1, W) x (-1, H) and for NaN.
 
     At an integer coordinate the derivative is that of the cell that starts there.
     """
     height, width = image.shape[:2]
-    if not (-1 < x < width and -1 < y < height):
+    left, top = origin
+    # Python compares a float with an integer exactly.
+    if not (-1 - left < x < width - left and -1 - top < y < height - top):
         return []
-    row, column = math.floor(y), math.floor(x)
-    fy, fx = y - row, x - column
+    fy, fx = y - math.floor(y), x - math.floor(x)
+    row, column = top + math.floor(y), left + math.floor(x)
     corners = [
         (row, column, (1 - fy) * (1 - fx), fy - 1, fx - 1),
         (row, column + 1, (1 - fy) * fx, 1 - fy, -fx),
@@ -56,8 +62,8 @@ def normalise(weights: Array, softmax: bool) -> Array:
 
 def weighted_sum(out: Array, points: list[Point], weights: Array, softmax: bool) -> None:
     """Add K points with weights [K] to out [D]."""
-    for (image, x, y, _), weight in zip(points, normalise(weights, softmax), strict=True):
-        for row, column, corner, _, _ in bilinear(image, x, y):
+    for (image, x, y, _, origin), weight in zip(points, normalise(weights, softmax), strict=True):
+        for row, column, corner, _, _ in bilinear(image, x, y, origin):
             out += weight * corner * image[row, column]
 
 
@@ -68,8 +74,8 @@ def weighted_sum_backward(
     those of the images to grad_images, K arrays [H, W, D]."""
     used = normalise(weights, softmax)
     grad_points, grad_weights = np.zeros((len(points), 2)), np.zeros(len(points))
-    for k, (image, x, y, (scale_x, scale_y)) in enumerate(points):
-        for row, column, corner, by_x, by_y in bilinear(image, x, y):
+    for k, (image, x, y, (scale_x, scale_y), origin) in enumerate(points):
+        for row, column, corner, by_x, by_y in bilinear(image, x, y, origin):
             dot = grad @ image[row, column]
             grad_weights[k] += corner * dot
             grad_points[k, 0] += used[k] * scale_x * by_x * dot
@@ -115,11 +121,12 @@ def conv_windows(
         offsets = slice(3 * count * g, 3 * count * g + 2 * count)
         weights = slice(offsets.stop, offsets.stop + count)
         image, points = value[b, :, :, owned], []
+        origin = ox * sw - pw + cx, oy * sh - ph + cy
         shifts = offset_mask[b, oy, ox, offsets].reshape(count, 2).tolist()
         for (i, j), (shift_x, shift_y) in zip(grid, shifts, strict=True):
-            x = ox * sw - pw + cx + offset_scale * (i * dw - cx + shift_x)
-            y = oy * sh - ph + cy + offset_scale * (j * dh - cy + shift_y)
-            points.append(Point(image, x, y, (offset_scale, offset_scale)))
+            x = offset_scale * (i * dw - cx + shift_x)
+            y = offset_scale * (j * dh - cy + shift_y)
+            points.append(Point(image, x, y, (offset_scale, offset_scale), origin))
         yield (b, oy, ox), owned, offsets, weights, points
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import Tensor
 
 from dcnv4 import backends
-from support import cases
+from support import cases, launches
 
 # Multiplications beyond which an interpreted kernel would take seconds for one case.
 INTERPRETED_WORK = 4_000
@@ -30,7 +32,8 @@ class Runner:
         return self.backend == "triton" and self.device == "cpu"
 
     def run(self, case: cases.Case, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The case's output and gradients."""
+        """The case's output and gradients, from this backend alone; on a GPU, CUDA's from the
+        kernels for small calls."""
         wide = torch.float64 if torch.float64 in case.dtypes(dtype) else dtype
         self.require("deform_conv" if isinstance(case, cases.ConvCase) else "ms_deform_attn", wide)
         if self.interpreted and case.work > INTERPRETED_WORK:
@@ -38,4 +41,10 @@ class Runner:
                 f"Triton's interpreter takes too long: work must be <= {INTERPRETED_WORK}; "
                 f"got {case.work}"
             )
-        return case.run(dtype, self.device, self.backend)
+        with ExitStack() as stack:
+            stack.enter_context(launches.computing(self.backend, case))
+            if self.backend == "cuda":
+                order = torch.are_deterministic_algorithms_enabled()
+                names = launches.expected(case, dtype, deterministic=order)
+                stack.enter_context(launches.launching(*names))
+            return case.run(dtype, self.device, self.backend)

@@ -53,10 +53,10 @@ def conv_backward(
     table = _table(value, value.shape[3] // window.groups)
     grad_table = torch.zeros_like(table)
     grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    fields = grad_mask.flatten(0, 2)[:, : window.fields()]
+    used = grad_mask.flatten(0, 2)[:, : window.offset_mask_channels()]
     problem = _conv_problem(value, offset_mask, window)
     for part, grads, weights in _backward(problem, grad, table, grad_table):
-        fields[part] = geometry.conv_points_backward(*grads, weights, window).to(fields.dtype)
+        used[part] = geometry.conv_points_backward(*grads, weights, window).to(used.dtype)
     return _untable(grad_table, value), grad_mask
 
 
@@ -131,17 +131,18 @@ class _Problem(NamedTuple):
 def _conv_problem(value: Tensor, offset_mask: Tensor, window: Window) -> _Problem:
     batch, height, width = value.shape[:3]
     rows, columns = offset_mask.shape[1:3]
-    fields = offset_mask.flatten(0, 2)
+    pixels = offset_mask.flatten(0, 2)
 
     def points(part: slice) -> _Points:
         pixel = torch.arange(part.start, part.stop, device=value.device)
         image, row, column = pixel // (rows * columns), pixel // columns % rows, pixel % columns
-        x, y, weights = geometry.conv_points(_exact(fields[part]), row, column, window)
-        index, fraction_x, fraction_y = geometry.corners(x, y, height, width)
+        x, y, weights = geometry.conv_points(_exact(pixels[part]), window)
+        origin_x, origin_y = (o[:, None, None] for o in window.origins(row, column))
+        index, fraction_x, fraction_y = geometry.corners(x, y, height, width, (origin_x, origin_y))
         index = _table_rows(index, image, batch, height * width, window.groups)
         return _Points(index, weights, fraction_x, fraction_y)
 
-    return _Problem(fields.shape[0], window.groups * window.points(), points)
+    return _Problem(pixels.shape[0], window.groups * window.points(), points)
 
 
 def _attn_problem(

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import check_backend, ms_deform_attn
+from ..arguments import check_backend
+from ..functional import ms_deform_attn
 
 _MODULE = "MultiScaleDeformableAttention"
 _ATTRIBUTE = "ms_deformable_attn_core"

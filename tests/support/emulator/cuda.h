@@ -59,6 +59,11 @@ inline int __double2hiint(double number) {
 }
 inline int __float2int_rd(float number) { return int(std::floor(number)); }
 inline int __double2int_rd(double number) { return int(std::floor(number)); }
+inline float __int2float_rd(int number) {
+    const float nearest = float(number);
+    return nearest > double(number) ? std::nextafter(nearest, -INFINITY) : nearest;
+}
+inline float __int2float_ru(int number) { return -__int2float_rd(-number); }
 inline long long __float2ll_rn(float number) { return std::llrint(number); }
 inline float __ll2float_rn(long long number) { return float(number); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {

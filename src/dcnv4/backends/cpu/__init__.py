@@ -65,7 +65,7 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad_value = torch.empty(value.shape, dtype=value.dtype)
-    padded = offset_mask.shape[3] > window.fields()
+    padded = offset_mask.shape[3] > window.offset_mask_channels()
     new = torch.zeros if padded else torch.empty
     grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
     grad = _inner(grad.to(value.dtype), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,25 +55,13 @@ def conv_forward(
 ) -> Tensor:
     """[B, Ho, Wo, C]"""
     value, offset_mask = _pixels(value), _pixels(offset_mask)
-    plan = plans.conv_plan(
-        "conv_forward",
-        plans.layout(value),
-        plans.layout(offset_mask),
-        None,
-        window,
-        False,
-        value.get_device(),
-    )
+    layouts = plans.layout(value), plans.layout(offset_mask), None
+    plan = plans.conv_plan("conv_forward", *layouts, window, False, value.get_device())
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    left = _left(plan, value, deterministic)
-    plan(
-        value.data_ptr(),
-        offset_mask.data_ptr(),
-        output.data_ptr(),
-        0 if left is None else left.data_ptr(),
-    )
+    leftover = _leftover(plan, value, deterministic)
+    plan.start(value=value, offset_mask=offset_mask, output=output, leftover=leftover)
     return output
 
 
@@ -91,24 +79,15 @@ def conv_backward(
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
     grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
-    left = _left(plan, value, deterministic)
+    leftover = _leftover(plan, value, deterministic)
 
-    def run(total: int, units: int) -> None:
-        plan(
-            value.data_ptr(),
-            offset_mask.data_ptr(),
-            grad.data_ptr(),
-            total,
-            grad_mask.data_ptr(),
-            units,
-            0 if left is None else left.data_ptr(),
-        )
-
+    inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
+    run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
     if not deterministic:
         return _summed(value, run), grad_mask
-    last = 3 * window.points()
-    weights = None if window.softmax else _Weights(offset_mask, 2 * window.points(), last)
-    grad_value = _summed_in_any_order(value, grad, weights, window.groups, window.points(), run)
+    points = window.points()
+    held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
+    grad_value = _summed_in_any_order(value, grad, held, window.groups, points, run)
     return grad_value, grad_mask
 
 
@@ -130,13 +109,7 @@ def attn_forward(
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    plan(
-        value.data_ptr(),
-        locations.data_ptr(),
-        weights.data_ptr(),
-        output.data_ptr(),
-        0 if shapes is None else shapes.data_ptr(),
-    )
+    plan.start(value=value, locations=locations, weights=weights, output=output, shapes=shapes)
     return output
 
 
@@ -153,12 +126,7 @@ def attn_backward(
     grad, value = _rows(grad), _rows(value)
     locations, weights = _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = (
-        plans.layout(value),
-        plans.layout(locations),
-        plans.layout(weights),
-        plans.layout(grad),
-    )
+    layouts = (*map(plans.layout, (value, locations, weights)), plans.layout(grad))
     plan = plans.attn_plan(
         "attn_backward", *layouts, sizes, softmax, deterministic, value.get_device()
     )
@@ -169,23 +137,15 @@ def attn_backward(
     grad_locations = _empty(locations, locations.shape, deterministic)
     grad_weights = _empty(weights, weights.shape, deterministic)
 
-    def run(total: int, units: int) -> None:
-        plan(
-            value.data_ptr(),
-            locations.data_ptr(),
-            weights.data_ptr(),
-            grad.data_ptr(),
-            total,
-            grad_locations.data_ptr(),
-            grad_weights.data_ptr(),
-            units,
-            0 if shapes is None else shapes.data_ptr(),
-        )
-
+    run = partial(
+        plan.start,
+        **{"value": value, "locations": locations, "weights": weights, "grad": grad},
+        **{"grad_locations": grad_locations, "grad_weights": grad_weights, "shapes": shapes},
+    )
     if not deterministic:
         return _summed(value, run), grad_locations, grad_weights
     points = locations.shape[3] * locations.shape[4]
-    held = None if softmax else _Weights(weights, 0, points)
+    held = None if softmax else (weights, 0, points)
     grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
     return grad_value, grad_locations, grad_weights
 
@@ -204,42 +164,32 @@ def _empty(
     return empty.set_(torch.UntypedStorage(size, device=like.device)).view(shape)
 
 
-def _left(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor | None:
-    """Where the launch says what it leaves to the next."""
-    return _empty(beside, (plan.parts,), deterministic, torch.uint8) if plan.parts else None
+def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor | None:
+    """Where the first launch says what it leaves to the second."""
+    return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _summed(value: Tensor, run: Callable[[int, int], None]) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros at an address."""
-    dtype = sum_dtype(value.dtype)
-    total = _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(total.nbytes, value.get_device())(total.data_ptr())
-    run(total.data_ptr(), 0)
+def _summed(value: Tensor, run: Callable[..., None]) -> Tensor:
+    """The gradient of `value`, which `run` adds to zeros."""
+    dtype, device = sum_dtype(value.dtype), value.get_device()
+    sums = _empty(value, value.shape, False, dtype)
+    plans.zeros_plan(sums.nbytes, device).start(sums=sums)
+    run(grad_value=sums, fixed_point_scale=None)
     if dtype == value.dtype:
-        return total
+        return sums
     result = _empty(value, value.shape, False)
-    totals = plans.totals_plan(1, value.numel(), value.dtype, False, value.get_device())
-    totals(total.data_ptr(), 0, result.data_ptr())
+    convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
+    convert.start(sums=sums, fixed_point_scale=None, result=result)
     return result
-
-
-class _Weights(NamedTuple):
-    """The tensor that holds points' weights."""
-
-    tensor: Tensor
-    first: int
-    """Where they begin among the numbers of a group."""
-    of_group: int
-    """How many numbers a group has."""
 
 
 def _summed_in_any_order(
     value: Tensor,
     grad: Tensor,
-    weights: _Weights | None,
+    weights: tuple[Tensor, int, int] | None,
     groups: int,
     points: int,
-    run: Callable[[int, int], None],
+    run: Callable[..., None],
 ) -> Tensor:
     """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
@@ -247,29 +197,25 @@ def _summed_in_any_order(
     Args:
         value: [B, ...]
         grad: of the output, [B, ..., C].
-        weights: None where they are at most 1.
+        weights: the tensor that holds points' weights, where they begin among the numbers of a
+            group, and how many numbers a group has; None where weights are at most 1.
         groups: G.
         points: of a slice.
-        run: adds to integers at an address; the second one is that of each image's multiplier.
+        run: adds to integers.
     """
-    images, numbers = value.shape[0], value.numel()
-    # The integers, then each image's largest numbers and multiplier: see units.cu.
+    images, numbers, device = value.shape[0], value.numel(), value.get_device()
+    # The integers, then what fixed_point_scale.cu keeps and makes of each image.
     sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
-    beside = sums.data_ptr() + 8 * numbers
-    multipliers = beside + 8 * (images + 1)
+    largest, scale = sums[numbers:], sums[numbers + images + 1 :]
     result = _empty(value, value.shape, True)
-    held = None if weights is None else (plans.layout(weights.tensor), *weights[1:])
-    device = value.get_device()
-    units = plans.units_plan(plans.layout(grad), held, groups, points, device)
-    units(
-        grad.data_ptr(),
-        0 if weights is None else weights.tensor.data_ptr(),
-        beside,
-        multipliers,
-    )
-    run(sums.data_ptr(), multipliers)
-    totals = plans.totals_plan(images, numbers // images, value.dtype, True, device)
-    totals(sums.data_ptr(), multipliers, result.data_ptr())
+    held, layout = None, None
+    if weights is not None:
+        held, layout = weights[0], (plans.layout(weights[0]), *weights[1:])
+    choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
+    choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
+    run(grad_value=sums, fixed_point_scale=scale)
+    convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
+    convert.start(sums=sums, fixed_point_scale=scale, result=result)
     return result
 
 

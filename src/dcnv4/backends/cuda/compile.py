@@ -20,18 +20,19 @@ import torch
 
 from .. import INCOMPLETE, cache_dir
 from ..folders import private, read, write
+from . import launch
 
 KERNELS = (
     *("conv_forward", "conv_tile_forward"),
     *("conv_backward", "conv_sorted_backward", "conv_tile_backward"),
     *("attn_forward", "attn_backward", "attn_sorted_backward"),
-    *("totals", "units", "zeros"),
+    *("zeros", "fixed_point_scale", "convert_sums"),
 )
 """Every kernel, the name of its source file."""
 Macros = tuple[tuple[str, str], ...]
 
-_FOLDER = Path(__file__).parent
-_INCLUDE = _FOLDER.parent / "include"
+_FOLDER = Path(__file__).parent / "kernels"
+_INCLUDE = Path(__file__).parents[1] / "include"
 _ENTRIES = r"[a-z_]+-[0-9a-f]{32}|tmp\w+"  # what the names of entries look like
 _DIGEST = 32  # bytes of the checksum that an entry of the cache begins with
 _OLDEST = (7, 0)  # compute capability: what `numbers.cuh` is written for
@@ -201,8 +202,13 @@ def compile(name: str, macros: Macros, arch: str) -> bytes:
         include_path=[str(_FOLDER), str(_INCLUDE)],
         define_macro=list(macros),
     )
-    source = (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
-    return bytes(Program(source, "c++", options).compile("cubin").code)
+    return bytes(Program(source(name), "c++", options).compile("cubin").code)
+
+
+def source(name: str) -> str:
+    """What is compiled as kernel `name`: its file, the structure of its arguments in front."""
+    (file,) = _FOLDER.glob(f"*/{name}.cu")
+    return launch.structure(name) + file.read_text(encoding="utf-8")
 
 
 def _checksum(key: str, code: bytes) -> bytes:
@@ -210,19 +216,20 @@ def _checksum(key: str, code: bytes) -> bytes:
 
 
 def _files() -> list[Path]:
-    return sorted([*_FOLDER.glob("*.cu"), *_FOLDER.glob("*.cuh"), *_INCLUDE.glob("*.h")])
+    return sorted([*_FOLDER.glob("*/*.cu*"), *_INCLUDE.glob("*.h")])
 
 
 @cache
 def _sources() -> str:
     """The text of all kernels, which every cache entry depends on."""
-    return "\0".join(file.read_text(encoding="utf-8") for file in _files())
+    texts = (file.read_text(encoding="utf-8") for file in _files())
+    return "\0".join((*map(launch.structure, KERNELS), *texts))
 
 
 def _missing() -> list[str]:
     """Names of source files that this installation has lost."""
-    needed = {f"{name}.cu" for name in KERNELS}
-    needed.update(re.findall(r'#include ["<](?:.*/)?(.+)[">]', _sources()))
+    needed = {"sampling.h", *(f"{name}.cu" for name in KERNELS)}
+    needed.update(re.findall(r"#include <\w+/(\w+\.cuh)>", _sources()))
     return sorted(needed - {file.name for file in _files()})
 
 

@@ -35,18 +35,26 @@ DCNV4_HD int integer_below(T x) {
 #endif
 }
 
+// The corners around pixel (origin_x + x, origin_y + y), which lies in (-1, W) x (-1, H) or not.
+template <typename T>
+DCNV4_HD Corners<T> corners(bool inside, int origin_x, int origin_y, T x, T y, int height,
+                            int width) {
+    x = inside ? x : T(0);
+    y = inside ? y : T(0);
+    const int below_x = integer_below(x), below_y = integer_below(y);
+    const int column = below_x + (inside ? origin_x : 0), row = below_y + (inside ? origin_y : 0);
+    const bool left = column >= 0, right = column < width - 1;
+    const bool top = row >= 0, bottom = row < height - 1;
+    const int legal = -int(inside) & (left * 5 | right * 10) & (top * 3 | bottom * 12);
+    return {legal, column, row, x - T(below_x), y - T(below_y), inside, left, right, top, bottom};
+}
+
 // The corners around pixel (x, y) of a height x width image. A point outside (-1, W) x (-1, H), or
 // at NaN, has no legal corner. Both sizes must be below 2^31.
 template <typename T>
 DCNV4_HD Corners<T> corners(T x, T y, int height, int width) {
-    const int inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
-    x = inside ? x : T(0);
-    y = inside ? y : T(0);
-    const int column = integer_below(x), row = integer_below(y);
-    const bool left = column >= 0, right = column < width - 1;
-    const bool top = row >= 0, bottom = row < height - 1;
-    const int legal = -inside & (left * 5 | right * 10) & (top * 3 | bottom * 12);
-    return {legal, column, row, x - T(column), y - T(row), inside != 0, left, right, top, bottom};
+    const bool inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
+    return corners(inside, 0, 0, x, y, height, width);
 }
 
 // The largest integer that is not above x, which an int must hold, and the rest of x, in [0, 1].

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -82,29 +83,21 @@ def preferred(
     return Launch(block, block_g, block_d, block_k, chunk, warps)
 
 
+class Heads(NamedTuple):
+    """What an attention does for every query: to the kernels what a Window is."""
+
+    groups: int
+    levels: int
+    points_per_level: int
+    softmax: bool
+
+
 def conv_forward(
     value: Tensor, offset_mask: Tensor, window: Window, deterministic: bool = False
 ) -> Tensor:
     """[B, Ho, Wo, C]"""
-    batch, height, width, channels = value.shape
-    rows, columns = offset_mask.shape[1:3]
-    output = value.new_empty((batch, rows, columns, channels))
-    if output.numel() == 0:
-        return output
-    value, stride = _pixels(value, 3)
-    fields, fields_stride = _pixels(offset_mask, 3)
-    pixels = batch * rows * columns
-    index = _index(batch * height * width * stride, pixels * fields_stride, pixels * channels)
-    launch, constants = _conv_constants(window, channels, value.dtype, index, stride, fields_stride)
-    with _on(value.device):
-        _kernels().conv_forward[(launch.programs(pixels, window.groups),)](
-            value,
-            fields,
-            output,
-            *(height, width, rows, columns, pixels),
-            *constants,
-            num_warps=launch.warps,
-        )
+    output = value.new_empty((*offset_mask.shape[:3], value.shape[3]))
+    _run_conv("forward", value, offset_mask, window, output=output)
     return output
 
 
@@ -116,34 +109,16 @@ def conv_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    batch, height, width, channels = shape = value.shape
-    rows, columns, count = offset_mask.shape[1:]
-    grad_value = torch.zeros(shape, dtype=sum_dtype(value.dtype), device=value.device)
-    grad_fields = offset_mask.new_empty(offset_mask.shape)
-    if grad.numel() > 0:
-        grad, grad_stride = _pixels(grad, 3)
-        value, stride = _pixels(value, 3)
-        fields, fields_stride = _pixels(offset_mask, 3)
-        pixels = batch * rows * columns
-        index = _index(
-            batch * height * width * max(stride, channels),
-            pixels * max(fields_stride, count, grad_stride),
-        )
-        launch, constants = _conv_constants(
-            window, channels, value.dtype, index, stride, fields_stride, count, grad_stride
-        )
-        with _on(value.device):
-            _kernels().conv_backward[(launch.programs(pixels, window.groups),)](
-                grad,
-                value,
-                fields,
-                grad_value,
-                grad_fields,
-                *(height, width, rows, columns, pixels),
-                *constants,
-                num_warps=launch.warps,
-            )
-    return grad_value.to(value.dtype), grad_fields
+    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+    grad_offset_mask = offset_mask.new_empty(offset_mask.shape)
+    _run_conv(
+        *("backward", value, offset_mask, window),
+        grad_output=grad,
+        grad_value=grad_value,
+        grad_coordinates=grad_offset_mask,
+        grad_weights=None,
+    )
+    return grad_value.to(value.dtype), grad_offset_mask
 
 
 def attn_forward(
@@ -155,35 +130,8 @@ def attn_forward(
     deterministic: bool = False,
 ) -> Tensor:
     """[B, Q, C]"""
-    batch, length, groups, depth = value.shape
-    queries = locations.shape[1]
-    output = value.new_empty((batch, queries, groups * depth))
-    if output.numel() == 0:
-        return output
-    value, stride = _pixels(value, 2)
-    levels, points = locations.shape[3:5]
-    locations, locations_stride = _pixels(locations, 2)
-    weights, weights_stride = _pixels(weights, 2)
-    pixels = batch * queries
-    index = _index(
-        batch * length * stride,
-        pixels * max(locations_stride, weights_stride, groups * depth),
-    )
-    launch, constants = _attn_constants(
-        *(groups, depth, levels, points, softmax),
-        *(value.dtype, index, stride, locations_stride, weights_stride),
-    )
-    with _on(value.device):
-        _kernels().attn_forward[(launch.programs(pixels, groups),)](
-            value,
-            _sizes(spatial_shapes, value.device),
-            locations,
-            weights,
-            output,
-            *(length, queries, pixels),
-            *constants,
-            num_warps=launch.warps,
-        )
+    output = value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
+    _run_attn("forward", value, spatial_shapes, locations, weights, softmax, output=output)
     return output
 
 
@@ -197,89 +145,144 @@ def attn_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `value`, `locations` and `weights`."""
-    batch, length, groups, depth = shape = value.shape
-    queries = locations.shape[1]
-    grad_value = torch.zeros(shape, dtype=sum_dtype(value.dtype), device=value.device)
+    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
     grad_locations = locations.new_empty(locations.shape)
     grad_weights = weights.new_empty(weights.shape)
-    if grad.numel() > 0:
-        grad, grad_stride = _pixels(grad, 2)
-        value, stride = _pixels(value, 2)
-        locations, locations_stride = _pixels(locations, 2)
-        weights, weights_stride = _pixels(weights, 2)
-        pixels = batch * queries
-        index = _index(
-            batch * length * max(stride, groups * depth),
-            pixels * max(locations_stride, weights_stride, grad_stride),
-            grad_locations.numel(),
-        )
-        launch, constants = _attn_constants(
-            *(groups, depth, *grad_locations.shape[3:5], softmax),
-            *(value.dtype, index, stride, locations_stride, weights_stride, grad_stride),
-        )
-        with _on(value.device):
-            _kernels().attn_backward[(launch.programs(pixels, groups),)](
-                grad,
-                value,
-                _sizes(spatial_shapes, value.device),
-                locations,
-                weights,
-                grad_value,
-                grad_locations,
-                grad_weights,
-                *(length, queries, pixels),
-                *constants,
-                num_warps=launch.warps,
-            )
+    _run_attn(
+        *("backward", value, spatial_shapes, locations, weights, softmax),
+        grad_output=grad,
+        grad_value=grad_value,
+        grad_coordinates=grad_locations,
+        grad_weights=grad_weights,
+    )
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-@lru_cache(maxsize=1024)
-def _conv_constants(
-    window: Window,
-    channels: int,
-    dtype: torch.dtype,
-    index: str,
-    *layout: int,
-) -> tuple[Launch, tuple[Any, ...]]:
-    """The launch and a kernel's constants; `layout` goes with a gradient where it has four."""
-    depth = channels // window.groups
-    launch = preferred(window.groups, depth, None, window.points(), _bytes(dtype), len(layout) > 2)
-    (kernel, stride, padding, dilation), rest = window[:4], window[4:]
-    constants = (*kernel, *stride, *padding, *dilation, *rest, depth, *layout)
-    return launch, (*constants, *launch[:5], *_types(dtype, index))
+def _run_conv(
+    kernel: str, value: Tensor, offset_mask: Tensor, window: Window, **others: Tensor | None
+) -> None:
+    tensors = {"value": value, "coordinates": offset_mask, "weights": None, **others}
+    _run(kernel, window, value.shape[:3], offset_mask.shape[1:3], None, tensors)
 
 
-@lru_cache(maxsize=1024)
-def _attn_constants(
-    groups: int,
-    depth: int,
-    levels: int,
-    points: int,
+def _run_attn(
+    kernel: str,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
     softmax: bool,
+    **others: Tensor,
+) -> None:
+    groups, levels, points = locations.shape[2:5]
+    heads = Heads(groups, levels, points, softmax)
+    tensors = {"value": value, "coordinates": locations, "weights": weights, **others}
+    _run(kernel, heads, (*value.shape[:2], 1), (locations.shape[1], 1), spatial_shapes, tensors)
+
+
+def _run(
+    kernel: str,
+    layer: Window | Heads,
+    size: Sequence[int],
+    output_size: Sequence[int],
+    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None,
+    tensors: Mapping[str, Tensor | None],
+) -> None:
+    """Launch a kernel on the tensors that it names so.
+
+    `size` is that of the value in pixels, (B, height, width); `output_size` is (rows, columns).
+    """
+    (batch, height, width), (rows, columns) = size, output_size
+    pixels = batch * rows * columns
+    value = tensors["value"]
+    if value is None or pixels == 0:
+        return
+    leading = 3 if spatial_shapes is None else 2
+    arguments: dict[str, Any] = {}
+    strides: list[int] = []
+    for name, tensor in tensors.items():
+        arguments[name], stride = (None, 0) if tensor is None else _pixels(tensor, leading)
+        strides.append(stride)
+    index = _index(max(strides) * max(pixels, batch * height * width))
+    depth = value.shape[leading:].numel() // layer.groups
+    launch, constants, order = _constants(
+        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides))
+    )
+    arguments |= {
+        "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "columns": columns,
+        "pixels": pixels,
+    }
+    with _on(value.device):
+        getattr(_kernels(), kernel)[(launch.programs(pixels, layer.groups),)](
+            *(arguments[name] for name in order), *constants, num_warps=launch.warps
+        )
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    kernel: str,
+    layer: Window | Heads,
+    depth: int,
     dtype: torch.dtype,
     index: str,
-    *strides: int,
-) -> tuple[Launch, tuple[Any, ...]]:
-    """The launch and a kernel's constants; `strides` are a gradient's where there are four."""
-    launch = preferred(groups, depth, levels, points, _bytes(dtype), len(strides) > 3)
-    constants = (groups, depth, levels, points, softmax, *strides)
-    return launch, (*constants, *launch[:5], *_types(dtype, index))
-
-
-def _types(dtype: torch.dtype, index: str) -> tuple[Any, Any]:
-    """Triton's types of sums and of offsets in elements."""
+    names: tuple[str, ...],
+    strides: tuple[int, ...],
+) -> tuple[Launch, tuple[Any, ...], tuple[str, ...]]:
+    """The launch of a kernel on tensors of these strides, its constants, and the names of what
+    comes before them: in the order of its parameters, because dozens of names cost microseconds."""
     tl = _kernels().tl
-    return tl.float64 if dtype == torch.float64 else tl.float32, getattr(tl, index)
+    if isinstance(layer, Window):
+        levels, points, constants = None, layer.points(), _window_constants(layer)
+    else:
+        levels, points, constants = layer.levels, layer.points_per_level, {}
+    itemsize = torch.finfo(dtype).bits // 8
+    launch = preferred(layer.groups, depth, levels, points, itemsize, kernel == "backward")
+    constants |= {f"{name.upper()}_STRIDE": n for name, n in zip(names, strides, strict=True)}
+    constants |= {
+        "GROUPS": layer.groups,
+        "DEPTH": depth,
+        "LEVELS": levels or 1,
+        "POINTS": points,
+        "SOFTMAX": layer.softmax,
+        "BLOCK": launch.block,
+        "BLOCK_G": launch.block_g,
+        "BLOCK_D": launch.block_d,
+        "BLOCK_K": launch.block_k,
+        "CHUNK": launch.chunk,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "INDEX": getattr(tl, index),
+    }
+    parameters = inspect.signature(getattr(_kernels(), kernel).fn).parameters.values()
+    # What a compilation depends on is in capitals, and comes last.
+    ordered = (constants.get(p.name, p.default) for p in parameters if p.name.isupper())
+    return launch, tuple(ordered), tuple(p.name for p in parameters if not p.name.isupper())
 
 
-def _bytes(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits // 8
+def _window_constants(window: Window) -> dict[str, Any]:
+    """What only a convolution has."""
+    (ph, pw), (ch, cw) = window.padding, window.center()
+    return {
+        "SCALE": window.offset_scale,
+        "STRIDE_H": window.stride[0],
+        "STRIDE_W": window.stride[1],
+        "ORIGIN_H": ch - ph,
+        "ORIGIN_W": cw - pw,
+        "KERNEL_H": window.kernel_size[0],
+        "DILATION_H": window.dilation[0],
+        "DILATION_W": window.dilation[1],
+        "CENTER_H": ch,
+        "CENTER_W": cw,
+        "REMOVED": window.center_index() if window.remove_center else None,
+    }
 
 
-def _index(*elements: int) -> str:
+def _index(elements: int) -> str:
     """The type of offsets into tensors of so many elements, and a program's rows past the end."""
-    return "int32" if max(elements) < 2**31 - 2**20 else "int64"
+    return "int32" if elements < 2**31 - 2**20 else "int64"
 
 
 def _pixels(tensor: Tensor, leading: int) -> tuple[Tensor, int]:

@@ -1,4 +1,5 @@
-"""The Triton kernels of both operators: the only file that imports Triton.
+"""The Triton kernels, one forward and one backward for both operators: the only file that imports
+Triton.
 
 A row is one (output pixel, group): the points of a group give it D channels. A program handles
 BLOCK rows as a tile [BLOCK, BLOCK_D] and walks over their points; each point gathers its four
@@ -8,9 +9,14 @@ memory lines. The gradients of coordinates and weights belong to their row and a
 of the value is summed by atomic additions, which limit the backward. The forward is limited by
 instruction issue and by the gathers' way through L1.
 
+A convolution is one level, the image, whose points start at the cells of a kernel around the pixel
+of their window; `offset_mask` holds their coordinates and weights. It is the call without `shapes`.
+A location of attention starts at no cell, its origin is pixel 0, and the levels' sizes scale it.
+
 Nothing here is specific to one maker's GPUs, but it was run on NVIDIA's alone: untested on AMD and
 Intel. Everything a compilation depends on (`tl.constexpr`) describes a layer, never a batch or an
-image: a new image size compiles nothing. INDEX is int64 where offsets in elements need it.
+image: a new image size compiles nothing. INDEX is int64 where offsets in elements need it; rows and
+columns of pixels are int32. Tuples as arguments, which would shorten the lists, need Triton 3.3.
 """
 
 # ruff: noqa: N803, N806  (capitals: what a compilation depends on)
@@ -22,7 +28,7 @@ import triton.language as tl
 
 def is_interpreted() -> bool:
     """Whether Triton runs these kernels on the CPU: `TRITON_INTERPRET=1` when it was imported."""
-    return not isinstance(conv_forward, triton.JITFunction)
+    return not isinstance(forward, triton.JITFunction)
 
 
 OUTSIDE = tl.constexpr(float("inf"))
@@ -30,23 +36,29 @@ OUTSIDE = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _corners(x, y, height, width, INDEX: tl.constexpr):
+def _around(x, origin, size):
+    """geometry._around, along one axis: the pixel at or before each point origin + x, the fraction
+    of a pixel from it, and whether that pixel and the next count.
+
+    In float32 the bounds of x are exact below 2²⁴. For a point that is farther from its origin, in
+    an image that is as large, the comparisons of integers keep corners in the image.
+    """
+    inside = (x > (-1 - origin).to(x.dtype)) & (x < (size - origin).to(x.dtype))
+    x = tl.where(inside, x, 0.0)
+    floor = tl.math.floor(x)
+    before = origin + floor.to(tl.int32)
+    legal = inside & (before.to(tl.uint32) < size.to(tl.uint32))
+    next_legal = inside & ((before + 1).to(tl.uint32) < size.to(tl.uint32))
+    return before, x - floor, legal, next_legal
+
+
+@triton.jit
+def _corners(x, y, origin_x, origin_y, height, width, INDEX: tl.constexpr):
     """geometry.corners: the top left corner, the fractions, and which of the four are legal."""
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-    x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
-    left, top = tl.math.floor(x), tl.math.floor(y)
-    column, row = left.to(INDEX), top.to(INDEX)
-    legal_left, legal_right = inside & (column >= 0), inside & (column < width - 1)
-    legal_top, legal_bottom = row >= 0, row < height - 1
-    return (
-        row * width + column,
-        x - left,
-        y - top,
-        legal_top & legal_left,
-        legal_top & legal_right,
-        legal_bottom & legal_left,
-        legal_bottom & legal_right,
-    )
+    column, fraction_x, left, right = _around(x, origin_x, width)
+    row, fraction_y, top, bottom = _around(y, origin_y, height)
+    pixel = row.to(INDEX) * width + column
+    return pixel, fraction_x, fraction_y, top & left, top & right, bottom & left, bottom & right
 
 
 @triton.jit
@@ -82,15 +94,26 @@ def _add_corner(total, pointers, legal, channel, coefficient):
 
 @triton.jit
 def _sample(
-    total, image, channel, x, y, weight, height, width, STRIDE: tl.constexpr, INDEX: tl.constexpr
+    total,
+    image,
+    channel,
+    x,
+    y,
+    origin_x,
+    origin_y,
+    weight,
+    height,
+    width,
+    STRIDE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Add every row's weighted sample at (x, y) to `total` [BLOCK, BLOCK_D].
+    """Add every row's weighted sample, (x, y) from its origin, to `total` [BLOCK, BLOCK_D].
 
     `image` [BLOCK, BLOCK_D] points at the channels of each row's first pixel; its pixels are STRIDE
     elements apart.
     """
     pixel, fraction_x, fraction_y, legal_tl, legal_tr, legal_bl, legal_br = _corners(
-        x, y, height, width, INDEX
+        x, y, origin_x, origin_y, height, width, INDEX
     )
     c_tl, c_tr, c_bl, c_br = _coefficients(weight, fraction_x, fraction_y)
     at = image + (pixel * STRIDE)[:, None]
@@ -118,6 +141,8 @@ def _sample_backward(
     channel,
     x,
     y,
+    origin_x,
+    origin_y,
     weight,
     height,
     width,
@@ -131,7 +156,7 @@ def _sample_backward(
     `image` is to the value.
     """
     pixel, fraction_x, fraction_y, legal_tl, legal_tr, legal_bl, legal_br = _corners(
-        x, y, height, width, INDEX
+        x, y, origin_x, origin_y, height, width, INDEX
     )
     c_tl, c_tr, c_bl, c_br = _coefficients(weight, fraction_x, fraction_y)
     at, to = image + (pixel * STRIDE)[:, None], grad_image + (pixel * GRAD_STRIDE)[:, None]
@@ -181,16 +206,16 @@ def _logits(logits, exists, slot, COUNT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _softmax_scale(logits):
+def _softmax_norm(logits):
     """Maximum and 1 / Σ exp(· - maximum) of every row [BLOCK] of logits [BLOCK, BLOCK_K]."""
     peak = tl.max(logits, 1)
     return peak, 1 / tl.sum(tl.exp(logits - peak[:, None]), 1)
 
 
 @triton.jit
-def _softmax_backward(grad, logits, peak, scale):
+def _softmax_backward(grad, logits, peak, norm):
     """geometry.softmax_backward [BLOCK, BLOCK_K]"""
-    weights = tl.exp(logits - peak[:, None]) * scale[:, None]
+    weights = tl.exp(logits - peak[:, None]) * norm[:, None]
     return weights * (grad - tl.sum(grad * weights, 1)[:, None])
 
 
@@ -201,302 +226,122 @@ def _put(results, slot, k, column):
 
 
 @triton.jit
-def _weight(logits, exists, peak, scale, SOFTMAX: tl.constexpr):
+def _weight(logits, exists, peak, norm, SOFTMAX: tl.constexpr):
     """The weights [BLOCK] of one point."""
-    weight = tl.load(logits, mask=exists, other=0.0).to(scale.dtype)
+    weight = tl.load(logits, mask=exists, other=0.0).to(norm.dtype)
     if SOFTMAX:
-        weight = tl.exp(weight - peak) * scale
+        weight = tl.exp(weight - peak) * norm
     return weight
 
 
 @triton.jit
-def _conv_point(
-    fields,
-    exists,
-    k,
-    origin_x,
-    origin_y,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    SCALE: tl.constexpr,
-    REMOVE_CENTER: tl.constexpr,
-):
-    """geometry.conv_points: x and y of point k of rows whose windows' centres are the origins."""
-    ACC: tl.constexpr = origin_x.dtype
-    cell = k
-    if REMOVE_CENTER:
-        cell = tl.where(k < KERNEL_W // 2 * KERNEL_H + KERNEL_H // 2, k, k + 1)
-    base_x = cell // KERNEL_H * DILATION_W - DILATION_W * (KERNEL_W - 1) // 2
-    base_y = cell % KERNEL_H * DILATION_H - DILATION_H * (KERNEL_H - 1) // 2
-    offset_x = tl.load(fields + 2 * k, mask=exists, other=OUTSIDE).to(ACC)
-    offset_y = tl.load(fields + 2 * k + 1, mask=exists, other=OUTSIDE).to(ACC)
-    scale = tl.full([1], SCALE, ACC)
-    return origin_x + scale * (base_x + offset_x), origin_y + scale * (base_y + offset_y)
-
-
-@triton.jit
-def _conv_rows(
+def _windows(
     pixel,
-    height,
-    width,
     rows,
     columns,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    ACC: tl.constexpr,
+    ORIGIN_H: tl.constexpr,
+    ORIGIN_W: tl.constexpr,
 ):
-    """Of output pixels: their images' first pixels, and Window.origins."""
+    """Window.origins of output pixels, (x, y), and their images; ORIGIN is that of pixel 0."""
     line = pixel // columns
-    center_x: tl.constexpr = DILATION_W * (KERNEL_W - 1) // 2 - PADDING_W
-    center_y: tl.constexpr = DILATION_H * (KERNEL_H - 1) // 2 - PADDING_H
-    return (
-        line // rows * height * width,
-        (pixel % columns * STRIDE_W + center_x).to(ACC),
-        (line % rows * STRIDE_H + center_y).to(ACC),
-    )
-
-
-@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pixels"])
-def conv_forward(
-    value,
-    offset_mask,
-    output,
-    height,
-    width,
-    rows,
-    columns,
-    pixels,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    REMOVE_CENTER: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    DEPTH: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    FIELDS_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACC: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """deform_conv of `value` [B, height, width, C] at `pixels` = B·rows·columns output pixels."""
-    POINTS: tl.constexpr = KERNEL_H * KERNEL_W - REMOVE_CENTER
-    exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
-    first, origin_x, origin_y = _conv_rows(
-        pixel,
-        height,
-        width,
-        rows,
-        columns,
-        KERNEL_H,
-        KERNEL_W,
-        STRIDE_H,
-        STRIDE_W,
-        PADDING_H,
-        PADDING_W,
-        DILATION_H,
-        DILATION_W,
-        ACC,
-    )
-    image = value + _tile(first, group, VALUE_STRIDE, DEPTH, BLOCK_D)
-    fields = offset_mask + pixel * FIELDS_STRIDE + group * (3 * POINTS)
-    weights = fields + 2 * POINTS
-    peak, scale = origin_x, origin_x
-    if SOFTMAX:
-        peak, scale = _softmax_scale(_logits(weights, exists, tl.arange(0, BLOCK_K), POINTS, ACC))
-    total = tl.zeros([BLOCK, BLOCK_D], ACC)
-    for start in range(0, POINTS, CHUNK):
-        for at in tl.static_range(CHUNK):
-            k = start + at
-            x, y = _conv_point(
-                fields,
-                exists,
-                k,
-                origin_x,
-                origin_y,
-                KERNEL_H,
-                KERNEL_W,
-                DILATION_H,
-                DILATION_W,
-                SCALE,
-                REMOVE_CENTER,
-            )
-            weight = _weight(weights + k, exists, peak, scale, SOFTMAX)
-            total = _sample(total, image, channel, x, y, weight, height, width, VALUE_STRIDE, INDEX)
-    to = output + _tile(pixel, group, GROUPS * DEPTH, DEPTH, BLOCK_D)
-    tl.store(to, total.to(output.dtype.element_ty), mask=exists[:, None] & channel[None, :])
-
-
-@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pixels"])
-def conv_backward(
-    grad_output,
-    value,
-    offset_mask,
-    grad_value,
-    grad_offset_mask,
-    height,
-    width,
-    rows,
-    columns,
-    pixels,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    REMOVE_CENTER: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    DEPTH: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    FIELDS_STRIDE: tl.constexpr,
-    FIELDS: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACC: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Add to `grad_value`, in the dtype of the sums, and write all FIELDS of `grad_offset_mask`."""
-    POINTS: tl.constexpr = KERNEL_H * KERNEL_W - REMOVE_CENTER
-    exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
-    first, origin_x, origin_y = _conv_rows(
-        pixel,
-        height,
-        width,
-        rows,
-        columns,
-        KERNEL_H,
-        KERNEL_W,
-        STRIDE_H,
-        STRIDE_W,
-        PADDING_H,
-        PADDING_W,
-        DILATION_H,
-        DILATION_W,
-        ACC,
-    )
-    image = value + _tile(first, group, VALUE_STRIDE, DEPTH, BLOCK_D)
-    grad_image = grad_value + _tile(first, group, GROUPS * DEPTH, DEPTH, BLOCK_D)
-    fields = offset_mask + pixel * FIELDS_STRIDE + group * (3 * POINTS)
-    grad_fields = grad_offset_mask + pixel * FIELDS + group * (3 * POINTS)
-    FIELD: tl.constexpr = grad_offset_mask.dtype.element_ty
-    at_output = grad_output + _tile(pixel, group, GRAD_STRIDE, DEPTH, BLOCK_D)
-    grad = tl.load(at_output, mask=exists[:, None] & channel[None, :], other=0.0).to(ACC)
-    weights = fields + 2 * POINTS
-    slot = tl.arange(0, BLOCK_K)
-    peak, scale = origin_x, origin_x
-    if SOFTMAX:
-        peak, scale = _softmax_scale(_logits(weights, exists, slot, POINTS, ACC))
-    grads_x = tl.zeros([BLOCK, BLOCK_K], ACC)
-    grads_y, grads_weight = grads_x, grads_x
-    for start in range(0, POINTS, CHUNK):
-        for at in tl.static_range(CHUNK):
-            k = start + at
-            x, y = _conv_point(
-                fields,
-                exists,
-                k,
-                origin_x,
-                origin_y,
-                KERNEL_H,
-                KERNEL_W,
-                DILATION_H,
-                DILATION_W,
-                SCALE,
-                REMOVE_CENTER,
-            )
-            weight = _weight(weights + k, exists, peak, scale, SOFTMAX)
-            grad_x, grad_y, grad_weight = _sample_backward(
-                grad,
-                image,
-                grad_image,
-                channel,
-                x,
-                y,
-                weight,
-                height,
-                width,
-                VALUE_STRIDE,
-                GROUPS * DEPTH,
-                INDEX,
-            )
-            grads_x = _put(grads_x, slot, k, grad_x)
-            grads_y = _put(grads_y, slot, k, grad_y)
-            grads_weight = _put(grads_weight, slot, k, grad_weight)
-    if SOFTMAX:
-        logits = _logits(weights, exists, slot, POINTS, ACC)
-        grads_weight = _softmax_backward(grads_weight, logits, peak, scale)
-    to = grad_fields[:, None] + slot[None, :]
-    mask = exists[:, None] & (slot < POINTS)[None, :]
-    unit = tl.full([1, 1], SCALE, ACC)
-    tl.store(to + slot[None, :], (grads_x * unit).to(FIELD), mask=mask)
-    tl.store(to + slot[None, :] + 1, (grads_y * unit).to(FIELD), mask=mask)
-    tl.store(to + 2 * POINTS, grads_weight.to(FIELD), mask=mask)
-    if FIELDS > 3 * GROUPS * POINTS:
-        padding = exists & (group == GROUPS - 1)
-        for field in range(3 * GROUPS * POINTS, FIELDS):
-            tl.store(grad_offset_mask + pixel * FIELDS + field, 0.0, mask=padding)
+    origin_x = (pixel % columns * STRIDE_W + ORIGIN_W).to(tl.int32)
+    origin_y = (line % rows * STRIDE_H + ORIGIN_H).to(tl.int32)
+    return origin_x, origin_y, line // rows
 
 
 @triton.jit
-def _level(shapes, level, start, length):
+def _arguments(
+    coordinates,
+    weights,
+    pixel,
+    group,
+    COORDINATES_STRIDE: tl.constexpr,
+    WEIGHTS_STRIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Where the coordinates and the weights of every row begin; without `weights`, both lie in
+    `offset_mask`."""
+    if weights is None:
+        coordinates += pixel * COORDINATES_STRIDE + group * (3 * COUNT)
+        weights = coordinates + 2 * COUNT
+    else:
+        coordinates += pixel * COORDINATES_STRIDE + group * (2 * COUNT)
+        weights += pixel * WEIGHTS_STRIDE + group * COUNT
+    return coordinates, weights
+
+
+@triton.jit
+def _level(shapes, level, start, height, width):
     """Height and width of a level that begins at pixel `start`, and where the next one begins.
 
-    A level that does not fit in the value's `length` pixels counts as empty, as do all after it:
-    shapes that only the device knows must not make a kernel read elsewhere.
+    A level that does not fit in the value's height·width pixels counts as empty, as do all after
+    it: shapes that only the device knows must not make a kernel read elsewhere. Without `shapes`,
+    the level is the image.
     """
-    height = tl.load(shapes + 2 * level).to(tl.int64)
-    width = tl.load(shapes + 2 * level + 1).to(tl.int64)
-    sane = (height >= 0) & (width >= 0) & (height <= length) & (width <= length)
-    end = tl.where(sane, start + height * width, length + 1)
-    fits = end <= length
-    height, width = tl.where(fits, height, 0), tl.where(fits, width, 0)
-    return height.to(tl.int32), width.to(tl.int32), tl.where(fits, end, length + 1)
+    end = start
+    if shapes is not None:
+        length = height * width
+        height = tl.load(shapes + 2 * level).to(tl.int64)
+        width = tl.load(shapes + 2 * level + 1).to(tl.int64)
+        sane = (height >= 0) & (width >= 0) & (height <= length) & (width <= length)
+        end = tl.where(sane, start + height * width, length + 1)
+        fits = end <= length
+        height = tl.where(fits, height, 0).to(tl.int32)
+        width = tl.where(fits, width, 0).to(tl.int32)
+        end = tl.where(fits, end, length + 1)
+    return height, width, end
 
 
 @triton.jit
-def _attn_point(locations, exists, point, height, width, ACC: tl.constexpr):
-    """geometry.attn_points: x and y of one point of every row."""
-    u = tl.load(locations + 2 * point, mask=exists, other=OUTSIDE).to(ACC)
-    v = tl.load(locations + 2 * point + 1, mask=exists, other=OUTSIDE).to(ACC)
-    return u * width - 0.5, v * height - 0.5
+def _scales(height, width, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """How many pixels a coordinate (x, y) of 1 is: `offset_scale`, or without, a level's size."""
+    if SCALE is None:
+        return width.to(ACC), height.to(ACC)
+    else:
+        return tl.full([], SCALE, ACC), tl.full([], SCALE, ACC)
 
 
-@triton.jit(do_not_specialize=["length", "queries", "pixels"])
-def attn_forward(
+@triton.jit
+def _point(
+    coordinates,
+    exists,
+    k,
+    scale_x,
+    scale_y,
+    KERNEL_H: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CENTER_H: tl.constexpr,
+    CENTER_W: tl.constexpr,
+    REMOVED: tl.constexpr,
+):
+    """x and y of point k of every row, from its origin: geometry.conv_points or attn_points."""
+    x = tl.load(coordinates + 2 * k, mask=exists, other=OUTSIDE).to(scale_x.dtype)
+    y = tl.load(coordinates + 2 * k + 1, mask=exists, other=OUTSIDE).to(scale_y.dtype)
+    if KERNEL_H is None:
+        x, y = x * scale_x - 0.5, y * scale_y - 0.5
+    else:
+        cell = k
+        if REMOVED is not None:
+            cell = tl.where(k < REMOVED, k, k + 1)
+        x = scale_x * (cell // KERNEL_H * DILATION_W - CENTER_W + x)
+        y = scale_y * (cell % KERNEL_H * DILATION_H - CENTER_H + y)
+    return x, y
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+def forward(
     value,
-    shapes,
-    locations,
+    coordinates,
     weights,
+    shapes,
     output,
-    length,
-    queries,
+    rows,
+    columns,
+    height,
+    width,
     pixels,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -504,8 +349,8 @@ def attn_forward(
     POINTS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
-    LOCATIONS_STRIDE: tl.constexpr,
-    WEIGHTS_STRIDE: tl.constexpr,
+    COORDINATES_STRIDE: tl.constexpr,
+    OUTPUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -513,47 +358,98 @@ def attn_forward(
     CHUNK: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    WEIGHTS_STRIDE: tl.constexpr = None,
+    SCALE: tl.constexpr = None,
+    STRIDE_H: tl.constexpr = None,
+    STRIDE_W: tl.constexpr = None,
+    ORIGIN_H: tl.constexpr = None,
+    ORIGIN_W: tl.constexpr = None,
+    KERNEL_H: tl.constexpr = None,
+    DILATION_H: tl.constexpr = None,
+    DILATION_W: tl.constexpr = None,
+    CENTER_H: tl.constexpr = None,
+    CENTER_W: tl.constexpr = None,
+    REMOVED: tl.constexpr = None,
 ):
-    """ms_deform_attn of `value` [B, length, C] for `pixels` = B·queries queries."""
+    """Either operator of `value` [B, height, width, C] for `pixels` = B·rows·columns outputs.
+
+    Of attention, `rows` are the queries and `height` the pixels of all levels; columns and width
+    are 1.
+    """
     COUNT: tl.constexpr = LEVELS * POINTS
     exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
-    image = value + _tile(pixel // queries * length, group, VALUE_STRIDE, DEPTH, BLOCK_D)
-    locations += pixel * LOCATIONS_STRIDE + group * (2 * COUNT)
-    weights += pixel * WEIGHTS_STRIDE + group * COUNT
+    if shapes is None:
+        origin_x, origin_y, batch = _windows(
+            pixel, rows, columns, STRIDE_H, STRIDE_W, ORIGIN_H, ORIGIN_W
+        )
+    else:
+        origin_x = tl.zeros([BLOCK], tl.int32)
+        origin_y, batch = origin_x, pixel // rows
+    first = batch * height * width
+    image = value + _tile(first, group, VALUE_STRIDE, DEPTH, BLOCK_D)
+    coordinates, weights = _arguments(
+        coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
+    )
     peak = tl.zeros([BLOCK], ACC)
-    scale = peak
+    norm = peak
     if SOFTMAX:
-        peak, scale = _softmax_scale(_logits(weights, exists, tl.arange(0, BLOCK_K), COUNT, ACC))
+        peak, norm = _softmax_norm(_logits(weights, exists, tl.arange(0, BLOCK_K), COUNT, ACC))
     total = tl.zeros([BLOCK, BLOCK_D], ACC)
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
-        height, width, end = _level(shapes, level, start, length)
+        level_h, level_w, end = _level(shapes, level, start, height, width)
+        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
         plane = image + start.to(INDEX) * VALUE_STRIDE
-        for first in range(0, POINTS, CHUNK):
+        for first_point in range(0, POINTS, CHUNK):
             for at in tl.static_range(CHUNK):
-                point = level * POINTS + first + at
-                x, y = _attn_point(locations, exists, point, height, width, ACC)
-                weight = _weight(weights + point, exists, peak, scale, SOFTMAX)
+                k = level * POINTS + first_point + at
+                x, y = _point(
+                    coordinates,
+                    exists,
+                    k,
+                    scale_x,
+                    scale_y,
+                    KERNEL_H,
+                    DILATION_H,
+                    DILATION_W,
+                    CENTER_H,
+                    CENTER_W,
+                    REMOVED,
+                )
+                weight = _weight(weights + k, exists, peak, norm, SOFTMAX)
                 total = _sample(
-                    total, plane, channel, x, y, weight, height, width, VALUE_STRIDE, INDEX
+                    total,
+                    plane,
+                    channel,
+                    x,
+                    y,
+                    origin_x,
+                    origin_y,
+                    weight,
+                    level_h,
+                    level_w,
+                    VALUE_STRIDE,
+                    INDEX,
                 )
         start = end
-    to = output + _tile(pixel, group, GROUPS * DEPTH, DEPTH, BLOCK_D)
+    to = output + _tile(pixel, group, OUTPUT_STRIDE, DEPTH, BLOCK_D)
     tl.store(to, total.to(output.dtype.element_ty), mask=exists[:, None] & channel[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "queries", "pixels"])
-def attn_backward(
+@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+def backward(
     grad_output,
     value,
-    shapes,
-    locations,
+    coordinates,
     weights,
+    shapes,
     grad_value,
-    grad_locations,
+    grad_coordinates,
     grad_weights,
-    length,
-    queries,
+    rows,
+    columns,
+    height,
+    width,
     pixels,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -561,9 +457,10 @@ def attn_backward(
     POINTS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
-    LOCATIONS_STRIDE: tl.constexpr,
-    WEIGHTS_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,
+    COORDINATES_STRIDE: tl.constexpr,
+    GRAD_OUTPUT_STRIDE: tl.constexpr,
+    GRAD_VALUE_STRIDE: tl.constexpr,
+    GRAD_COORDINATES_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -571,39 +468,71 @@ def attn_backward(
     CHUNK: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    WEIGHTS_STRIDE: tl.constexpr = None,
+    GRAD_WEIGHTS_STRIDE: tl.constexpr = None,
+    SCALE: tl.constexpr = None,
+    STRIDE_H: tl.constexpr = None,
+    STRIDE_W: tl.constexpr = None,
+    ORIGIN_H: tl.constexpr = None,
+    ORIGIN_W: tl.constexpr = None,
+    KERNEL_H: tl.constexpr = None,
+    DILATION_H: tl.constexpr = None,
+    DILATION_W: tl.constexpr = None,
+    CENTER_H: tl.constexpr = None,
+    CENTER_W: tl.constexpr = None,
+    REMOVED: tl.constexpr = None,
 ):
-    """Add to `grad_value`, in the dtype of the sums; write the gradients of the others."""
+    """Add to `grad_value`, in the dtype of the sums; write the gradients of the others.
+
+    What `offset_mask` has beyond its points gets zeros.
+    """
     COUNT: tl.constexpr = LEVELS * POINTS
-    LOCATION: tl.constexpr = grad_locations.dtype.element_ty
-    WEIGHT: tl.constexpr = grad_weights.dtype.element_ty
     exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
-    first_pixel = pixel // queries * length
-    image = value + _tile(first_pixel, group, VALUE_STRIDE, DEPTH, BLOCK_D)
-    grad_image = grad_value + _tile(first_pixel, group, GROUPS * DEPTH, DEPTH, BLOCK_D)
-    row = pixel * GROUPS + group
-    locations += pixel * LOCATIONS_STRIDE + group * (2 * COUNT)
-    weights += pixel * WEIGHTS_STRIDE + group * COUNT
-    grad_locations += row * (2 * COUNT)
-    grad_weights += row * COUNT
-    at_output = grad_output + _tile(pixel, group, GRAD_STRIDE, DEPTH, BLOCK_D)
+    if shapes is None:
+        origin_x, origin_y, batch = _windows(
+            pixel, rows, columns, STRIDE_H, STRIDE_W, ORIGIN_H, ORIGIN_W
+        )
+    else:
+        origin_x = tl.zeros([BLOCK], tl.int32)
+        origin_y, batch = origin_x, pixel // rows
+    first = batch * height * width
+    image = value + _tile(first, group, VALUE_STRIDE, DEPTH, BLOCK_D)
+    grad_image = grad_value + _tile(first, group, GRAD_VALUE_STRIDE, DEPTH, BLOCK_D)
+    coordinates, weights = _arguments(
+        coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
+    )
+    at_output = grad_output + _tile(pixel, group, GRAD_OUTPUT_STRIDE, DEPTH, BLOCK_D)
     grad = tl.load(at_output, mask=exists[:, None] & channel[None, :], other=0.0).to(ACC)
     slot = tl.arange(0, BLOCK_K)
     peak = tl.zeros([BLOCK], ACC)
-    scale = peak
+    norm = peak
     if SOFTMAX:
-        peak, scale = _softmax_scale(_logits(weights, exists, slot, COUNT, ACC))
+        peak, norm = _softmax_norm(_logits(weights, exists, slot, COUNT, ACC))
     grads_x = tl.zeros([BLOCK, BLOCK_K], ACC)
     grads_y, grads_weight = grads_x, grads_x
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
-        height, width, end = _level(shapes, level, start, length)
+        level_h, level_w, end = _level(shapes, level, start, height, width)
+        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
         plane = image + start.to(INDEX) * VALUE_STRIDE
-        grad_plane = grad_image + start.to(INDEX) * (GROUPS * DEPTH)
-        for first in range(0, POINTS, CHUNK):
+        grad_plane = grad_image + start.to(INDEX) * GRAD_VALUE_STRIDE
+        for first_point in range(0, POINTS, CHUNK):
             for at in tl.static_range(CHUNK):
-                point = level * POINTS + first + at
-                x, y = _attn_point(locations, exists, point, height, width, ACC)
-                weight = _weight(weights + point, exists, peak, scale, SOFTMAX)
+                k = level * POINTS + first_point + at
+                x, y = _point(
+                    coordinates,
+                    exists,
+                    k,
+                    scale_x,
+                    scale_y,
+                    KERNEL_H,
+                    DILATION_H,
+                    DILATION_W,
+                    CENTER_H,
+                    CENTER_W,
+                    REMOVED,
+                )
+                weight = _weight(weights + k, exists, peak, norm, SOFTMAX)
                 grad_x, grad_y, grad_weight = _sample_backward(
                     grad,
                     plane,
@@ -611,22 +540,39 @@ def attn_backward(
                     channel,
                     x,
                     y,
+                    origin_x,
+                    origin_y,
                     weight,
-                    height,
-                    width,
+                    level_h,
+                    level_w,
                     VALUE_STRIDE,
-                    GROUPS * DEPTH,
+                    GRAD_VALUE_STRIDE,
                     INDEX,
                 )
-                grads_x = _put(grads_x, slot, point, grad_x * width)
-                grads_y = _put(grads_y, slot, point, grad_y * height)
-                grads_weight = _put(grads_weight, slot, point, grad_weight)
+                grads_x = _put(grads_x, slot, k, grad_x * scale_x)
+                grads_y = _put(grads_y, slot, k, grad_y * scale_y)
+                grads_weight = _put(grads_weight, slot, k, grad_weight)
         start = end
     if SOFTMAX:
         logits = _logits(weights, exists, slot, COUNT, ACC)
-        grads_weight = _softmax_backward(grads_weight, logits, peak, scale)
+        grads_weight = _softmax_backward(grads_weight, logits, peak, norm)
+    to_coordinates, to_weights = _arguments(
+        grad_coordinates,
+        grad_weights,
+        pixel,
+        group,
+        GRAD_COORDINATES_STRIDE,
+        GRAD_WEIGHTS_STRIDE,
+        COUNT,
+    )
     mask = exists[:, None] & (slot < COUNT)[None, :]
-    to = grad_locations[:, None] + 2 * slot[None, :]
-    tl.store(to, grads_x.to(LOCATION), mask=mask)
-    tl.store(to + 1, grads_y.to(LOCATION), mask=mask)
-    tl.store(grad_weights[:, None] + slot[None, :], grads_weight.to(WEIGHT), mask=mask)
+    to = to_coordinates[:, None] + 2 * slot[None, :]
+    tl.store(to, grads_x.to(to.dtype.element_ty), mask=mask)
+    tl.store(to + 1, grads_y.to(to.dtype.element_ty), mask=mask)
+    to = to_weights[:, None] + slot[None, :]
+    tl.store(to, grads_weight.to(to.dtype.element_ty), mask=mask)
+    if grad_weights is None:
+        padding = exists & (group == GROUPS - 1)
+        for place in range(3 * GROUPS * COUNT, GRAD_COORDINATES_STRIDE):
+            to_padding = grad_coordinates + pixel * GRAD_COORDINATES_STRIDE + place
+            tl.store(to_padding, 0.0, mask=padding)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
+from ...arguments import window
 from ...geometry import Window
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,17 +73,18 @@ class Conv(Case):
 
     @property
     def window(self) -> Window:
-        return functional.window(self.kernel, padding=self.kernel // 2, groups=self.groups)
+        return window(self.kernel, padding=self.kernel // 2, groups=self.groups)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """value [B, H, W, C] and offset_mask [B, H, W, 3·G·K rounded up to a multiple of 8]."""
         options: dict[str, Any] = {"device": device, "generator": self.random(device)}
-        image, points = (self.batch, self.height, self.width), self.kernel**2
+        image = self.batch, self.height, self.width
         value = torch.randn(*image, self.groups * self.depth, **options)
-        fields = torch.randn(*image, self.groups, 3 * points, **options)
-        fields[..., : 2 * points] = between_pixels(self.spread * fields[..., : 2 * points])
-        padding = -fields[0, 0, 0].numel() % 8
-        offset_mask = torch.nn.functional.pad(fields.flatten(3), (0, padding))
+        channels = self.window.offset_mask_channels()
+        offset_mask = torch.randn(*image, channels, **options)
+        offsets, _ = self.window.split(offset_mask)
+        offsets.copy_(between_pixels(self.spread * offsets))
+        offset_mask = torch.nn.functional.pad(offset_mask, (0, -channels % 8))
         return value.to(self.dtype), offset_mask.to(self.dtype)
 
     def operator(self, backend: str) -> Callable[..., Tensor]:

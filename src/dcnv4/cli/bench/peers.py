@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import backends
-from ...modules import DCNv4
+from ...layers import DCNv4
 from .cases import TOLERANCE, Attention, Case, Conv, Layer
 
 
@@ -203,7 +203,7 @@ def _grid_sample_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
     base, scale = (2 * pixels + 1) / size - 1, 2 / size
 
     def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
-        offsets, weights = _fields(offset_mask, groups, points)  # [B, H, W, G, K(, 2)]
+        offsets, weights = case.window.split(offset_mask)
         return (
             value.unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous(),
             offsets.permute(0, 3, 4, 1, 2, 5).flatten(2, 3).flatten(0, 1).contiguous(),
@@ -221,12 +221,6 @@ def _grid_sample_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
         return split.permute(0, 3, 4, 1, 2).flatten(3)
 
     return Job(inputs, lambda *tensors: contract(call(*own(*tensors))))
-
-
-def _fields(offset_mask: Tensor, groups: int, points: int) -> tuple[Tensor, Tensor]:
-    """offset_mask [B, H, W, M] as offsets [B, H, W, G, K, 2] and weights [B, H, W, G, K]."""
-    fields = offset_mask[..., : 3 * groups * points].unflatten(3, (groups, 3 * points))
-    return fields[..., : 2 * points].unflatten(4, (points, 2)), fields[..., 2 * points :]
 
 
 @contestant("grid_sample", "ms_deform_attn")
@@ -269,7 +263,7 @@ def _torchvision(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
     weight = identity.repeat(groups, 1)[..., None, None].expand(-1, -1, kernel, kernel).contiguous()
 
     def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
-        offsets, weights = _fields(offset_mask, groups, kernel**2)
+        offsets, weights = case.window.split(offset_mask)
         square = (kernel, kernel)
         # Points with rows outermost, (y, x).
         offsets = offsets.unflatten(4, square).transpose(4, 5).flip(-1)
@@ -292,9 +286,9 @@ def _deformops_conv(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
     groups, kernel = case.groups, case.kernel
 
     def own(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
-        offsets, weights = _fields(offset_mask, groups, kernel**2)
-        fields = torch.cat((offsets, weights[..., None]), -1).flatten(3)
-        return value, F.pad(fields, (0, -fields.shape[3] % 8))
+        offsets, weights = case.window.split(offset_mask)
+        by_point = torch.cat((offsets, weights[..., None]), -1).flatten(3)
+        return value, F.pad(by_point, (0, -by_point.shape[3] % 8))
 
     call = partial(
         attn,

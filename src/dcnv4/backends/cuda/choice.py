@@ -1,0 +1,582 @@
+"""Which kernels run a call, in how many threads, compiled for what, and why not others.
+
+It knows where the numbers of tensors lie and what kernels and the GPU can do; no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from ...geometry import Window, sum_dtype
+
+Macros = dict[str, "int | str"]
+
+TYPES = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+MAX_THREADS = 256
+TILE_W, TILE_H = 8, 4
+"""Columns and rows of output pixels in a tile, see tiles/tile.cuh."""
+PAYS_FROM = {
+    "conv_tile_forward": 1 << 15,
+    "conv_tile_backward": 1 << 13,
+    "conv_sorted_backward": 1 << 13,
+    "attn_forward": 1 << 13,
+    "attn_sorted_backward": 1 << 13,
+}
+"""Kernels for large calls, and from how many slices on each is used; `attn_forward` then takes an
+encoder's queries in tiles."""
+_WARP = 32
+_LINE = 128  # bytes of L1
+_HALVES = (torch.float16, torch.bfloat16)
+_WARPS_OF_AN_SM = {16: 16, 32: 12}
+"""Occupancy of the tiles' forward, for strips of so many channels."""
+_GATHERING_THREADS = 3 * MAX_THREADS
+"""Threads of an SM which gather what tiles left over: more would spoil their L1."""
+
+
+class GPU(NamedTuple):
+    """What a choice depends on of it."""
+
+    major: int
+    """Of its compute capability."""
+    sms: int
+
+
+class Layout(NamedTuple):
+    """Where the numbers of a tensor lie, as far as a launch depends on it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    address: int
+    """Of its first number, modulo 16 bytes."""
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Strides from image to image and from pixel to pixel, of a [B, H, W, C] or [B, N, …]."""
+        if len(self.shape) != 4 or self.shape[2] == 1:
+            return self.strides[0], self.strides[1]
+        return self.strides[0], self.strides[2]
+
+    def alignment(self, *strides: int) -> int:
+        """Bytes, up to 16, that divide all addresses these strides lead to."""
+        bits = self.address | 16
+        for stride in strides:
+            bits |= stride * itemsize(self.dtype)
+        return bits & -bits
+
+    def vector(self, numbers: int) -> int:
+        """How many neighbours are read at once of so many that a pixel begins with."""
+        return math.gcd(numbers, self.alignment(*self.pixels) // itemsize(self.dtype))
+
+
+class Kernel(NamedTuple):
+    """A kernel, what it is compiled for, and its grid."""
+
+    name: str
+    macros: Macros
+    blocks: int
+    threads: int
+    waits: bool = False
+    """Whether it waits by itself for the launch before, and so may begin earlier."""
+
+
+class Choice(NamedTuple):
+    """What runs a call."""
+
+    kernels: tuple[Kernel, ...]
+    why_not: dict[str, str | None]
+    """What kernels for large calls need that this one lacks; None of those that run."""
+    strip_tiles: int = 0
+    """Tiles of each strip."""
+    strips: int = 0
+    """Of a column of tiles."""
+    leftover: int = 0
+    """Bytes in which the first kernel says what it leaves to the second."""
+
+
+class Slices(NamedTuple):
+    """What kernels of both operators depend on: the slices, (pixel, group) or (query, head)."""
+
+    total: int
+    groups: int
+    depth: int
+    """D, channels of a slice."""
+    points: int
+    """Of a slice."""
+    softmax: bool
+    deterministic: bool
+    dtype: torch.dtype
+    """Of the value."""
+    alignment: int
+    """Bytes that divide the addresses of all slices, up to 16."""
+    index64: bool
+    """Whether pixels or slices need 64-bit numbers."""
+    backward: bool
+
+    def large(self, name: str) -> bool:
+        """Whether there are enough for a kernel that pays in large calls."""
+        return self.total >= PAYS_FROM.get(name, math.inf)
+
+    def shape(self) -> Shape:
+        """How threads share one, unless a kernel wants it otherwise."""
+        # Integers are added one by one: neighbouring threads' then to neighbouring addresses.
+        alignment = itemsize(self.dtype) if self.deterministic else self.alignment
+        return launch_shape(self.depth, self.points, itemsize(self.dtype), alignment, self.backward)
+
+    def macros(self) -> Macros:
+        """What all kernels of the operators are compiled for."""
+        shape = self.shape()
+        return {
+            **_types(self.dtype, self.index64, self.deterministic),
+            "SUM": TYPES[sum_dtype(self.dtype)],
+            "GROUPS": self.groups,
+            "DEPTH": self.depth,
+            "POINTS": self.points,
+            "SOFTMAX": int(self.softmax),
+            "VECTOR": shape.vector,
+            "LANES": shape.lanes,
+        }
+
+    def grid(self, gpu: GPU) -> tuple[int, int]:
+        """Blocks and threads where each thread has one slice."""
+        needed = self.total * self.shape().lanes
+        threads = block_size(needed, gpu.sms)
+        return -(-needed // threads), threads
+
+
+class Shape(NamedTuple):
+    """How threads share the channels of a slice."""
+
+    vector: int
+    """Neighbouring channels a thread holds."""
+    lanes: int
+    """Threads of a warp for a slice."""
+
+
+@cache
+def launch_shape(depth: int, points: int, itemsize: int, alignment: int, backward: bool) -> Shape:
+    """The cheapest way to share a slice.
+
+    Args:
+        depth: D, channels of a slice.
+        points: points of a slice.
+        itemsize: bytes of a channel.
+        alignment: bytes that divide the addresses of all slices, up to 16.
+        backward: whether gradients are added to memory, four float32 at once.
+    """
+    vectors = [
+        vector
+        for vector in (1, 2, 4, 8)
+        if depth % vector == 0 and vector * itemsize <= alignment and not (backward and vector > 4)
+    ]
+    candidates = [Shape(vector, _lanes(-(-depth // vector))) for vector in vectors]
+
+    def cost(shape: Shape) -> float:
+        """Instructions of a slice's threads, about."""
+        vector, lanes = shape
+        passes = -(-depth // (vector * lanes))
+        own = -(-points // lanes) * 60
+        shared = points * (6 if lanes > 1 else 0)
+        if backward:
+            sums = points * 8 * (lanes.bit_length() - 1)
+            return lanes * (own + shared + sums + passes * points * (28 + 16 * vector))
+        return lanes * passes * (own + shared + points * (22 + 4 * vector))
+
+    return min(candidates, key=cost)
+
+
+def block_size(threads: int, sms: int) -> int:
+    """The threads of a block: many, so that neighbours share an L1, and few enough for balance.
+
+    The largest size with which the busiest SM is at most a tenth busier than it need be.
+    """
+
+    def busiest(size: int) -> int:
+        blocks = -(-threads // size)
+        return -(-blocks // sms) * size
+
+    sizes = (MAX_THREADS, 128, 64)
+    enough = 1.1 * min(map(busiest, sizes))
+    return next(size for size in sizes if busiest(size) <= enough)
+
+
+class Block(NamedTuple):
+    """A block that takes slices which are neighbours in an image."""
+
+    columns: int
+    """Of output pixels, or queries."""
+    rows: int
+    shape: Shape
+    groups: int = 1
+    """Groups of each of them, or heads."""
+
+    @property
+    def threads(self) -> int:
+        return self.columns * self.rows * self.groups * self.shape.lanes
+
+    def blocks(self, rows: int, columns: int) -> int:
+        """How many an image needs."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def macros(self) -> Macros:
+        return {
+            "BLOCK_COLUMNS": self.columns,
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_GROUPS": self.groups,
+            "VECTOR": self.shape.vector,
+            "LANES": self.shape.lanes,
+        }
+
+
+_SORTING = {"RESIDENT_THREADS": 512, "MOST_ROUNDS": 5}
+"""Occupancy of kernels that sort: for how many threads an SM must have registers, and how many
+rounds of points a thread holds at once in those."""
+_SORTING_ENCODERS = {"RESIDENT_THREADS": 768, "MOST_ROUNDS": 2}
+"""In an encoder of half-precision heads of 32 channels or more."""
+
+
+def why_not_sorted(name: str, slices: Slices, pixels: int, gpu: GPU) -> str | None:
+    """None where kernel `name`, which sorts, takes a call of so many pixels an image; otherwise
+    what it needs."""
+    block = sorting_block(slices)
+    return _unmet(
+        (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
+        (not slices.index64, "32-bit indices"),
+        (slices.depth in (16, 32, 64), "16, 32 or 64 channels a group"),
+        (slices.dtype != torch.float64, "sums in float32"),
+        (slices.alignment >= 4 * itemsize(slices.dtype), "slices aligned for four channels"),
+        (pixels * block.columns * block.rows < 1 << 32, "keys of 32 bits"),
+        (gpu.major >= 8, "compute capability 8.0"),
+    )
+
+
+def sorting_block(slices: Slices) -> Block:
+    """The block of a kernel that sorts corners."""
+    # Integers are added one by one: neighbouring threads' then to neighbouring addresses.
+    vector = 4 // itemsize(slices.dtype) if slices.deterministic else 4
+    return Block(8, 4 if slices.depth == 64 else 8, Shape(vector, slices.depth // 8))
+
+
+def query_block(depth: int, groups: int, shape: Shape, itemsize: int) -> Block:
+    """The block of a kernel that reads what neighbouring queries sample.
+
+    It has as many heads as fill a line of L1: the channels of one head begin in a few banks only.
+    """
+    heads = math.gcd(groups, max(1, _LINE // (depth * itemsize)))
+    queries = MAX_THREADS // (shape.lanes * heads)
+    columns = min(8, _lanes(queries))
+    return Block(columns, max(1, queries // columns), shape, heads)
+
+
+class Strips(NamedTuple):
+    """How the tile kernels share the tiles of a call, see tiles/tile.cuh."""
+
+    channels: int
+    """Of a strip, of one group."""
+    warps: int
+    """Strips that a block computes at once, whose channels are neighbours."""
+    tiles: int
+    """Of a strip."""
+    blocks: int
+    blocks_per_sm: int = 0
+    """Occupancy of persistent blocks."""
+
+    def macros(self) -> Macros:
+        return {
+            "STRIP_CHANNELS": self.channels,
+            "WARPS": self.warps,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+        }
+
+
+def forward_strips(columns: int, tiles: int, channels: int, depth: int, sms: int) -> Strips:
+    """Persistent blocks, as many as run at once, each of which goes on from strip to strip.
+
+    Args:
+        columns: columns of tiles, of all images.
+        tiles: of a column.
+        channels: C.
+        depth: D, channels of a group.
+    """
+    strip_channels = 32 if depth % 32 == 0 else 16
+    parts = channels // strip_channels
+    warps = next(n for n in (64 // strip_channels, 2, 1) if parts % n == 0)
+    per_sm = _WARPS_OF_AN_SM[strip_channels] // warps
+    shared = columns * parts // warps
+    height = strip_height(shared, tiles, per_sm * sms)
+    blocks = min(shared * -(-tiles // height), per_sm * sms)
+    return Strips(strip_channels, warps, height, blocks, per_sm)
+
+
+def backward_strips(columns: int, tiles: int, channels: int, depth: int) -> Strips:
+    """A block for every strip: those of more tiles are slower, whatever the shape."""
+    height = 2 if depth < 64 else 1
+    return Strips(depth, 1, height, columns * (channels // depth) * -(-tiles // height))
+
+
+def strip_height(columns: int, tiles: int, at_once: int) -> int:
+    """How many tiles a strip of the forward has: so many that few blocks are idle at the end.
+
+    Args:
+        columns: of tiles, of all images, and of the channels that a block computes.
+        tiles: of a column.
+        at_once: blocks that the GPU runs side by side.
+    """
+
+    def cost(height: int) -> float:
+        """Time, in that of a tile; a strip begins with more rows of the value than it goes on."""
+        return -(-columns * -(-tiles // height) // at_once) * (height + 0.1)
+
+    return min(range(1, min(tiles, 64) + 1), key=cost)
+
+
+def why_not_tiles(
+    name: str, slices: Slices, window: Window, offset_mask: Layout, gpu: GPU
+) -> str | None:
+    """None where kernel `name`, of tiles, takes a call of `deform_conv`; otherwise what it needs,
+    see tiles/tile.cuh."""
+    _, _, columns, channels = offset_mask.shape
+    return _unmet(
+        (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
+        (not slices.index64, "32-bit indices"),
+        (gpu.major >= 8, "compute capability 8.0"),
+        (slices.dtype in _HALVES, "a value in half precision"),
+        (offset_mask.dtype == slices.dtype, "offset_mask in the value's dtype"),
+        (max(window.kernel_size) <= 3, "a kernel of at most 3 x 3"),
+        (window.stride == window.dilation == (1, 1), "stride and dilation of 1"),
+        (window.offset_scale == 1, "offset_scale of 1"),
+        (slices.depth in (16, 32, 48, 64), "16, 32, 48 or 64 channels a group"),
+        (slices.alignment == 16, "slices aligned to 16 bytes"),
+        (offset_mask.alignment(*offset_mask.pixels) >= 8, "offset_mask's pixels on 8 bytes"),
+        (channels % 2 == 0, "an even number of channels of offset_mask"),
+        (
+            TILE_H * columns * max(channels, offset_mask.pixels[1]) < 1 << 31,
+            "rows of a tile that lanes count in 32 bits",
+        ),
+    )
+
+
+def _unmet(*rules: tuple[bool, str]) -> str | None:
+    return next((f"needs {rule}" for holds, rule in rules if not holds), None)
+
+
+def conv(
+    value: Layout,
+    offset_mask: Layout,
+    grad: Layout | None,
+    window: Window,
+    deterministic: bool,
+    gpu: GPU,
+) -> Choice:
+    """What runs `deform_conv`, or its backward where there is `grad`."""
+    batch, height, width, channels = value.shape
+    rows, columns = offset_mask.shape[1:3]
+    pixels, groups, depth = height * width, window.groups, channels // window.groups
+    settings = groups, depth, window.points(), window.softmax, deterministic
+    slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
+    way, after_zeros = _way(slices)
+    by_tiles, by_sorting = f"conv_tile_{way}", f"conv_sorted_{way}"
+    why_not = {
+        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, gpu),
+        by_sorting: why_not_sorted(by_sorting, slices, pixels, gpu),
+    }
+    tiled = why_not[by_tiles] is None
+    tiles = batch * -(-columns // TILE_W), -(-rows // TILE_H)
+    # Without tiles only the channels of a strip count, which are then a whole group.
+    shared = *tiles, channels, depth
+    forward_tiles = tiled and grad is None
+    strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
+    macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
+    macros["AFTER_TILES"] = int(tiled)
+    if why_not[by_sorting] is None:
+        block = sorting_block(slices)
+        blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
+        sorting = macros | block.macros() | _SORTING | {"LEVELS": 1}
+        last, resident = (
+            Kernel(by_sorting, sorting, blocks, threads, after_zeros),
+            _SORTING["RESIDENT_THREADS"],
+        )
+    else:
+        blocks, threads = (math.prod(tiles), MAX_THREADS) if tiled else slices.grid(gpu)
+        last = Kernel(f"conv_{way}", macros, blocks, threads, after_zeros)
+        resident = _GATHERING_THREADS
+    choice = Choice((last,), why_not, strips.tiles, -(-tiles[1] // strips.tiles))
+    if not tiled:
+        return choice
+    first = Kernel(by_tiles, macros, strips.blocks, _WARP * strips.warps, after_zeros)
+    last = last._replace(blocks=min(last.blocks, gpu.sms * resident // last.threads), waits=True)
+    leftover = math.prod(tiles) * (channels // strips.channels)
+    return choice._replace(kernels=(first, last), leftover=leftover)
+
+
+def _way(slices: Slices) -> tuple[str, bool]:
+    """The end of a kernel's name, and whether it waits for zeros to add to."""
+    if slices.backward:
+        return "backward", not slices.deterministic
+    return "forward", False
+
+
+def _conv_macros(window: Window, dtype: torch.dtype) -> Macros:
+    """What kernels of `deform_conv` are compiled for; `dtype`: of `offset_mask`."""
+    pairs = {
+        "KERNEL": window.kernel_size,
+        "STRIDE": window.stride,
+        "PADDING": window.padding,
+        "DILATION": window.dilation,
+        "CENTER": window.center(),
+        "TILE": (TILE_H, TILE_W),
+    }
+    return {
+        "OFFSET_MASK": TYPES[dtype],
+        **{
+            f"{name}_{axis}": n
+            for name, pair in pairs.items()
+            for axis, n in zip("HW", pair, strict=True)
+        },
+        "REMOVE_CENTER": int(window.remove_center),
+        "GATHERING_THREADS": _GATHERING_THREADS,
+    }
+
+
+def attn(
+    value: Layout,
+    locations: Layout,
+    weights: Layout,
+    grad: Layout | None,
+    sizes: tuple[int, ...] | None,
+    softmax: bool,
+    deterministic: bool,
+    gpu: GPU,
+) -> Choice:
+    """What runs `ms_deform_attn`, or its backward where there is `grad`."""
+    batch, length, groups, depth = value.shape
+    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    settings = groups, depth, levels * points, softmax, deterministic
+    slices = _slices(value, value.strides[:2], grad, length, batch * queries * groups, settings)
+    way, after_zeros = _way(slices)
+    name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
+    macros = slices.macros() | _attn_macros(locations, weights.dtype)
+    encoder, block = queries == length, None
+    unmet = _unmet((encoder, "as many queries as pixels"))
+    unmet = unmet or why_not_sorted(by_sorting, slices, length, gpu)
+    if unmet is None:
+        name, block = by_sorting, sorting_block(slices)
+        full = depth >= 32 and value.dtype in _HALVES and not deterministic
+        macros |= _SORTING_ENCODERS if full else _SORTING
+    elif encoder and slices.large(name) and not slices.index64:
+        block = query_block(depth, groups, slices.shape(), itemsize(value.dtype))
+    macros |= (block or Block(1, 1, slices.shape())).macros()
+    macros["QUERY_TILES"] = int(block is not None)
+    if block is None:
+        blocks, threads = slices.grid(gpu)
+    else:
+        # Sizes that only the GPU knows make more tiles or fewer: blocks stride over them.
+        known = sizes or (length // block.columns + 1, block.columns)
+        tiles = max(1, sum(map(block.blocks, known[::2], known[1::2])))
+        blocks, threads = batch * groups // block.groups * tiles, block.threads
+    return Choice((Kernel(name, macros, blocks, threads, after_zeros),), {by_sorting: unmet})
+
+
+def _attn_macros(locations: Layout, weights: torch.dtype) -> Macros:
+    """What kernels of `ms_deform_attn` are compiled for."""
+    pair = 2 * itemsize(locations.dtype)
+    return {
+        "LOCATIONS": TYPES[locations.dtype],
+        "WEIGHTS": TYPES[weights],
+        "LEVELS": locations.shape[3],
+        "LEVEL_POINTS": locations.shape[4],
+        "LOCATION_VECTOR": 2 if locations.alignment(*locations.strides[:2]) >= pair else 1,
+    }
+
+
+def zeros(size: int, gpu: GPU) -> Kernel:
+    """What clears `size` bytes, whole words."""
+    blocks = min(-(-size // (16 * MAX_THREADS)), 4 * gpu.sms)
+    return Kernel("zeros", {}, blocks, MAX_THREADS)
+
+
+def fixed_point_scale(
+    grad: Layout, weights: tuple[Layout, int, int] | None, groups: int, gpu: GPU
+) -> Kernel:
+    """What chooses the multipliers of integer sums.
+
+    Args:
+        grad: of the output, [B, ..., C].
+        weights: where points' weights lie, from which on in a group's numbers, and how many numbers
+            a group has; None where weights are at most 1.
+        groups: G.
+    """
+    images, channels = grad.shape[0], grad.shape[-1]
+    held, first, of_group = weights or (grad, 0, 1)
+    numbers = math.prod(grad.shape[1:-1]) * max(channels, groups * of_group)
+    macros: Macros = {
+        **_types(grad.dtype, numbers >= 1 << 31, True),
+        "WEIGHTS": TYPES[held.dtype],
+        "GROUPS": groups,
+        "CHANNELS": channels,
+        "SOFTMAX": int(weights is None),
+        "FIRST_WEIGHT": first,
+        "WEIGHTS_OF_GROUP": of_group,
+        "VECTOR": grad.vector(channels),
+        "WEIGHT_VECTOR": held.vector(groups * of_group),
+    }
+    blocks = max(1, min(numbers >> 14, 8 * gpu.sms // images))  # of an image
+    tensors = 1 if weights is None else 2
+    return Kernel("fixed_point_scale", macros, blocks * images * tensors, MAX_THREADS)
+
+
+def convert_sums(images: int, count: int, dtype: torch.dtype, deterministic: bool) -> Kernel:
+    """What makes the sums of `count` numbers an image numbers of `dtype`."""
+    vector = math.gcd(4, count)
+    macros = _types(dtype, False, deterministic) | {"VECTOR": vector}
+    blocks = images * -(-count // (vector * MAX_THREADS))
+    return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
+
+
+def _types(value: torch.dtype, index64: bool, deterministic: bool) -> Macros:
+    return {
+        "VALUE": TYPES[value],
+        "INDEX": "unsigned long long" if index64 else "unsigned",
+        "DETERMINISTIC": int(deterministic),
+        "TOTAL": "long long" if deterministic else TYPES[sum_dtype(value)],
+    }
+
+
+def _slices(
+    value: Layout,
+    strides: tuple[int, ...],
+    grad: Layout | None,
+    pixels: int,
+    total: int,
+    settings: tuple[int, int, int, bool, bool],
+) -> Slices:
+    """Those of a call.
+
+    Args:
+        strides: of the value, from image to image and from pixel to pixel.
+        pixels: of an image, or of all levels.
+        settings: what `Slices` has from groups to deterministic.
+    """
+    alignment = value.alignment(*strides)
+    if grad is not None:
+        alignment = min(alignment, grad.alignment(*grad.pixels))
+    index64 = max(total >> 2, pixels, strides[1] * itemsize(value.dtype) >> 2) >= 1 << 29
+    return Slices(total, *settings, value.dtype, alignment, index64, grad is not None)
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits // 8
+
+
+def _lanes(wanted: int) -> int:
+    """The power of two that holds them, of at most a warp."""
+    return min(_WARP, 1 << (wanted - 1).bit_length())

@@ -1,0 +1,58 @@
+// What all backward kernels share.
+#pragma once
+
+#include <common/slices.cuh>
+
+namespace dcnv4 {
+
+// What an image's sums are multiplied by where they are made of integers.
+DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image) {
+    return DETERMINISTIC ? a.fixed_point_scale[image] : Sum(1);
+}
+
+// What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
+// each.
+struct Operands {
+    const VALUE* image;  // the value's first pixel
+    const VALUE* grad;   // the output's gradient
+    Total* sums;         // of the value's gradient, at the first pixel
+    Index number;        // of the image
+    static constexpr Index sums_bytes = GROUPS * DEPTH * sizeof(Total);  // from pixel to pixel
+};
+
+// Gives `points` the gradients of point k from the dot products of its corners with the output's
+// gradient; what is in `dot` for an illegal corner does not matter. With a softmax the weight's
+// must wait for those of all points: it is kept in `slope` and adds to `mean`.
+template <typename Points>
+DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& place, Sum weight,
+                                  Sum (&dot)[4], Sum& slope, Sum& mean) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dot[i] = place.corners.legal >> i & 1 ? dot[i] : Sum(0);
+    const PointGradient<Sum> gradient =
+        coefficients_backward(dot, weight, place.corners.fraction_x, place.corners.fraction_y);
+    points.store_gradient(k, gradient.x, gradient.y);
+    if constexpr (SOFTMAX) {
+        slope = gradient.weight;
+        mean += gradient.weight * weight;
+    } else {
+        points.store_weight_gradient(k, gradient.weight);
+    }
+}
+
+// The gradients of all logits; `slope` holds those of the weights, `mean` a lane's part of their
+// sum.
+template <typename Points>
+DCNV4_DEVICE void logit_gradients(const Points& points, const Weights<Points>& weights,
+                                  const Sum (&slope)[ROUNDS], Sum mean, const Slice& slice) {
+    if constexpr (SOFTMAX) {
+        mean = add_lanes(mean);
+#pragma unroll UNROLLED
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int k = round * LANES + slice.lane;
+            if (slice.active && k < POINTS)
+                points.store_weight_gradient(k, softmax_backward(slope[round], weights[k], mean));
+        }
+    }
+}
+
+}  // namespace dcnv4

@@ -1,0 +1,30 @@
+// The value's gradient, in its own type, from sums in float32 or of integers.
+//
+// Work: a thread VECTOR numbers. Limit: device memory, which is read and written once.
+#include <common/numbers.cuh>
+
+using namespace dcnv4;
+
+struct alignas(VECTOR * sizeof(TOTAL) % 16 ? sizeof(TOTAL) : 16) Sums {
+    TOTAL number[VECTOR];
+};
+
+DCNV4_DEVICE float number(float sum, const float*) { return sum; }
+DCNV4_DEVICE float number(long long sum, const float* fixed_point_scale) {
+    return __ll2float_rn(sum) * (1 / *fixed_point_scale);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) convert_sums(Arguments a) {
+    ptx::griddepcontrol_wait();
+    const int image = blockIdx.x / a.blocks;
+    const long long in_image =
+        (blockIdx.x - image * a.blocks) * (long long)(MAX_THREADS * VECTOR) + threadIdx.x * VECTOR;
+    if (in_image >= a.count) return;
+    const long long first = image * a.count + in_image;
+    const Sums held = *(const Sums*)(a.sums + first);
+    Vector<VALUE, VECTOR> out;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i)
+        out.set(i, number(held.number[i], a.fixed_point_scale + image));
+    out.store(a.result + first);
+}

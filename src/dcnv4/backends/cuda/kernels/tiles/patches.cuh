@@ -1,0 +1,115 @@
+// S, as its nonzero patches, and what builds them.
+#pragma once
+
+#include <tiles/tile.cuh>
+
+namespace dcnv4 {
+
+// S as the patches of the pixels, four words a row of each.
+struct Patches {
+    static constexpr int PLANE = PIXELS * 16;
+    unsigned char bytes[PATCH_H * PLANE];
+
+    // Words of a pixel. Without the XOR, columns two apart, of 64 bytes each, would share banks.
+    static DCNV4_DEVICE int at(int c, int r) { return (4 * c + (r ^ (c / 2))) * 16; }
+
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
+        unsigned char* to = bytes + at(lane / 4, lane % 4);
+#pragma unroll
+        for (int row = 0; row < PATCH_H; ++row)
+            *(uint4*)(to + row * PLANE) = make_uint4(patch[row][0], patch[row][1], patch[row][2],
+                                                     PAIRS > 3 ? patch[row][PAIRS - 1] : 0);
+    }
+};
+static_assert(PAIRS == 3 || PAIRS == 4, "a patch must fit");
+
+// S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row
+// in two blocks of 8: for products that sum over pixels.
+struct Spread {
+    static constexpr int PLANE = PIXELS * WINDOW_W * 2;
+    unsigned char bytes[PATCH_H * PLANE];
+    uint4 zeros;
+
+    // A block of a pixel: in different banks where eight columns' blocks are read, and where lanes
+    // write a word of their own.
+    static DCNV4_DEVICE int at(int c, int r, int half) {
+        return (2 * r + half) * (TILE_W * 16) + (c ^ 2 * r) * 16;
+    }
+    DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
+        const int c = lane / 4, r = lane % 4;
+#pragma unroll
+        for (int pair = 0; pair < WINDOW_W / 2; ++pair) {
+            const int where = (c / 2 + pair) % (WINDOW_W / 2);
+            unsigned char* to = bytes + at(c, r, where / 4) + where % 4 * 4;
+#pragma unroll
+            for (int row = 0; row < PATCH_H; ++row)
+                *(unsigned*)(to + row * PLANE) =
+                    pair < PAIRS ? patch[row][pair < PAIRS ? pair : 0] : 0;
+        }
+        if (lane == 0) zeros = make_uint4(0, 0, 0, 0);
+    }
+    // Where a lane's part of what `read` reads lies, in row 0 for m = 0.
+    static DCNV4_DEVICE int first(int lane) {
+        const int block = lane / 8, r = block / 2;
+        return at(lane % 8, r, block % 2) - r * PLANE;
+    }
+    // [positions, pixels] of one row of the window and two rows of the tile, the first 2 * m.
+    DCNV4_DEVICE void read(int first, int row, int m, int lane, unsigned (&out)[4]) const {
+        const void* from =
+            bytes + (first ^ m * (4 * 16)) + (row - 2 * m) * PLANE + m * (4 * TILE_W * 16);
+        // Of two rows of pixels, the window's row may lie in the patches of one.
+        if (row == 2 * m) from = lane < 16 ? from : &zeros;
+        if (row == 2 * m + PATCH_H) from = lane < 16 ? &zeros : from;
+        ptx::ldmatrix<true>(out, from);
+    }
+};
+
+// Whether the patches of two rows of the tile, the first 2 * m, reach a row of the window.
+constexpr DCNV4_DEVICE bool reaches(int row, int m) {
+    return row >= 2 * m && row <= 2 * m + PATCH_H;
+}
+
+// Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
+// have the exponent's highest bit.
+DCNV4_DEVICE bool is_near(unsigned offset) { return !(offset & 0x40004000u); }
+static_assert(REACH == 2, "as is_near says");
+
+// The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
+DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
+                       const unsigned (&weights)[(POINTS + 1) / 2]) {
+    // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
+    // begins a column earlier.
+    unsigned columns[2 * REACH + 3];
+#pragma unroll
+    for (int i = 0; i < 2 * REACH + 3; ++i)
+        columns[i] = c % 2 ? ptx::two_f16(i - 2 - REACH, i - 1 - REACH)
+                           : ptx::two_f16(i - 1 - REACH, i - REACH);
+#pragma unroll
+    for (int row = 0; row < PATCH_H; ++row)
+#pragma unroll
+        for (int q = 0; q < PAIRS; ++q) patch[row][q] = 0;
+#pragma unroll
+    for (int k = 0; k < POINTS; ++k) {
+        const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
+        const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
+        const unsigned weight =
+            k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
+        unsigned rows[REACH + 1];
+#pragma unroll
+        for (int r = 0; r <= REACH; ++r)
+            rows[r] = ptx::mul_f16x2(
+                weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
+#pragma unroll
+        for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
+            const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
+#pragma unroll
+            for (int r = 0; r <= 2 * REACH; ++r) {
+                const unsigned row =
+                    r % 2 ? ptx::upper_twice(rows[r / 2]) : ptx::lower_twice(rows[r / 2]);
+                patch[j + r][q] = ptx::fma_f16x2(row, column, patch[j + r][q]);
+            }
+        }
+    }
+}
+
+}  // namespace dcnv4

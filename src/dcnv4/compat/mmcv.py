@@ -1,0 +1,543 @@
+"""mmcv's deformable convolutions and attention, and the two functions that BEVFormer adds."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..arguments import check_finite, check_flag, check_integer, check_tensor
+from ..eager import as_leaf, is_autocast
+from ..layers import FlashDeformAttn
+from . import torchvision
+from .deformable_detr import MSDeformAttnFunction, Shapes, Starts, ms_deform_attn_core_pytorch
+from .torchvision import Size
+
+
+class MultiScaleDeformableAttnFunction(MSDeformAttnFunction):
+    """Multi-scale deformable attention as mmcv calls it: as Deformable DETR does."""
+
+
+class _CastFunction:
+    """`MSDeformAttnFunction` that under autocast takes the value in a dtype of its own."""
+
+    _dtype: torch.dtype
+
+    @classmethod
+    def apply(
+        cls,
+        value: Tensor,
+        value_spatial_shapes: Shapes,
+        value_level_start_index: Starts,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """As `MultiScaleDeformableAttnFunction.apply`."""
+        check_tensor("value", value, "[B, S, G, D]", (4,))
+        rest = value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+        if not is_autocast(value.device.type):
+            return MSDeformAttnFunction.apply(value, *rest)
+        with torch.autocast(value.device.type, enabled=False):
+            return MSDeformAttnFunction.apply(value.to(cls._dtype), *rest)
+
+
+class MultiScaleDeformableAttnFunction_fp32(_CastFunction):  # noqa: N801
+    """`MultiScaleDeformableAttnFunction` that under autocast computes in float32, as BEVFormer's.
+
+    Source: Li et al., BEVFormer, ECCV 2022, arXiv:2203.17270.
+    """
+
+    _dtype = torch.float32
+
+
+class MultiScaleDeformableAttnFunction_fp16(_CastFunction):  # noqa: N801
+    """`MultiScaleDeformableAttnFunction` that under autocast takes the value in float16.
+
+    Locations and weights stay as precise as they came, where BEVFormer's rounds them too.
+
+    Source: as `MultiScaleDeformableAttnFunction_fp32`.
+    """
+
+    _dtype = torch.float16
+
+
+multi_scale_deformable_attn_pytorch = ms_deform_attn_core_pytorch
+"""The same by the name that mmcv has for it."""
+
+
+class MultiScaleDeformableAttention(FlashDeformAttn):
+    """mmcv's layer: `FlashDeformAttn`, dropout and a residual, in mmcv's order of axes.
+
+        output = dropout(attention(query + query_pos, value)) + identity
+
+    Args:
+        embed_dims: channels C of queries and values; `num_heads` must divide it.
+        num_heads: G, attention heads.
+        num_levels: L, feature levels.
+        num_points: P, points a head samples in each level.
+        im2col_step: ignored.
+        dropout: the share of numbers that dropout zeroes.
+        batch_first: tensors are [B, Q, C], not [Q, B, C].
+        norm_cfg, init_cfg: kept as attributes, and read by nothing, as in mmcv.
+        value_proj_ratio: the value's channels over `embed_dims`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by its name.
+
+    Source: mmcv 2.2; Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159. Its checkpoints
+    load.
+    """
+
+    is_init = _is_init = True
+    """What mmengine asks before it calls `init_weights`: whether that has been done."""
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        im2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+        norm_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Any = None,
+        value_proj_ratio: float = 1.0,
+    ) -> None:
+        numbers = {
+            "embed_dims": embed_dims,
+            "num_levels": num_levels,
+            "num_heads": num_heads,
+            "num_points": num_points,
+        }
+        for name, number in numbers.items():
+            check_integer(name, number, 1)
+        if embed_dims % num_heads:
+            raise ValueError(f"num_heads must divide embed_dims = {embed_dims}; got {num_heads}")
+        width = int(embed_dims * check_finite("value_proj_ratio", value_proj_ratio))
+        if width < 1 or width % num_heads:
+            raise ValueError(
+                f"value_proj_ratio must leave the value channels that num_heads = {num_heads} "
+                f"divides; got {value_proj_ratio}, which leaves {width}"
+            )
+        if not 0 <= check_finite("dropout", dropout) <= 1:
+            raise ValueError(f"dropout must be from 0 to 1; got {dropout}")
+        super().__init__(embed_dims, num_levels, num_heads, num_points, value_proj_ratio)
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.im2col_step = im2col_step
+        self.dropout = nn.Dropout(dropout)
+        self.batch_first = check_flag("batch_first", batch_first)
+        self.norm_cfg = norm_cfg
+        self.init_cfg = copy.deepcopy(init_cfg)
+
+    def init_weights(self) -> None:
+        """Initialise every parameter anew."""
+        self.reset_parameters()
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Shapes | None = None,
+        level_start_index: Starts = None,
+        **others: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [Q, B, C], or [B, Q, C] with `batch_first`, as all of these.
+            key: not read, as in mmcv.
+            value: [S, B, C], the levels' pixels one level after another; None: `query`.
+            identity: what is added to the result; None: `query` as it came. `residual`, its former
+                name, is taken too.
+            query_pos: added to `query`.
+            key_padding_mask: [B, S], True where a pixel is padding and counts as zeros.
+            reference_points: [B, Q, L, 2] or [B, Q, L, 4], as in `FlashDeformAttn`.
+            spatial_shapes: (H, W) of each level, an integer tensor [L, 2] or a sequence.
+            level_start_index: not needed, as levels follow one another.
+            others: not read, as in mmcv, whose callers pass what other layers want.
+
+        Returns:
+            [Q, B, C] or [B, Q, C].
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape or device, by its name.
+        """
+        if isinstance(query, Proxy):
+            tensors = (key, value, identity, query_pos, key_padding_mask, reference_points)
+            levels = (spatial_shapes, level_start_index)
+            return as_leaf(MultiScaleDeformableAttention, self, query, *tensors, *levels, **others)
+        if "residual" in others:
+            warnings.warn("residual is now identity", DeprecationWarning, stacklevel=2)
+            identity = others.pop("residual")
+        if reference_points is None or spatial_shapes is None:
+            name = "reference_points" if reference_points is None else "spatial_shapes"
+            raise TypeError(f"{name} must be given; got None")
+        layout = "[B, length, C]" if self.batch_first else "[length, B, C]"
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        tensors = {"query": query, "value": value, "identity": identity, "query_pos": query_pos}
+        for name, tensor in tensors.items():
+            if tensor is not None or name == "query":
+                check_tensor(name, tensor, layout, (3,))
+        query = query if query_pos is None else query + query_pos
+        if not self.batch_first:
+            query, value = query.transpose(0, 1), value.transpose(0, 1)
+        output = super().forward(
+            query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask
+        )
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        dropped: Tensor = self.dropout(output)
+        return dropped + identity
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+    bias: bool = False,
+    im2col_step: int = 32,
+) -> Tensor:
+    """`torchvision.deform_conv2d` without a mask, in mmcv's order of arguments.
+
+    Args:
+        input, weight: as there, but taken in the dtype of `offset`, as mmcv does.
+        offset: [B, 2·deform_groups·kh·kw, Ho, Wo], as there.
+        stride, padding, dilation: an int or (height, width), in pixels.
+        groups: of the kernel, as the weight's second size says.
+        deform_groups: groups of channels with offsets of their own.
+        bias: must be False, as in mmcv.
+        im2col_step: ignored.
+
+    Returns:
+        [B, Co, Ho, Wo] in the dtype of `offset`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+
+    Source: Dai et al., Deformable Convolutional Networks, ICCV 2017, arXiv:1703.06211.
+    """
+    if check_flag("bias", bias):
+        raise ValueError("bias must be False, as mmcv's deform_conv2d has none; got True")
+    settings = (stride, padding, dilation, groups, deform_groups)
+    return _deform_conv2d(input, offset, None, weight, None, *settings)
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Tensor:
+    """`torchvision.deform_conv2d` with a mask, in mmcv's order of arguments.
+
+    Args:
+        input, weight, bias, mask: as there, but taken in the dtype of `offset`, as mmcv does.
+        offset to deform_groups: as in `deform_conv2d`.
+
+    Returns:
+        [B, Co, Ho, Wo] in the dtype of `offset`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+
+    Source: Zhu et al., Deformable ConvNets v2, CVPR 2019, arXiv:1811.11168.
+    """
+    check_tensor("mask", mask, "[B, G*kh*kw, Ho, Wo]", (4,))
+    settings = (stride, padding, dilation, groups, deform_groups)
+    return _deform_conv2d(input, offset, mask, weight, bias, *settings)
+
+
+def _deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    groups: int,
+    deform_groups: int,
+) -> Tensor:
+    check_tensor("input", input, "[B, C, H, W]", (4,))
+    check_tensor("offset", offset, "[B, 2*deform_groups*kh*kw, Ho, Wo]", (4,), input)
+    check_tensor("weight", weight, "[Co, C / groups, kh, kw]", (4,), input)
+    channels, points = input.shape[1], weight.shape[2] * weight.shape[3]
+    if weight.shape[1] * check_integer("groups", groups, 1) != channels:
+        raise ValueError(
+            f"weight must be [Co, C / groups, kh, kw] with C = {channels} and groups = {groups}; "
+            f"got {list(weight.shape)}"
+        )
+    if offset.shape[1] != 2 * points * check_integer("deform_groups", deform_groups, 1):
+        raise ValueError(
+            f"offset must be [B, 2*deform_groups*kh*kw = {2 * deform_groups * points}, Ho, Wo]; "
+            f"got {list(offset.shape)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, "[Co]", (1,), input)
+        bias = bias.to(offset.dtype)
+    mask = None if mask is None else mask.to(offset.dtype)
+    image, kernel = input.to(offset.dtype), weight.to(offset.dtype)
+    return torchvision.deform_conv2d(image, offset, kernel, bias, stride, padding, dilation, mask)
+
+
+class _DeformConv2d(torchvision.DeformConv2d):
+    """What mmcv's layers have and torchvision's has not."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        window: tuple[Size, Size, Size, Size],
+        groups: int,
+        deform_groups: int,
+        deformable_groups: int | None,
+        bias: bool,
+    ) -> None:
+        super().__init__(in_channels, out_channels, *window, groups, bias)
+        if deformable_groups is not None:
+            warnings.warn(
+                "deformable_groups is now deform_groups", DeprecationWarning, stacklevel=3
+            )
+            deform_groups = deformable_groups
+        if in_channels % check_integer("deform_groups", deform_groups, 1):
+            raise ValueError(
+                f"deform_groups must divide in_channels = {in_channels}; got {deform_groups}"
+            )
+        self.deform_groups = deform_groups
+        # What mmcv's ConvModule reads of a convolution.
+        self.transposed = False
+        self.output_padding = (0,)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What follows the tensors of mmcv's two functions."""
+        return self.stride, self.padding, self.dilation, self.groups, self.deform_groups
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, deform_groups={self.deform_groups}"
+
+
+class _Pack(_DeformConv2d):
+    """What mmcv's two layers share that predict their points."""
+
+    _version = 2
+
+    def _predictor(self, numbers: int) -> nn.Conv2d:
+        """A convolution of the same windows that makes this many numbers for each point."""
+        points = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return nn.Conv2d(self.in_channels, numbers * points, *window)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # In mmcv's first version these parameters lay beside the layer, not in it. Only a loader
+        # that shows a layer the whole state finds them, as PyTorch's was at that time.
+        if (local_metadata.get("version") or 1) < self._version:
+            for kind in ("weight", "bias"):
+                former, name = f"{prefix[:-1]}_offset.{kind}", f"{prefix}conv_offset.{kind}"
+                if former in state_dict and name not in state_dict:
+                    state_dict[name] = state_dict.pop(former)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class DeformConv2d(_DeformConv2d):
+    """mmcv's layer around its `deform_conv2d`: the kernel is learned, the offsets are given.
+
+    Args:
+        in_channels, out_channels: C and Co.
+        kernel_size, stride, padding, dilation: an int or (height, width).
+        groups: of the kernel; must divide C and Co.
+        deform_groups: groups of channels with offsets of their own; must divide C.
+        bias: must be False, as in mmcv. `torchvision.DeformConv2d` has one.
+        im2col_step: ignored.
+        deformable_groups: `deform_groups` by its former name.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by its name.
+
+    Source: mmcv 2.2; as `deform_conv2d`. Its checkpoints load.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int = 32,
+        *,
+        deformable_groups: int | None = None,
+    ) -> None:
+        if check_flag("bias", bias):
+            raise ValueError("bias must be False, as mmcv's DeformConv2d has none; got True")
+        window = (kernel_size, stride, padding, dilation)
+        sizes = (groups, deform_groups, deformable_groups)
+        super().__init__(in_channels, out_channels, window, *sizes, False)
+        self.im2col_step = im2col_step
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight anew."""
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
+        """`deform_conv2d` of x [B, C, H, W], `offset` and the layer's weight."""
+        if isinstance(x, Proxy):
+            return as_leaf(DeformConv2d, self, x, offset)
+        return deform_conv2d(x, offset, self.weight, *self._settings())
+
+
+class DeformConv2dPack(DeformConv2d, _Pack):
+    """`DeformConv2d` that predicts its offsets by a convolution of its input, `conv_offset`.
+
+    Args:
+        in_channels to im2col_step: as in `DeformConv2d`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by its name.
+
+    Source: as `DeformConv2d`.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.conv_offset = self._predictor(2)
+        self.init_offset()
+
+    def init_offset(self) -> None:
+        """Set the offsets to zero."""
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not while the weight alone is there
+            self.init_offset()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, Co, Ho, Wo] from x [B, C, H, W]."""
+        if isinstance(x, Proxy):
+            return as_leaf(DeformConv2dPack, self, x)
+        return super().forward(x, self.conv_offset(x))
+
+
+class ModulatedDeformConv2d(_DeformConv2d):
+    """mmcv's layer around its `modulated_deform_conv2d`: offsets and mask are given.
+
+    Args:
+        in_channels to deform_groups: as in `DeformConv2d`.
+        bias: add a learned bias; "auto" means True, as in mmcv.
+        deformable_groups: `deform_groups` by its former name.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by its name.
+
+    Source: mmcv 2.2; as `modulated_deform_conv2d`. Its checkpoints load.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool | str = True,
+        *,
+        deformable_groups: int | None = None,
+    ) -> None:
+        has_bias = bias == "auto" or check_flag("bias", bias)
+        window = (kernel_size, stride, padding, dilation)
+        sizes = (groups, deform_groups, deformable_groups)
+        super().__init__(in_channels, out_channels, window, *sizes, has_bias)
+
+    def init_weights(self) -> None:
+        """Initialise every parameter anew."""
+        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew."""
+        self.init_weights()
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """`modulated_deform_conv2d` of x [B, C, H, W], `offset`, `mask` and the layer's weight."""
+        if isinstance(x, Proxy):
+            return as_leaf(ModulatedDeformConv2d, self, x, offset, mask)
+        tensors = (x, offset, mask, self.weight, self.bias)
+        return modulated_deform_conv2d(*tensors, *self._settings())
+
+
+class ModulatedDeformConv2dPack(ModulatedDeformConv2d, _Pack):
+    """`ModulatedDeformConv2d` that predicts offsets and mask from its input, by `conv_offset`.
+
+    The mask is the sigmoid of what `conv_offset` makes.
+
+    Args:
+        in_channels to bias: as in `ModulatedDeformConv2d`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by its name.
+
+    Source: as `ModulatedDeformConv2d`.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.conv_offset = self._predictor(3)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise every parameter anew: no offsets, and a mask of ½."""
+        super().init_weights()
+        if hasattr(self, "conv_offset"):  # not while the weight alone is there
+            for parameter in self.conv_offset.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, Co, Ho, Wo] from x [B, C, H, W]."""
+        if isinstance(x, Proxy):
+            return as_leaf(ModulatedDeformConv2dPack, self, x)
+        predicted = self.conv_offset(x)
+        points = predicted.shape[1] // 3
+        offset, mask = predicted.split((2 * points, points), 1)
+        return super().forward(x, offset, mask.sigmoid())

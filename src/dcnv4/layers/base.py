@@ -1,0 +1,240 @@
+"""What layers share: what they read of submodules, how they begin, the window and its points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _every
+
+from ..arguments import (
+    check_backend,
+    check_divides,
+    check_flag,
+    check_integer,
+    check_pair,
+    check_shape,
+    window,
+)
+from ..beginnings import Begin, begin
+from ..eager import is_traced
+from ..geometry import Window, conv_points
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def other_words(**right: str) -> Callable[[Init], Init]:
+    """Have a layer's `__init__` name the right word where it is given another layer's."""
+
+    def decorate(init: Init) -> Init:
+        @wraps(init)
+        def checked(self: nn.Module, *arguments: Any, **settings: Any) -> None:
+            for wrong in right.keys() & settings.keys():
+                raise TypeError(
+                    f"{wrong} must be given to {type(self).__name__} as {right[wrong]}; "
+                    f"got {wrong} = {settings[wrong]!r}"
+                )
+            init(self, *arguments, **settings)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+# What a layer reads of its submodules instead of calling them.
+
+_LINEAR_FORWARD = nn.Linear.forward
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def is_readable(module: nn.Module, x: Tensor) -> bool:
+    """Whether nobody could tell a Linear that is called on x from one whose weights are used."""
+    return (
+        not is_traced(x)
+        and type(module) is nn.Linear  # a parametrisation and `fully_shard` change the type
+        and nn.Linear.forward is _LINEAR_FORWARD
+        and "forward" not in vars(module)
+        and vars(module).get("_compiled_call_impl") is None
+        and not any(vars(module).get(f"_{hooks}") for hooks in _HOOKS)
+        and not any(getattr(_every, f"_global_{hooks}") for hooks in _HOOKS)
+        # Neither a tensor that is computed anew for every call nor one that is more than numbers.
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias")) is nn.Parameter
+    )
+
+
+def width_read(module: nn.Module | None) -> int | None:
+    """How many channels a submodule reads, where it tells."""
+    if type(module) is nn.Linear:
+        return module.weight.shape[1]
+    return getattr(module, "in_features", getattr(module, "in_channels", None))
+
+
+# How parameters begin.
+
+
+class Layer(nn.Module):
+    """What all layers share: parameters that begin as the layer has them, whoever resets them."""
+
+    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+        """The submodules that begin otherwise than PyTorch has them: how weight and bias do."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Initialise every parameter, and have these submodules do it so when they are asked to.
+
+        Sharding asks every module by itself once a model has come from the meta device. The
+        submodules keep their type, which others look up, and copy and pickle by themselves.
+        """
+        for module, weight, bias in self._beginnings():
+            if module is not None:
+                # Its parameters, not itself: a cycle would keep their memory until a collection.
+                vars(module)["reset_parameters"] = partial(begin, weight, bias, module._parameters)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew."""
+        own = {module: (weight, bias) for module, weight, bias in self._beginnings()}
+        for module in self.modules():
+            if module in own:
+                begin(*own[module], module._parameters)
+            elif module is not self and callable(
+                reset := getattr(module, "reset_parameters", None)
+            ):
+                reset()
+
+    def _reset_parameters(self) -> None:
+        """`reset_parameters`, by the name that the original layers have for it."""
+        self.reset_parameters()
+
+
+# The window.
+
+
+class WindowedLayer(Layer):
+    """What every layer around `deform_conv` shares: its window, its points, its centre blend."""
+
+    def __init__(
+        self,
+        channels: int,
+        settings: Window,
+        *,
+        center_feature_scale: bool,
+        backend: str | None,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.window = settings
+        self.backend = check_backend(backend)
+        self.center_feature_scale = check_flag("center_feature_scale", center_feature_scale)
+        if center_feature_scale:
+            weight, bias = (settings.groups, channels), (settings.groups,)
+            self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias = (
+                nn.Parameter(torch.zeros(shape, **factory)) for shape in (weight, bias)
+            )
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(Ho, Wo) of the output for an input of `shape` (H, W)."""
+        check_shape(shape)
+        return self.window.output_size(*shape)
+
+    def extra_repr(self) -> str:
+        defaults = window(groups=self.window.groups)._asdict()
+        changed = {k: v for k, v in self.window._asdict().items() if v != defaults[k]}
+        settings = {"kernel_size": self.window.kernel_size, "groups": self.window.groups, **changed}
+        if self.center_feature_scale:
+            settings["center_feature_scale"] = True
+        if self.backend is not None:
+            settings["backend"] = self.backend
+        return ", ".join(f"{key}={setting!r}" for key, setting in settings.items())
+
+    def _blend(self, y: Tensor, value: Tensor, source: Tensor) -> Tensor:
+        """y·(1 - s) + value·s at the windows' centres, s = sigmoid(linear(source)) per group."""
+        weight, bias = self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+        scale = F.linear(source, weight, bias).sigmoid()[..., None]
+        split = (self.window.groups, -1)
+        center = self._at_centers(value).unflatten(-1, split)
+        blended: Tensor = y.unflatten(-1, split) * (1 - scale) + center * scale
+        return blended.flatten(-2)
+
+    def _points(self, offset_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, Ho, Wo, G, K, 2] and weights [B, Ho, Wo, G, K] in `offset_mask`."""
+        x, y, weights = conv_points(offset_mask, self.window)
+        rows, columns = (torch.arange(n, device=x.device) for n in offset_mask.shape[1:3])
+        origin_x, origin_y = self.window.origins(rows[:, None, None, None], columns[:, None, None])
+        return torch.stack((origin_x + x, origin_y + y), -1), weights
+
+    def _at_centers(self, x: Tensor) -> Tensor:
+        """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""
+        height, width = x.shape[1:3]
+        rows, columns = self.window.output_size(height, width)
+        if self.window.stride == (1, 1) and (rows, columns) == (height, width):
+            return x
+        column, row = self.window.origins(
+            torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
+        )
+        return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
+
+
+def original_window(channels: int, pad: int | Sequence[int], group: int, **settings: Any) -> Window:
+    """The checked settings of a layer that has the original layers' words."""
+    checked = window(
+        padding=check_pair("pad", pad, 0), groups=check_integer("group", group, 1), **settings
+    )
+    check_divides(
+        "group", group, check_integer("channels", channels, 1), f"the {channels} channels"
+    )
+    return checked
+
+
+def setting(field: str) -> Any:
+    """A field of the layer's window by another name: a plain number where it is a square."""
+
+    def read(layer: WindowedLayer) -> Any:
+        found = getattr(layer.window, field)
+        if isinstance(found, tuple):
+            return found[0] if found[0] == found[1] else found
+        return int(found) if isinstance(found, bool) else found
+
+    return property(read, changing(field))
+
+
+def pair(field: str) -> Any:
+    """A field (height, width) of the layer's window."""
+    return property(lambda layer: getattr(layer.window, field), changing(field))
+
+
+def changing(field: str) -> Callable[[WindowedLayer, Any], None]:
+    def change(layer: WindowedLayer, to: Any) -> None:
+        layer.window = window(**{**layer.window._asdict(), field: to})
+
+    return change
+
+
+class OriginalNames:
+    """The settings and sizes of a layer by the names that the original layers have for them."""
+
+    window: Window
+    channels: int
+    kernel_size = setting("kernel_size")
+    stride = setting("stride")
+    pad = setting("padding")
+    dilation = setting("dilation")
+    group = setting("groups")
+    offset_scale = setting("offset_scale")
+    remove_center = setting("remove_center")
+
+    @property
+    def group_channels(self) -> int:
+        """D, channels of a group."""
+        return self.channels // self.window.groups

@@ -1,0 +1,434 @@
+"""Deformable Convolution v4 as a layer: on channels-last maps, and in place of `nn.Conv2d`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..arguments import (
+    check_choice,
+    check_divides,
+    check_flag,
+    check_integer,
+    check_shape,
+    check_tensor,
+    factory,
+    window,
+)
+from ..beginnings import Begin, average
+from ..eager import as_leaf, autocast_dtype
+from ..functional import windowed_conv
+from ..geometry import Window
+from .base import (
+    OriginalNames,
+    WindowedLayer,
+    original_window,
+    other_words,
+    pair,
+    width_read,
+)
+
+
+class _DeformConv(WindowedLayer):
+    """What `DCNv4` and `DCNv4Conv2d` share: all that happens between their layouts."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        settings: Window,
+        *,
+        dw_kernel_size: int | None,
+        center_feature_scale: bool,
+        output_bias: bool,
+        without_pointwise: bool,
+        init: str,
+        backend: str | None,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            out_channels,
+            settings,
+            center_feature_scale=center_feature_scale,
+            backend=backend,
+            factory=factory,
+        )
+        if check_flag("without_pointwise", without_pointwise) and in_channels != out_channels:
+            raise ValueError(
+                f"out_channels must be in_channels = {in_channels} with without_pointwise; "
+                f"got {out_channels}"
+            )
+        self.init = check_choice("init", init, ("average", "zero"))
+        if dw_kernel_size is not None:
+            check_integer("dw_kernel_size", dw_kernel_size, 1)
+        self.dw_kernel_size = dw_kernel_size
+        width = math.ceil(settings.offset_mask_channels() / 8) * 8
+        self.offset_mask = nn.Linear(in_channels, width, **factory)
+        self.offset_mask_dw = self.value_proj = self.output_proj = None
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = nn.Conv2d(
+                in_channels,
+                in_channels,
+                dw_kernel_size,
+                padding="same",
+                groups=in_channels,
+                **factory,
+            )
+        if not without_pointwise:
+            self.value_proj = nn.Linear(in_channels, out_channels, **factory)
+            self.output_proj = nn.Linear(out_channels, out_channels, bias=output_bias, **factory)
+        self._begin()
+
+    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+        zeros = nn.init.zeros_
+        first = partial(average, self.window) if self.init == "average" else zeros
+        yield self.offset_mask, zeros, first
+        for projection in (self.value_proj, self.output_proj):
+            yield projection, nn.init.xavier_uniform_, zeros
+
+    def _width(self) -> int | None:
+        """Channels of the input, where the submodule that reads it tells."""
+        readers = (self.value_proj, self.offset_mask_dw, self.offset_mask)
+        return width_read(next(module for module in readers if module is not None))
+
+    def _deform(self, x: Tensor) -> Tensor:
+        """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+        # In one pass, and once, not for each projection.
+        if (dtype := autocast_dtype(x)) != x.dtype:
+            x = x.to(dtype, memory_format=torch.contiguous_format)
+        else:
+            x = x.contiguous()
+        value_proj, output_proj = self.value_proj, self.output_proj
+        value = x if value_proj is None else value_proj(x)
+        y = windowed_conv(value, self._predict(x), self.window, self.backend)
+        if self.center_feature_scale:
+            y = self._blend(y, value, y)
+        return y if output_proj is None else output_proj(y)
+
+    def _predict(self, x: Tensor) -> Tensor:
+        """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
+        if self.offset_mask_dw is not None:
+            x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        offset_mask: Tensor = self.offset_mask(self._at_centers(x))
+        return offset_mask
+
+
+class DCNv4(_DeformConv, OriginalNames):
+    r"""Deformable Convolution v4 on channels-last maps, flattened or not.
+
+    Every output pixel sums K points of each group of channels, at offsets and with weights that
+    are predicted from the input there; the weights are unbounded unless `softmax` is set.
+
+        value = value_proj(x);  offset_mask = offset_mask(offset_mask_dw(x))
+        y = deform_conv(value, offset_mask);  output = output_proj(y)
+
+    With `center_feature_scale`, y becomes y·(1 - s) + value·s, s = sigmoid(linear(y)) per group.
+
+    Args:
+        channels: C, of input and output.
+        kernel_size: an int or (height, width).
+        stride: an int or (height, width). Offsets are predicted at the output's resolution, from
+            the pixel at each window's centre.
+        pad: zero padding, an int or (height, width).
+        dilation: an int or (height, width).
+        group: G, groups of channels with offsets and weights of their own; must divide `channels`.
+        offset_scale: scales the kernel grid and the offsets alike.
+        dw_kernel_size: kernel of a depthwise convolution before `offset_mask`; None for none.
+        center_feature_scale: blend each output with the value at its centre, as above.
+        remove_center: drop the kernel's central point.
+        output_bias: whether `output_proj` has a bias.
+        without_pointwise: no `value_proj` and no `output_proj`.
+        softmax: normalise the K weights of a group, as DCNv3 does.
+        init: "average": zero offsets and weights 1/K, so that a fresh layer is a box filter that
+            passes gradients. "zero": all zero as in the paper, right inside a residual block;
+            elsewhere it outputs zeros and passes no gradient. With `softmax`, either is a box
+            filter.
+        backend: as in `functional.deform_conv`.
+        device, dtype: of the parameters, as in PyTorch's layers.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
+
+    Source: Xiong et al., Efficient Deformable ConvNets, CVPR 2024, arXiv:2401.06197. Parameters
+    are named as in its published checkpoints.
+    """
+
+    @other_words(groups="group", padding="pad", bias="output_bias")
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        pad: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        *,
+        softmax: bool = False,
+        init: str = "average",
+        backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        settings = original_window(
+            channels,
+            pad,
+            group,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            offset_scale=offset_scale,
+            remove_center=remove_center,
+            softmax=softmax,
+        )
+        super().__init__(
+            channels,
+            channels,
+            settings,
+            dw_kernel_size=dw_kernel_size,
+            center_feature_scale=center_feature_scale,
+            output_bias=check_flag("output_bias", output_bias),
+            without_pointwise=without_pointwise,
+            init=init,
+            backend=backend,
+            factory=factory(device, dtype),
+        )
+        self.channels = channels
+
+    @property
+    def K(self) -> int:  # noqa: N802, the original's name
+        """G·K, points of all groups, as the original layer counts them."""
+        return self.window.groups * self.window.points()
+
+    @property
+    def without_pointwise(self) -> bool:
+        return self.value_proj is None
+
+    def forward(self, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [B, H·W, C] or [B, H, W, C], in the dtype of the parameters; under autocast in any.
+            shape: (H, W). None: the map is square, or x says it.
+
+        Returns:
+            [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo). In the dtype
+            of x; under autocast in the autocast dtype.
+
+        Raises:
+            TypeError: x is no tensor of floating point, `shape` no pair.
+            ValueError: x or `shape` does not fit the layer or each other.
+            RuntimeError: the backend asked for cannot run here; the reasons are listed.
+        """
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4, self, x, shape)
+        y = self._deform(self._as_map(x, shape))
+        return y if x.dim() == 4 else y.flatten(1, 2)
+
+    def sampling_points(
+        self, x: Tensor, shape: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the layer looks: the points every output pixel sums, and what each counts.
+
+        Args:
+            x, shape: as `forward` takes them.
+
+        Returns:
+            positions [B, Ho, Wo, G, K, 2] in (x, y) order, in input pixels with integer centres,
+            and weights [B, Ho, Wo, G, K].
+        """
+        return self._points(self._predict(self._as_map(x, shape)))
+
+    def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
+        """[B, H, W, C] of what `forward` takes."""
+        layout = "[B, H*W, C] or [B, H, W, C]"
+        check_tensor("x", x, layout, (3, 4))
+        if (width := self._width()) not in (x.shape[-1], None):
+            hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
+            raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
+        if shape is not None:
+            check_shape(shape)
+        if x.dim() == 4:
+            if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
+                raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
+            return x
+        length = x.shape[1]
+        height, width = (int(length**0.5),) * 2 if shape is None else shape
+        if height * width != length:
+            got = "None, which means a square map" if shape is None else f"{(height, width)}"
+            raise ValueError(
+                f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
+            )
+        return x.view(x.shape[0], height, width, x.shape[2])
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {super().extra_repr()}"
+
+
+class DCNv4Conv2d(_DeformConv):
+    """Deformable Convolution v4 with the arguments, the defaults and the layout of `nn.Conv2d`.
+
+    Only `groups` means something else: the groups of channels that share points. Every output
+    channel depends on every input channel, whatever their number.
+
+    `DCNv4` with a `value_proj` from `in_channels` to `out_channels`, NCHW in and NCHW out. A
+    `channels_last` tensor passes through without a copy and comes out `channels_last`.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: an int or (height, width).
+        stride: an int or (height, width).
+        padding: an int, (height, width), "valid" for 0, or "same": what keeps the size at stride 1,
+            and divides it by the stride otherwise, which `nn.Conv2d` refuses;
+            dilation·(kernel_size - 1) must then be even.
+        dilation: an int or (height, width).
+        groups: G, groups of channels with offsets and weights of their own; must divide
+            `out_channels`. None: groups of 16 channels, or the next larger size that divides.
+        bias: whether the output projection has a bias.
+        padding_mode: "zeros", the only one: what lies outside the image is not read.
+        device, dtype: of the parameters.
+        without_pointwise: neither `value_proj` nor the output projection with its bias, as beside
+            the pointwise convolutions of a depthwise block; `out_channels` must be `in_channels`.
+        offset_scale, dw_kernel_size, center_feature_scale, remove_center, softmax, init, backend:
+            as in `DCNv4`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
+
+    Source: as `DCNv4`.
+    """
+
+    # What code that takes any convolution reads of it, and may change.
+    stride, padding, dilation = pair("stride"), pair("padding"), pair("dilation")
+    padding_mode, transposed, output_padding = "zeros", False, (0, 0)
+
+    @other_words(group="groups", pad="padding", output_bias="bias", channels="in_channels")
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        without_pointwise: bool = False,
+        softmax: bool = False,
+        init: str = "average",
+        backend: str | None = None,
+    ) -> None:
+        check_integer("in_channels", in_channels, 1)
+        check_integer("out_channels", out_channels, 1)
+        check_choice("padding_mode", padding_mode, ("zeros",))
+        settings = window(
+            kernel_size,
+            stride,
+            _as_number(padding),
+            dilation,
+            _groups_of_16(out_channels) if groups is None else groups,
+            offset_scale,
+            remove_center,
+            softmax,
+        )
+        check_divides("groups", settings.groups, out_channels, f"the {out_channels} channels")
+        if padding == "same":
+            settings = settings._replace(padding=_same_padding(settings))
+        super().__init__(
+            in_channels,
+            out_channels,
+            settings,
+            dw_kernel_size=dw_kernel_size,
+            center_feature_scale=center_feature_scale,
+            output_bias=check_flag("bias", bias),
+            without_pointwise=without_pointwise,
+            init=init,
+            backend=backend,
+            factory=factory(device, dtype),
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size, self.groups = settings.kernel_size, settings.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [B, in_channels, H, W], contiguous or `channels_last`, or [in_channels, H, W]; dtypes
+                as in `DCNv4.forward`.
+
+        Returns:
+            [B, out_channels, Ho, Wo] in the memory format of x, or [out_channels, Ho, Wo].
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in `DCNv4.forward`.
+        """
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4Conv2d, self, x)
+        pixels = self._as_map(x)
+        y = self._deform(pixels).permute(0, 3, 1, 2)
+        if x.dim() == 3:
+            return y[0].contiguous()
+        return y if pixels.is_contiguous() else y.contiguous()
+
+    def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
+
+        An x without a batch is one of 1.
+        """
+        return self._points(self._predict(self._as_map(x)))
+
+    def _as_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, in_channels] of what `forward` takes."""
+        layout = "[B, in_channels, H, W] or [in_channels, H, W]"
+        check_tensor("x", x, layout, (4, 3))
+        if (width := self._width()) not in (x.shape[-3], None):
+            raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
+        return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"
+
+
+def _groups_of_16(channels: int) -> int:
+    """How many groups make them of 16 channels, or of the next larger size that divides."""
+    return next(g for g in range(max(channels // 16, 1), 0, -1) if channels % g == 0)
+
+
+def _as_number(padding: str | int | Sequence[int]) -> int | Sequence[int]:
+    """The padding, 0 for one that is named."""
+    if not isinstance(padding, str):
+        return padding
+    check_choice("padding", padding, ("valid", "same"))
+    return 0
+
+
+def _same_padding(window: Window) -> tuple[int, int]:
+    """What keeps the size at stride 1."""
+    spans = [d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True)]
+    if any(span % 2 for span in spans):
+        raise ValueError(
+            "padding must be numbers where dilation*(kernel_size - 1) is odd; got 'same' "
+            f"with kernel_size {window.kernel_size}, dilation {window.dilation}"
+        )
+    return window.center()
