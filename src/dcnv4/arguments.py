@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .eager import is_traced
+from .eager import is_traced, is_traced_by_jit, traced_levels
 from .geometry import Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +53,7 @@ def check_levels(
     spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
 ) -> Tensor | list[tuple[int, int]]:
     """The level sizes as backends take them: a tensor left where it is, or pairs (H, W)."""
+    spatial_shapes = traced_levels(spatial_shapes)
     if isinstance(spatial_shapes, Tensor):
         check_sizes("spatial_shapes", spatial_shapes, levels)
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
@@ -128,6 +129,8 @@ def check_tensor(
 def check_integer(name: str, argument: Any, least: int) -> int:
     if type(argument) is int and argument >= least:
         return argument
+    if isinstance(argument, Tensor) and is_traced_by_jit():
+        argument = argument.item()
     if not isinstance(argument, (int, torch.SymInt, Integral)) or isinstance(argument, bool):
         raise TypeError(f"{name} must be an integer >= {least}; got {argument!r}")
     if argument < least:

@@ -13,15 +13,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import _C, Tensor
-from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
+from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.nn import Module, Parameter
 
 from .geometry import sum_dtype
 
 T = TypeVar("T")
-_HAS_COMPILER = hasattr(torch, "compiler")
+_HAS_COMPILER = hasattr(getattr(torch, "compiler", None), "is_dynamo_compiling")
 _HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
-_HAS_AUTOCAST_ANYWHERE = hasattr(_C, "_is_any_autocast_enabled")
 AUTOCAST_KEYS = {
     device: key
     for device in ("cpu", "cuda", "mps", "xpu")
@@ -95,7 +95,8 @@ class Differentiable(torch.autograd.Function):
         inputs = operator.inputs
         saved = zip(ctx.saved_tensors, ctx.call, strict=True)
         call = [other if tensor is None else tensor for tensor, other in saved]
-        if torch.is_grad_enabled() or not is_plain(call, inputs) or _is_autocast_anywhere():
+        wanted = torch.is_grad_enabled() or _is_autocast_anywhere()
+        if wanted or not _is_memory(grad) or not is_plain(call, inputs):
             results = operator.dispatch_backward(grad, *call)
         else:
             results = operator.backward(grad, *call)
@@ -114,23 +115,30 @@ _apply = super(torch.autograd.Function, Differentiable).apply
 
 def is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     """Whether nothing but autograd, autocast and a backend is interested in a call."""
-    if not _HAS_COMPILER or torch.compiler.is_compiling():
+    if not _HAS_COMPILER or torch.compiler.is_dynamo_compiling():
         return False
     for i in inputs:
-        tensor = call[i]
-        kind = type(tensor)
-        if kind is not Tensor and kind is not torch.nn.Parameter:
-            return False
-        if _unwrap_if_dead(tensor) is not tensor:  # it was left over by a transform
+        if not _is_memory(call[i]):
             return False
     return not (
-        call[1].is_meta
-        or _C._len_torch_dispatch_stack()
+        _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
-        or _C._get_tracing_state() is not None
+        or _C._is_tracing()
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+    )
+
+
+def _is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is the numbers that lie in its memory, and has such memory.
+
+    A subclass, what a transform made or left over and a meta tensor have none; PyTorch's own zeros
+    have no address, and the negative of a tensor has that of the tensor.
+    """
+    kind = type(tensor)
+    return (kind is Tensor or kind is Parameter) and not (
+        _C._dispatch_isTensorSubclassLike(tensor) or tensor.is_neg() or tensor._is_zerotensor()
     )
 
 
@@ -145,13 +153,69 @@ def is_traced(tensor: Tensor) -> bool:
     return bool(_C._are_functorch_transforms_active())
 
 
+def is_traced_by_jit() -> bool:
+    """Whether a TorchScript trace is made, in which the sizes of a tensor are tensors."""
+    return _C._is_tracing()
+
+
+def traced_levels(spatial_shapes: Tensor | Sequence[Sequence[Any]]) -> Any:
+    """Level sizes as a TorchScript trace can follow them: where some are tensors, as one tensor
+    [L, 2], since numbers would be constants of the graph."""
+    if isinstance(spatial_shapes, Tensor) or not is_traced_by_jit():
+        return spatial_shapes
+    sizes = [size for pair in spatial_shapes for size in pair]
+    if not any(isinstance(size, Tensor) for size in sizes):
+        return spatial_shapes
+    return torch.stack([torch.as_tensor(size) for size in sizes]).view(-1, 2)
+
+
 def _is_transformed() -> bool:
     """Whether a `torch.func` transform or forward mode wants the operations of a call."""
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# The tracer of torch 2.4 cannot ask this itself. The answer is a constant of a graph.
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _is_vmap() -> bool:
+    """Whether the innermost transform is a vmap, in which autocast does not reach projections."""
+    innermost = _functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == _functorch.TransformType.Vmap
+
+
+# The tracer of torch 2.4 cannot ask these itself. The answers are constants of a graph.
+for _function in (is_traced_by_jit, _is_transformed, _is_vmap):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Recording by `torch.fx`.
+
+
+def as_leaf(owner: type[Module], layer: Module, *arguments: Any, **named: Any) -> Any:
+    """What `torch.fx` records of a layer's forward: a call of the layer, as of PyTorch's own.
+
+    Args:
+        owner: the class whose forward was called.
+        layer: a part of the model that is traced.
+        arguments, named: of the forward; the first is a `torch.fx.Proxy`.
+
+    Raises:
+        TypeError: the layer is the model itself, or has a `forward` around the owner's.
+    """
+    tracer = arguments[0].tracer
+    if layer is getattr(tracer, "root", layer):
+        raise TypeError(
+            f"torch.fx must be given a model that {owner.__name__} is a part of; got the layer"
+        )
+    if type(layer).forward is not owner.forward or "forward" in vars(layer):
+        raise TypeError(
+            f"torch.fx must be told that {type(layer).__name__} is a leaf, whose forward is not "
+            f"that of {owner.__name__}; got a call of both"
+        )
+    path = tracer.path_of_module(layer)
+    hooks = layer._forward_hooks, layer._forward_pre_hooks
+    if not any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)):
+        return tracer.create_proxy("call_module", path, arguments, named)
+    # The tracer has called the hooks already, and recorded what they do.
+    layer = tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("call_method", "forward", (layer, *arguments), named)
 
 
 # Autocast.
@@ -177,15 +241,16 @@ def is_autocast(device: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
-def _is_autocast_anywhere() -> bool:
-    if _HAS_AUTOCAST_ANYWHERE:
-        return _C._is_any_autocast_enabled()
+def _is_some_autocast() -> bool:
     return torch.is_autocast_cpu_enabled() or torch.is_autocast_enabled()
+
+
+_is_autocast_anywhere = getattr(_C, "_is_any_autocast_enabled", _is_some_autocast)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that autocast, where it is on, makes of a tensor before a projection reads it."""
-    if tensor.dtype == torch.float64 or not is_autocast(tensor.device.type):
+    if tensor.dtype == torch.float64 or not is_autocast(tensor.device.type) or _is_vmap():
         return tensor.dtype
     return _autocast_dtype(tensor.device.type)
 

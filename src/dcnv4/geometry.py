@@ -85,7 +85,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def conv_points(offset_mask: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `offset_mask` [N, M] of N output pixels into x, y and weights, each [N, G, K].
+    """Split `offset_mask` [..., M] of output pixels into x, y and weights, each [..., G, K].
 
     x and y are input pixels from the centre of the window, `Window.origins`.
     """

@@ -25,11 +25,6 @@ from support.tiers import one_in
 NAMED = [name for name, _ in cases.CASES]
 DTYPES = cases.DTYPES[1:]
 
-
-def case_id(case: cases.Case) -> str:
-    return case.id
-
-
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
 
 
@@ -96,13 +91,13 @@ def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("dtype", one_in(3, DTYPES))
-@pytest.mark.parametrize("case", one_in(9, [*sorted_conv_cases(), *not_tiled()], case_id))
+@pytest.mark.parametrize("case", one_in(9, [*sorted_conv_cases(), *not_tiled()], cases.name))
 def test_sorted_convolutions(case: cases.ConvCase, dtype: torch.dtype) -> None:
     """Against the oracle; points' gradients in the same bits whichever thread runs first."""
     check_in_either_order(case, dtype, SORTED, ("grad_offset_mask",))
 
 
-@pytest.mark.parametrize("case", one_in(4, not_tiled(), case_id))
+@pytest.mark.parametrize("case", one_in(4, not_tiled(), cases.name))
 def test_what_tiles_refuse_is_sorted(case: cases.ConvCase) -> None:
     names = launches.expected(case, torch.float16, SORTED)
     with emulated(pays_from=EVERY), launches.launching(*names):
@@ -113,7 +108,7 @@ def test_what_tiles_refuse_is_sorted(case: cases.ConvCase) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [*((case, torch.bfloat16) for case in not_sorted()), (plain_tiles(), torch.float64)],
-    ids=lambda of: case_id(of) if isinstance(of, cases.Case) else str(of),
+    ids=lambda of: cases.name(of) if isinstance(of, cases.Case) else str(of),
 )
 def test_what_sorting_refuses_is_direct(case: cases.ConvCase, dtype: torch.dtype) -> None:
     names = launches.expected(case, dtype, DIRECT)

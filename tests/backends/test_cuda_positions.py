@@ -11,7 +11,8 @@ from torch import Tensor
 from dcnv4.backends import reference
 from dcnv4.geometry import Window
 from support.emulated import emulated, why_not
-from support.kernel_cases import EVERY, SORTED
+from support.launches import DIRECT, EVERY, SORTED, launching
+from support.tiers import one_in
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
 
@@ -20,20 +21,32 @@ def _window(stride: tuple[int, int] = (1, 1)) -> Window:
     return Window((3, 3), stride, (1, 1), (1, 1), 1, 1.0, False, False)
 
 
+DIRECT_KERNELS = "conv_forward", "conv_backward", "zeros"
+SORTED_KERNELS = "conv_forward", "conv_sorted_backward", "zeros"
+TILE_KERNELS = *SORTED_KERNELS, "conv_tile_forward", "conv_tile_backward", "convert_sums"
+
+
 def _run(
-    inputs: tuple[Tensor, Tensor, Tensor], window: Window, kernels: dict[str, int]
+    inputs: tuple[Tensor, ...], window: Window, slices: dict[str, int], names: tuple[str, ...]
 ) -> dict[str, Tensor]:
+    """From the kernels of these names."""
     value, offset_mask, grad = inputs
-    with emulated(pays_from=kernels) as backend:
+    with emulated(pays_from=slices) as backend, launching(*names):
         output = backend.conv_forward(value, offset_mask, window)
         grad_value, grad_mask = backend.conv_backward(grad, value, offset_mask, window)
     return {"output": output, "grad_value": grad_value, "grad_offset_mask": grad_mask}
 
 
-@pytest.mark.parametrize("size", [1 << 12, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("size", one_in(3, [1 << 16, 1 << 12, 1 << 20]))
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("kernels", [{}, SORTED], ids=["direct", "sorted"])
-def test_far_from_the_first_pixel(size: int, axis: int, kernels: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("slices", "names"),
+    [(DIRECT, DIRECT_KERNELS), (SORTED, SORTED_KERNELS)],
+    ids=["direct", "sorted"],
+)
+def test_far_from_the_first_pixel(
+    size: int, axis: int, slices: dict[str, int], names: tuple[str, ...]
+) -> None:
     """As precise as near it: long signals, of which few windows are computed."""
     stride = size // 8
     window = _window((stride, 1) if axis == 0 else (1, stride))
@@ -42,7 +55,7 @@ def test_far_from_the_first_pixel(size: int, axis: int, kernels: dict[str, int])
     sizes = (1, *shape, 16), (1, *outer, 27), (1, *outer, 16)
     inputs = tuple(torch.randn(size, generator=generator) for size in sizes)
     assert window.output_size(*shape) == outer
-    results = _run(inputs, window, kernels)
+    results = _run(inputs, window, slices, names)
     value, offset_mask, grad = (tensor.double() for tensor in inputs)
     expected = (
         reference.conv_forward(value, offset_mask, window),
@@ -53,11 +66,17 @@ def test_far_from_the_first_pixel(size: int, axis: int, kernels: dict[str, int])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernels"),
-    [(torch.float64, {}), (torch.float32, {}), (torch.float32, SORTED)],
+    ("dtype", "slices", "names"),
+    [
+        (torch.float64, DIRECT, DIRECT_KERNELS),
+        (torch.float32, DIRECT, DIRECT_KERNELS),
+        (torch.float32, SORTED, SORTED_KERNELS),
+    ],
     ids=["float64-direct", "float32-direct", "float32-sorted"],
 )
-def test_a_shift_by_whole_pixels(dtype: torch.dtype, kernels: dict[str, int]) -> None:
+def test_a_shift_by_whole_pixels(
+    dtype: torch.dtype, slices: dict[str, int], names: tuple[str, ...]
+) -> None:
     """The same bits, of an output and of its gradients, away from the borders."""
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 9, 9, 16), (1, 9, 9, 27), (1, 9, 9, 16)
@@ -67,8 +86,8 @@ def test_a_shift_by_whole_pixels(dtype: torch.dtype, kernels: dict[str, int]) ->
     shifted = [tensor.new_zeros(1, 9 + down, 9 + right, tensor.shape[3]) for tensor in inputs]
     for small, large in zip(inputs, shifted, strict=True):
         large[:, down:, right:] = small
-    first = _run((inputs[0], inputs[1], inputs[2]), window, kernels)
-    second = _run((shifted[0], shifted[1], shifted[2]), window, kernels)
+    first = _run(tuple(inputs), window, slices, names)
+    second = _run(tuple(shifted), window, slices, names)
     for name in ("output", "grad_offset_mask"):
         inner = first[name][:, 3:6, 3:6]
         assert torch.equal(inner, second[name][:, 3 + down : 6 + down, 3 + right : 6 + right]), name
@@ -76,17 +95,18 @@ def test_a_shift_by_whole_pixels(dtype: torch.dtype, kernels: dict[str, int]) ->
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernels"),
+    ("dtype", "slices", "names"),
     [
-        (torch.float64, {}),
-        (torch.float32, {}),
-        (torch.float32, EVERY),
-        (torch.float16, {}),
-        (torch.float16, EVERY),
+        (torch.float64, DIRECT, DIRECT_KERNELS),
+        (torch.float32, DIRECT, DIRECT_KERNELS),
+        (torch.float32, SORTED, SORTED_KERNELS),
+        (torch.float16, EVERY, TILE_KERNELS),
     ],
-    ids=["float64-direct", "float32-direct", "float32-large", "float16-direct", "float16-large"],
+    ids=["float64-direct", "float32-direct", "float32-sorted", "float16-tiles"],
 )
-def test_at_and_beyond_the_borders(dtype: torch.dtype, kernels: dict[str, int]) -> None:
+def test_at_and_beyond_the_borders(
+    dtype: torch.dtype, slices: dict[str, int], names: tuple[str, ...]
+) -> None:
     """One pixel outside, where a point is outside though a corner of it is not; and what no integer
     holds."""
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +120,7 @@ def test_at_and_beyond_the_borders(dtype: torch.dtype, kernels: dict[str, int]) 
     for i, number in enumerate(far):
         points[0, i % 4, i % 8, i % 9, i % 2] = number
     window = _window()
-    results = _run((value, offset_mask, grad), window, kernels)
+    results = _run((value, offset_mask, grad), window, slices, names)
     exact = value.double(), offset_mask.double(), grad.double()
     expected = (
         reference.conv_forward(*exact[:2], window),

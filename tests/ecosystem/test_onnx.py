@@ -92,8 +92,10 @@ def choose(kind: tuple[Any, ...], names: str) -> list[Any]:
 
 
 def test_deform_conv(tmp_path: Path) -> None:
-    """Every case that has pixels, as ONNX knows no empty image."""
-    calls = [case for case in cases.CONV if all(array.size for array in case.exact)]
+    """Every case that has pixels, as ONNX knows no empty image, and not so many in a line that
+    ONNX Runtime's own positions, columns plus offsets, lose what the budget grants."""
+    small = [case for case in cases.CONV if max(case.size) < 100]
+    calls = [case for case in small if all(array.size for array in case.exact)]
     model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
     assert count(model, "DeformConv") == len(calls)
 

@@ -477,6 +477,29 @@ def test_compile_whole_model() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PLACES)
+def test_trace(kind: str) -> None:
+    """Of a whole model, as fvcore and TensorBoard trace it: level sizes are traced scalars."""
+    available(kind)
+    arguments = inputs(kind)
+
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = enable(make(kind))
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+            return tuple(tensors(dict(self.model(pixel_values=pixels))))
+
+    model = Outputs()
+    traced = torch.jit.trace(model, arguments["pixel_values"], strict=False, check_trace=False)
+    assert "dcnv4::ms_deform_attn" in {node.kind() for node in traced.inlined_graph.nodes()}
+    found, expected = (m(arguments["pixel_values"]) for m in (traced, model))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PLACES)
 def test_bfloat16_is_as_exact_as_before(kind: str) -> None:

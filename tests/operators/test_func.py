@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.layers import attention
 from support import cases
+from support.runner import Runner
 
 # Points lie at least 1/8 pixel from where the derivative jumps: the steps of finite differences
 # stay within a cell.
@@ -231,6 +232,122 @@ def test_layer_ensemble(name: str) -> None:
         [functional_call(layer, {k: p[i] for k, p in both.items()}, inputs) for i in range(2)]
     )
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_layer_vmap(channels_last: bool) -> None:
+    """Over batches of images, each in the memory format of its own call."""
+    layer = layers()["DCNv4Conv2d"][0]
+    batches = torch.randn(2, 2, 3, 3, 4, dtype=torch.float64)
+    if channels_last:
+        batches = batches.transpose(2, 4).contiguous().transpose(2, 4)
+    got = vmap(layer)(batches)
+    expected = torch.stack([layer(x) for x in batches])
+    torch.testing.assert_close(got, expected)
+    assert got[0].is_contiguous() or channels_last
+    got = vmap(grad(lambda x: layer(x).square().sum()))(batches)
+    expected = torch.stack([grad(lambda x: layer(x).square().sum())(x) for x in batches])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "get_autocast_dtype"), reason="autocast of a device needs torch >= 2.4"
+)
+@LAYERS
+@pytest.mark.parametrize("transform", ["plain", "grad"])
+def test_layer_vmap_in_autocast(name: str, transform: str) -> None:
+    layer, (x, *others) = layers()[name]
+    layer, x = layer.float(), x.float()
+    others = [a.float() if isinstance(a, Tensor) else a for a in others]
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x, *others)
+
+    function = call if transform == "plain" else grad(lambda x: call(x).float().square().sum())
+    batches = torch.stack((x, x.flip(0) / 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = vmap(function)(batches)
+        expected = torch.stack([function(x) for x in batches])
+    # PyTorch's own projections stay in float32 within vmap.
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=2**-5 * largest)
+
+
+# Gradients that come by `backward`, in batches or not as numbers in memory.
+
+
+def recorded(case: cases.Case, backend: Runner) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The leaves, the output and a gradient of it, of a call of this backend."""
+    backend.require("deform_conv" if isinstance(case, cases.ConvCase) else "ms_deform_attn")
+    *leaves, seed = case.inputs(torch.float32, backend.device)
+    return leaves, case.call(*leaves, backend=backend.backend), seed
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("again", [False, True], ids=["once", "differentiable"])
+def test_batched_gradients(case: cases.Case, backend: Runner, again: bool) -> None:
+    leaves, output, seed = recorded(case, backend)
+    seeds = torch.stack((seed, -seed, seed.flip(0) / 2))
+    options: dict[str, Any] = {"retain_graph": True, "create_graph": again}
+    got = torch.autograd.grad(output, leaves, seeds, is_grads_batched=True, **options)
+    each = [torch.autograd.grad(output, leaves, seed, **options) for seed in seeds]
+    for name, grads, expected in zip(case.names, got, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(grads, torch.stack(expected), msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@EVERY_CASE
+def test_vmap_over_gradients(case: cases.Case, backend: Runner) -> None:
+    leaves, output, seed = recorded(case, backend)
+
+    def pull_back(seed: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, leaves, seed, retain_graph=True)
+
+    seeds = torch.stack((seed, seed.flip(0) / 2))
+    each = [pull_back(seed) for seed in seeds]
+    for name, grads, expected in zip(
+        case.names, vmap(pull_back)(seeds), zip(*each, strict=True), strict=True
+    ):
+        torch.testing.assert_close(grads, torch.stack(expected), msg=name)
+
+
+@EVERY_SMALL_CASE
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_vectorized_jacobian(case: cases.Case, strategy: str) -> None:
+    inputs, _ = arguments(case)
+    got = torch.autograd.functional.jacobian(case.call, inputs, vectorize=True, strategy=strategy)
+    for jacobian, expected in zip(got, by_autograd(case.call, inputs), strict=True):
+        torch.testing.assert_close(jacobian.reshape(expected.shape), expected)
+
+
+@EVERY_CASE
+def test_gradients_without_memory(case: cases.Case, backend: Runner) -> None:
+    """Zeros that PyTorch keeps no memory for, and the negative of what lies in memory."""
+    leaves, output, seed = recorded(case, backend)
+    for gradient in (
+        torch._efficientzerotensor(seed.shape, device=seed.device),
+        torch._neg_view(seed),
+    ):
+        got = torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+        kept = gradient.resolve_neg() if gradient.is_neg() else torch.zeros_like(seed)
+        expected = torch.autograd.grad(output, leaves, kept, retain_graph=True)
+        for name, one, other in zip(case.names, got, expected, strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+
+
+@EVERY_CASE
+def test_arguments_without_memory(case: cases.Case, backend: Runner) -> None:
+    leaves, _, _ = recorded(case, backend)
+    kept = [leaf.detach() for leaf in leaves]
+    for i, tensor in enumerate(kept):
+        zeros = torch._efficientzerotensor(tensor.shape, device=tensor.device)
+        for argument, same in (
+            (zeros, torch.zeros_like(tensor)),
+            (torch._neg_view(tensor), -tensor),
+        ):
+            got = case.call(*kept[:i], argument, *kept[i + 1 :], backend=backend.backend)
+            expected = case.call(*kept[:i], same, *kept[i + 1 :], backend=backend.backend)
+            torch.testing.assert_close(got, expected, msg=case.names[i])
 
 
 def test_a_transform_leaves_nothing_behind() -> None:

@@ -43,7 +43,7 @@ ARROWS = {
     "layers.attention": {
         *("geometry", "eager", "arguments", "beginnings", "functional", "layers.base"),
     },
-    "layers.dcnv3": {"arguments", "beginnings", "functional", "layers.base"},
+    "layers.dcnv3": {"arguments", "beginnings", "eager", "functional", "layers.base"},
     "modules": {"layers"},
     "backends": {"geometry"},
     "flops": {"layers"},

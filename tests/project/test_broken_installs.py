@@ -80,12 +80,12 @@ def copied(tmp_path: Path) -> Path:
 LOST = {
     "sources": {
         "cpu/kernels.cpp": "needs all files of this package.*; got no kernels.cpp",
-        "cuda/points.cuh": "needs all files of this package.*; got no points.cuh",
+        "cuda/kernels/common/slices.cuh": "needs all files of this package.*; got no slices.cuh",
         "triton/kernels.py": "needs a sound installation; got ImportError: .*kernels|needs triton",
     },
     "other sources": {
         "include/sampling.h": "needs all files of this package.*; got no sampling.h",
-        "cuda/conv_forward.cu": "needs all files of this package.*; got no .*conv_forward.cu",
+        "cuda/kernels/direct/conv_forward.cu": "needs all files of this package.*conv_forward.cu",
     },
     "modules": {
         "cpu": "needs a sound installation; got ModuleNotFoundError",

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import check_finite, check_flag, check_integer, check_tensor
-from ..eager import is_autocast
+from ..eager import as_leaf, is_autocast
 from ..layers import FlashDeformAttn
 from . import torchvision
 from .deformable_detr import MSDeformAttnFunction, Shapes, Starts, ms_deform_attn_core_pytorch
@@ -177,6 +178,10 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or device, by its name.
         """
+        if isinstance(query, Proxy):
+            tensors = (key, value, identity, query_pos, key_padding_mask, reference_points)
+            levels = (spatial_shapes, level_start_index)
+            return as_leaf(MultiScaleDeformableAttention, self, query, *tensors, *levels, **others)
         if "residual" in others:
             warnings.warn("residual is now identity", DeprecationWarning, stacklevel=2)
             identity = others.pop("residual")
@@ -410,6 +415,8 @@ class DeformConv2d(_DeformConv2d):
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
         """`deform_conv2d` of x [B, C, H, W], `offset` and the layer's weight."""
+        if isinstance(x, Proxy):
+            return as_leaf(DeformConv2d, self, x, offset)
         return deform_conv2d(x, offset, self.weight, *self._settings())
 
 
@@ -443,6 +450,8 @@ class DeformConv2dPack(DeformConv2d, _Pack):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, Co, Ho, Wo] from x [B, C, H, W]."""
+        if isinstance(x, Proxy):
+            return as_leaf(DeformConv2dPack, self, x)
         return super().forward(x, self.conv_offset(x))
 
 
@@ -492,6 +501,8 @@ class ModulatedDeformConv2d(_DeformConv2d):
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """`modulated_deform_conv2d` of x [B, C, H, W], `offset`, `mask` and the layer's weight."""
+        if isinstance(x, Proxy):
+            return as_leaf(ModulatedDeformConv2d, self, x, offset, mask)
         tensors = (x, offset, mask, self.weight, self.bias)
         return modulated_deform_conv2d(*tensors, *self._settings())
 
@@ -524,6 +535,8 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, _Pack):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, Co, Ho, Wo] from x [B, C, H, W]."""
+        if isinstance(x, Proxy):
+            return as_leaf(ModulatedDeformConv2dPack, self, x)
         predicted = self.conv_offset(x)
         points = predicted.shape[1] // 3
         offset, mask = predicted.split((2 * points, points), 1)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import check_flag, check_integer, check_tensor
 from ..arguments import window as check_window
-from ..eager import autocast_dtype, is_traced
+from ..eager import as_leaf, autocast_dtype, is_traced
 from ..functional import deform_conv, windowed_conv
 from ..geometry import Window
 
@@ -313,6 +314,8 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """`deform_conv2d` of these arguments and the layer's own."""
+        if isinstance(input, Proxy):
+            return as_leaf(DeformConv2d, self, input, offset, mask)
         settings = (self.stride, self.padding, self.dilation)
         return deform_conv2d(input, offset, self.weight, self.bias, *settings, mask)
 

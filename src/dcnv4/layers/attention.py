@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import (
     check_backend,
@@ -20,7 +21,7 @@ from ..arguments import (
     factory,
 )
 from ..beginnings import Begin, rays
-from ..eager import is_traced
+from ..eager import as_leaf, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
 from .base import Layer, width_read
@@ -131,6 +132,11 @@ class FlashDeformAttn(Layer):
             ValueError: an argument of the wrong shape or device, by its name.
             RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
+        if isinstance(query, Proxy):
+            return as_leaf(
+                *(FlashDeformAttn, self, query, reference_points, input_flatten),
+                *(input_spatial_shapes, input_level_start_index, input_padding_mask),
+            )
         locations, logits = self._locate(query, reference_points, input_spatial_shapes)
         _check_rows("input_flatten", input_flatten, self.value_proj)
         if input_padding_mask is not None:
@@ -208,6 +214,7 @@ class FlashDeformAttn(Layer):
     @staticmethod
     def _sizes(shapes: Tensor | Sequence[Sequence[int]], offsets: Tensor) -> Tensor:
         """The levels' (W, H), [L, 1, 2], beside `offsets`."""
+        shapes = traced_levels(shapes)
         if isinstance(shapes, Tensor):
             return shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype)
         sizes = tuple((width, height) for height, width in shapes)

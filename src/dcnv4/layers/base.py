@@ -169,15 +169,10 @@ class WindowedLayer(Layer):
 
     def _points(self, offset_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, Ho, Wo, G, K, 2] and weights [B, Ho, Wo, G, K] in `offset_mask`."""
-        batch, rows, columns = offset_mask.shape[:3]
-        device = offset_mask.device
-        row = torch.arange(rows, device=device).repeat_interleave(columns).repeat(batch)
-        column = torch.arange(columns, device=device).repeat(batch * rows)
-        x, y, weights = conv_points(offset_mask.flatten(0, 2), self.window)
-        origin_x, origin_y = (o[:, None, None] for o in self.window.origins(row, column))
-        shape = (batch, rows, columns, *weights.shape[1:])
-        positions = torch.stack((origin_x + x, origin_y + y), -1)
-        return positions.view(*shape, 2), weights.reshape(shape)
+        x, y, weights = conv_points(offset_mask, self.window)
+        rows, columns = (torch.arange(n, device=x.device) for n in offset_mask.shape[1:3])
+        origin_x, origin_y = self.window.origins(rows[:, None, None, None], columns[:, None, None])
+        return torch.stack((origin_x + x, origin_y + y), -1), weights
 
     def _at_centers(self, x: Tensor) -> Tensor:
         """The pixels [B, Ho, Wo, C] at the centres of the windows, the nearest for one outside."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import (
     check_choice,
@@ -21,7 +22,7 @@ from ..arguments import (
     window,
 )
 from ..beginnings import Begin, average
-from ..eager import autocast_dtype
+from ..eager import as_leaf, autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
 from .base import (
@@ -98,8 +99,11 @@ class _DeformConv(WindowedLayer):
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+        # In one pass, and once, not for each projection.
         if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype)  # once, not for each projection
+            x = x.to(dtype, memory_format=torch.contiguous_format)
+        else:
+            x = x.contiguous()
         value_proj, output_proj = self.value_proj, self.output_proj
         value = x if value_proj is None else value_proj(x)
         y = windowed_conv(value, self._predict(x), self.window, self.backend)
@@ -227,6 +231,8 @@ class DCNv4(_DeformConv, OriginalNames):
             ValueError: x or `shape` does not fit the layer or each other.
             RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4, self, x, shape)
         y = self._deform(self._as_map(x, shape))
         return y if x.dim() == 4 else y.flatten(1, 2)
 
@@ -377,10 +383,13 @@ class DCNv4Conv2d(_DeformConv):
         Raises:
             TypeError, ValueError, RuntimeError: as in `DCNv4.forward`.
         """
-        y = self._deform(self._as_map(x)).permute(0, 3, 1, 2)
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv4Conv2d, self, x)
+        pixels = self._as_map(x)
+        y = self._deform(pixels).permute(0, 3, 1, 2)
         if x.dim() == 3:
             return y[0].contiguous()
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        return y if pixels.is_contiguous() else y.contiguous()
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
@@ -395,11 +404,7 @@ class DCNv4Conv2d(_DeformConv):
         check_tensor("x", x, layout, (4, 3))
         if (width := self._width()) not in (x.shape[-3], None):
             raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
-        if x.dim() == 3:
-            x = x[None]
-        if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
-        return x.permute(0, 2, 3, 1).contiguous()
+        return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"

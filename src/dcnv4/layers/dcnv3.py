@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..arguments import (
     check_choice,
@@ -17,6 +18,7 @@ from ..arguments import (
     factory,
 )
 from ..beginnings import Begin
+from ..eager import as_leaf
 from ..functional import windowed_conv
 from .base import (
     OriginalNames,
@@ -127,6 +129,8 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C] from [B, H, W, C]."""
+        if isinstance(x, Proxy):
+            return as_leaf(DCNv3, self, x)
         features = self._features(x)
         value = self.input_proj(x)
         y = windowed_conv(value, self._predict(features), self.window, self.backend)

@@ -378,9 +378,9 @@ def conv(
     gpu: GPU,
 ) -> Choice:
     """What runs `deform_conv`, or its backward where there is `grad`."""
-    batch, rows, columns, _ = offset_mask.shape
-    pixels, groups = value.shape[1] * value.shape[2], window.groups
-    depth = value.shape[3] // groups
+    batch, height, width, channels = value.shape
+    rows, columns = offset_mask.shape[1:3]
+    pixels, groups, depth = height * width, window.groups, channels // window.groups
     settings = groups, depth, window.points(), window.softmax, deterministic
     slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
     way, after_zeros = _way(slices)
@@ -392,7 +392,7 @@ def conv(
     tiled = why_not[by_tiles] is None
     tiles = batch * -(-columns // TILE_W), -(-rows // TILE_H)
     # Without tiles only the channels of a strip count, which are then a whole group.
-    shared = *tiles, value.shape[3], depth
+    shared = *tiles, channels, depth
     forward_tiles = tiled and grad is None
     strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
@@ -414,7 +414,7 @@ def conv(
         return choice
     first = Kernel(by_tiles, macros, strips.blocks, _WARP * strips.warps, after_zeros)
     last = last._replace(blocks=min(last.blocks, gpu.sms * resident // last.threads), waits=True)
-    leftover = math.prod(tiles) * (value.shape[3] // strips.channels)
+    leftover = math.prod(tiles) * (channels // strips.channels)
     return choice._replace(kernels=(first, last), leftover=leftover)
 
 

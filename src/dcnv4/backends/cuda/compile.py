@@ -216,19 +216,20 @@ def _checksum(key: str, code: bytes) -> bytes:
 
 
 def _files() -> list[Path]:
-    return sorted([*_FOLDER.glob("*/*.cu*"), *_INCLUDE.glob("*.h"), Path(launch.__file__)])
+    return sorted([*_FOLDER.glob("*/*.cu*"), *_INCLUDE.glob("*.h")])
 
 
 @cache
 def _sources() -> str:
     """The text of all kernels, which every cache entry depends on."""
-    return "\0".join(file.read_text(encoding="utf-8") for file in _files())
+    texts = (file.read_text(encoding="utf-8") for file in _files())
+    return "\0".join((*map(launch.structure, KERNELS), *texts))
 
 
 def _missing() -> list[str]:
     """Names of source files that this installation has lost."""
-    needed = {f"{name}.cu" for name in KERNELS}
-    needed.update(re.findall(r'#include ["<](?:.*/)?(.+)[">]', _sources()))
+    needed = {"sampling.h", *(f"{name}.cu" for name in KERNELS)}
+    needed.update(re.findall(r"#include <\w+/(\w+\.cuh)>", _sources()))
     return sorted(needed - {file.name for file in _files()})
 
 

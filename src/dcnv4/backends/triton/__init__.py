@@ -264,19 +264,19 @@ def _constants(
 
 def _window_constants(window: Window) -> dict[str, Any]:
     """What only a convolution has."""
-    (ph, pw), (ch, cw), kh = window.padding, window.center(), window.kernel_size[0]
+    (ph, pw), (ch, cw) = window.padding, window.center()
     return {
         "SCALE": window.offset_scale,
         "STRIDE_H": window.stride[0],
         "STRIDE_W": window.stride[1],
         "ORIGIN_H": ch - ph,
         "ORIGIN_W": cw - pw,
-        "KERNEL_H": kh,
+        "KERNEL_H": window.kernel_size[0],
         "DILATION_H": window.dilation[0],
         "DILATION_W": window.dilation[1],
         "CENTER_H": ch,
         "CENTER_W": cw,
-        "REMOVED": window.kernel_size[1] // 2 * kh + kh // 2 if window.remove_center else None,
+        "REMOVED": window.center_index() if window.remove_center else None,
     }
 
 

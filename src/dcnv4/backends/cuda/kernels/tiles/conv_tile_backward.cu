@@ -5,7 +5,7 @@
 // added tile after tile.
 // Memory: as the forward and the output's gradient once; WINDOW_W / TILE_W vectors of float32
 // additions for every pixel and channel.
-// Limit: the latency of its own instructions, at 11 warps a multiprocessor for want of registers;
+// Limit: the latency of its own instructions, at 11 warps an SM for want of registers;
 // L1 is 62 % busy, L2 70 %.
 #include <common/backward.cuh>
 #include <tiles/points.cuh>

@@ -4,7 +4,7 @@
 // Memory: every offset and weight once, every output once, the value once and what neighbouring
 // strips share, WINDOW_W / TILE_W times in all.
 // Limit: shared memory and L1 do 67 % of what they can on an H100, L2 62 %, issue slots 60 %, with
-// 15 warps a multiprocessor.
+// 15 warps an SM.
 #include <tiles/points.cuh>
 
 using namespace dcnv4;

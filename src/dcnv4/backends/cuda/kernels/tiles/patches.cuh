@@ -10,7 +10,7 @@ struct Patches {
     static constexpr int PLANE = PIXELS * 16;
     unsigned char bytes[PATCH_H * PLANE];
 
-    // Words of a pixel: in different banks for eight columns.
+    // Words of a pixel. Without the XOR, columns two apart, of 64 bytes each, would share banks.
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + (r ^ (c / 2))) * 16; }
 
     DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {

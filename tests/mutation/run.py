@@ -1,0 +1,250 @@
+"""Mutants against the tests, each worker in a copy of the tree; what is known is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import NamedTuple
+
+import pytest
+
+from .mutants import Mutant, StaleError, load
+from .selections import Stage
+
+COPIED = ("src", "tests", "pyproject.toml")
+_POLL = 0.05  # seconds
+
+
+class Outcome(NamedTuple):
+    """What came of one run of pytest."""
+
+    passed: bool
+    test: str
+    """The one that failed, or ran when time was up; none: it did not come to a test."""
+    timed_out: bool = False
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+@dataclass
+class Bench:
+    """Where mutants are run.
+
+    Args:
+        root: the tree, which stays as it is.
+        folder: for copies of it and what is compiled; may be kept for the next run.
+        patience: seconds that one test may take.
+        deadline: of `time.monotonic`, when all must be over.
+        choose: the stages of a mutant.
+    """
+
+    root: Path
+    folder: Path
+    patience: float
+    deadline: float
+    choose: Callable[[Mutant], Sequence[Stage]]
+    failing: list[str] = field(default_factory=list)
+    """Tests that fail where nothing is changed; none of them counts."""
+    _checked: dict[Stage | str, Lock] = field(default_factory=dict)
+    _sound: set[Stage | str] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+
+    def tree(self, name: str) -> Path:
+        """A fresh copy of the tree; beside it lies what runs in it leave behind."""
+        copy = self.folder / name / "tree"
+        shutil.rmtree(copy.parent, ignore_errors=True)
+        for part in COPIED:
+            source = self.root / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                copy.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, copy / part)
+        return copy
+
+    def environment(self, tree: Path, stage: Stage) -> dict[str, str]:
+        compiler = shutil.which("g++") or shutil.which("c++") or "g++"
+        wrapper = f"{sys.executable} -ISB {tree / 'tests/mutation/compiler.py'} {compiler}"
+        hidden = {} if stage.needs_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        return {
+            **os.environ,
+            **hidden,
+            "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree / "tests"))),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may be as long and as old as the original
+            "CXX": wrapper,
+            "DCNV4_CACHE_DIR": str(tree.parent / "cache"),
+            "OMP_NUM_THREADS": "2",
+            "MUTATION_TREE": str(tree),
+            "MUTATION_CACHE": str(self.folder / "compiled"),
+            "MUTATION_LOG": str(tree.parent / "compiled.jsonl"),
+            "MUTATION_TEST": str(tree.parent / "test"),
+            **dict(stage.environment),
+        }
+
+    def run_stage(self, tree: Path, stage: Stage) -> Outcome:
+        """Run a stage in a tree up to the first failure.
+
+        Raises:
+            OutOfTimeError: the budget ended before it.
+        """
+        watch = tree.parent / "test"
+        watch.write_text("")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "mutation.watch", "--hypothesis-seed=0", *stage.arguments]
+        command += [f"--deselect={test}" for test in self.failing]
+        with (tree.parent / "output").open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=tree,
+                env=self.environment(tree, stage),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(_POLL)
+                    if time.monotonic() > self.deadline:
+                        raise OutOfTimeError
+                    if time.time() - watch.stat().st_mtime > self.patience:
+                        return Outcome(False, watch.read_text(encoding="utf-8"), timed_out=True)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        gone = stage.may_be_gone and process.returncode == pytest.ExitCode.USAGE_ERROR
+        return Outcome(process.returncode == 0 or gone, watch.read_text(encoding="utf-8"))
+
+    def passes(self, stage: Stage, test: str, tree: Path) -> bool:
+        """Whether a test passes where nothing is changed; one that does not is left out from then.
+
+        Raises:
+            RuntimeError: the stage does not even come to a test.
+        """
+        with self._lock:
+            lock = self._checked.setdefault(test or stage, Lock())
+        with lock:
+            if test in self.failing:
+                return False
+            if (test or stage) not in self._sound:
+                if not test:
+                    chosen = ("--collect-only", *stage.arguments)
+                    self.pass_all(tree, stage._replace(arguments=chosen))
+                elif not self.run_stage(tree, stage.alone(test)).passed:
+                    self.failing.append(test)
+                    return False
+                self._sound.add(test or stage)
+            return True
+
+    def pass_all(self, tree: Path, stage: Stage) -> None:
+        """Run a stage where nothing is changed.
+
+        Raises:
+            RuntimeError: a test fails.
+        """
+        outcome = self.run_stage(tree, stage)
+        if not outcome.passed:
+            said = (tree.parent / "output").read_text(encoding="utf-8")[-3000:]
+            raise RuntimeError(f"{outcome.test or stage} must pass as it is; got\n{said}")
+
+    def try_mutant(self, mutant: Mutant, tree: Path) -> dict[str, object]:
+        """The result of one mutant, in a tree that is then as before.
+
+        Raises:
+            OutOfTimeError: the budget ended before it.
+        """
+        began = time.monotonic()
+        entry: dict[str, object] = {"key": mutant.key}
+        log = tree.parent / "compiled.jsonl"
+        for number, stage in enumerate(self.choose(mutant)):
+            passed = not stage.runs_here
+            while not passed:
+                try:
+                    original = mutant.apply(tree)
+                except StaleError:
+                    return entry | {"result": "stale"}
+                log.unlink(missing_ok=True)
+                try:
+                    passed, test, late = self.run_stage(tree, stage)
+                finally:
+                    (tree / mutant.file).write_bytes(original)
+                seconds = round(time.monotonic() - began, 1)
+                broken = any("error" in compiled for compiled in load(log))
+                if not passed and self.passes(stage, test, tree):
+                    result = "timeout" if late else "uncompiled" if broken else "killed"
+                    found = {"result": result, "stage": number, "test": test, "seconds": seconds}
+                    return entry | found
+        return entry | {"result": "survived", "seconds": round(time.monotonic() - began, 1)}
+
+
+def run(
+    bench: Bench,
+    mutants: Iterable[Mutant],
+    record: Callable[[dict[str, object]], None],
+    jobs: int = 1,
+) -> int:
+    """Try mutants until all are tried or the time is over; how many were not.
+
+    Args:
+        bench: where.
+        mutants: in the order in which they are tried.
+        record: takes each result, one at a time.
+        jobs: how many run at once.
+
+    Raises:
+        RuntimeError: the tests cannot be collected without a mutant.
+    """
+    waiting: SimpleQueue[Mutant] = SimpleQueue()
+    for mutant in mutants:
+        waiting.put(mutant)
+    lock = Lock()
+    left = [0]
+
+    def work(name: str) -> None:
+        tree = bench.tree(name)
+        while True:
+            try:
+                mutant = waiting.get_nowait()
+                result = bench.try_mutant(mutant, tree)
+            except Empty:
+                return
+            except OutOfTimeError:
+                left[0] += 1
+                return
+            except BaseException:
+                bench.deadline = 0  # the others stop too
+                raise
+            with lock:
+                record(result)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        workers = [pool.submit(work, str(number)) for number in range(jobs)]
+    for worker in workers:
+        worker.result()
+    return left[0] + waiting.qsize()
+
+
+def append(path: Path) -> Callable[[dict[str, object]], None]:
+    """What adds a result to a file of JSON lines, and says so."""
+
+    def record(result: dict[str, object]) -> None:
+        line = json.dumps(result)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    return record
