@@ -215,6 +215,8 @@ def pair(field: str) -> Any:
 
 
 def changing(field: str) -> Callable[[WindowedLayer, Any], None]:
+    """What sets a field, checked as an argument is."""
+
     def change(layer: WindowedLayer, to: Any) -> None:
         layer.window = window(**{**layer.window._asdict(), field: to})
 
