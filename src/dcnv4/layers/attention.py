@@ -20,10 +20,10 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..beginnings import Begin, rays
 from ..eager import as_leaf, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
+from ..initialization import Initializer, rays
 from .base import Layer, width_read
 
 
@@ -91,9 +91,9 @@ class FlashDeformAttn(Layer):
         self.attention_weights = nn.Linear(d_model, samples, **made)
         self.value_proj = nn.Linear(d_model, inside, **made)
         self.output_proj = nn.Linear(inside, d_model, **made)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         zeros = nn.init.zeros_
         yield self.sampling_offsets, zeros, partial(rays, self.n_levels, self.n_points)
         yield self.attention_weights, zeros, zeros

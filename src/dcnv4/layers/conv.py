@@ -21,10 +21,10 @@ from ..arguments import (
     factory,
     window,
 )
-from ..beginnings import Begin, average
 from ..eager import as_leaf, autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
+from ..initialization import Initializer, average
 from .base import (
     OriginalNames,
     WindowedLayer,
@@ -83,9 +83,9 @@ class _DeformConv(WindowedLayer):
         if not without_pointwise:
             self.value_proj = nn.Linear(in_channels, out_channels, **factory)
             self.output_proj = nn.Linear(out_channels, out_channels, bias=output_bias, **factory)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         zeros = nn.init.zeros_
         first = partial(average, self.window) if self.init == "average" else zeros
         yield self.offset_mask, zeros, first

@@ -17,9 +17,9 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..beginnings import Begin
 from ..eager import as_leaf
 from ..functional import windowed_conv
+from ..initialization import Initializer
 from .base import (
     OriginalNames,
     WindowedLayer,
@@ -119,9 +119,9 @@ class DCNv3(WindowedLayer, OriginalNames):
         self.mask = nn.Linear(channels, samples, **made)
         self.input_proj = nn.Linear(channels, channels, **made)
         self.output_proj = nn.Linear(channels, channels, **made)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         for prediction in (self.offset, self.mask):
             yield prediction, nn.init.zeros_, nn.init.zeros_
         for projection in (self.input_proj, self.output_proj):
