@@ -8,11 +8,11 @@
 // precision is lost where it is large. An attention's points have neither; their scale is the size
 // of their level and their shift -1/2.
 //
-// Work. Every thread takes pieces of output pixels from a counter. The K points of one (pixel,
-// group) are a slice; the points of a batch of slices lie one after another in the lanes of vectors,
-// so that few lanes are idle: coordinates, corners and coefficients are computed lane by lane
-// (`place`), then the D channels are summed in registers, point after point (`gather`). A batch
-// with a corner outside the image reads zeros there, by other code than one without. Backwards,
+// Work. Every thread takes pieces of output pixels from a counter. A slice, one (pixel, group), has
+// K points; those of a batch of slices lie one after another in the lanes of vectors, so that few
+// lanes are idle: coordinates, corners and coefficients are computed lane by lane (`place`), then
+// the D channels are summed in registers, point after point (`gather`). A batch with a corner
+// outside the image reads zeros there, by other code than one without. Backwards,
 // `spread` leaves four partial sums of each dot product for `finish` to add lane by lane. The
 // gradient of the value has no atomics: a thread owns some groups of an image, or, where there are
 // fewer of those than threads, a band of the value's rows of one (image, group); it goes over the
@@ -321,7 +321,8 @@ bool is_in_place(const Work& p, int64_t groups) {
 // become it: they are summed in the tensor where they lie there as they would in the scratch.
 template <typename V, typename A, typename F>
 void with_sums(const Work& p, int64_t image, Sums<A> sums, F&& f) {
-    const auto to = (V*)p.call.grad_value + index_of(p.grad_value, image, 0, sums.low, sums.first_group);
+    V* const to =
+        (V*)p.call.grad_value + index_of(p.grad_value, image, 0, sums.low, sums.first_group);
     const bool there = is_in_place<V, A>(p, sums.last_group - sums.first_group);
     if (there) sums.at = reinterpret_cast<A*>(to);
     std::fill_n(sums.at, (sums.high - sums.low) * sums.stride(), A(0));

@@ -1,6 +1,6 @@
 // The points of a batch of slices, one after another in the lanes of vectors: what is the same for
-// every batch (`Grid`), where the points lie and what their corners count (`place`), and which slices
-// make up a batch (`for_batches`). A slice is one (pixel, group).
+// every batch (`Grid`), where the points lie and what their corners count (`place`), and which
+// slices make up a batch (`for_batches`). A slice is one (pixel, group).
 #pragma once
 
 #include <algorithm>
@@ -98,7 +98,6 @@ struct Grid {
 struct Slice {
     int64_t row, column, group;
     int64_t value, offsets, weights, output;  // its first element in these; of the image in value
-    int x, y;                                 // the pixel of the value at its centre
 };
 
 // A thread's scratch: the points of a batch.
@@ -115,7 +114,7 @@ struct Points {
 
     Array<Slice> slices;
     Array<A> pairs;  // pixels from the origin, x and y in turn; then their gradients
-    Array<int> origin_x, origin_y;  // its slice's x and y; 0 for queries
+    Array<int> origin_x, origin_y;  // pixel of the value at the centre of its slice; 0 for queries
     Array<A> weight;                // what each point counts
     Array<A> fraction_x, fraction_y;
     Array<int64_t> position;  // of the top left corner in the value, in pixels
@@ -155,7 +154,8 @@ __attribute__((always_inline)) inline const A* read(const Numbers& numbers, int6
     const bool is_half = numbers.dtype == bfloat16 || numbers.dtype == float16;
     const int64_t size = is_half ? 2 : sizeof(A);
     const void* from = numbers.data + at * size;
-    if (__builtin_expect(at + padded(count) > numbers.end, 0)) from = std::memcpy(raw, from, count * size);
+    const bool at_end = __builtin_expect(at + padded(count) > numbers.end, 0);
+    if (at_end) from = std::memcpy(raw, from, count * size);
     if constexpr (std::is_same<A, float>::value) {
         if (numbers.dtype == bfloat16)
             return convert(static_cast<const bfloat*>(from), count, to), to;
@@ -280,7 +280,7 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
     const Numbers all_offsets = grid.offsets, all_weights = grid.weights;
     const Slice *const first = s.slices, *const last = first + slices;
     // Every slice writes whole blocks; what is beyond its points is the next slice's to overwrite.
-    // Loops apart and copies of what they read, so that all of it stays in registers.
+    // Two loops and copies of what they read, so that all of it stays in registers.
     const Lanes shift = Lanes{} + A(p.shift);
     A* to = pairs;
     for (const Slice* at = first; at < last; ++at, to += 2 * count) {
@@ -290,17 +290,6 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
             store<L>(to + i,
                      rounded(load<L>(scale + i) * (load<L>(base + i) + load<L>(offsets + i))) +
                          shift);
-    }
-    int *const origin_x = s.origin_x, *const origin_y = s.origin_y;
-    if (p.step_x != 0) {
-        constexpr int N = kBytes / int(sizeof(int));
-        int64_t n = 0;
-        for (const Slice* at = first; at < last; ++at, n += count) {
-            for (int64_t i = n; i < n + count; i += N) {
-                store<N>(origin_x + i, Vector<int, N>{} + at->x);
-                store<N>(origin_y + i, Vector<int, N>{} + at->y);
-            }
-        }
     }
     to = weight;
     for (const Slice* at = first; at < last; ++at, to += count) {
@@ -312,6 +301,7 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
         }
     }
     const int *const height = grid.height, *const width = grid.width;
+    const int *const origin_x = s.origin_x, *const origin_y = s.origin_y;
     const int64_t* const start = grid.start;
     A *const fraction_x = s.fraction_x, *const fraction_y = s.fraction_y;
     A* const coefficient = s.coefficient;
@@ -338,21 +328,26 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
     if (p.clipped) restrict_to(s, grid, slices * count, 0, p.pixels);
 }
 
-// Place groups [g, last_group) of output pixels [first, last) of one image, in order, a batch at a
-// time, and call f(slices) after each.
+// Place groups [first_group, last_group) of output pixels [first, last) of one image, in order, a
+// batch at a time, and call f(slices) after each.
 template <typename A, typename F>
 void for_batches(const Work& p, const Grid<A>& grid, int64_t image, int64_t first, int64_t last,
                  int64_t first_group, int64_t last_group, Points<A>& s, F&& f) {
     if (first >= last) return;
-    int64_t row = first / p.columns, column = first % p.columns, group = first_group;
+    using Pixels = Vector<int, kBlock>;
+    const int64_t count = grid.count;
+    const auto first_slice = [&](int64_t row, int64_t column) {
+        return Slice{row, column, first_group, index_of(p.value, image, 0, 0, first_group),
+                     index_of(p.offsets, image, row, column, first_group),
+                     index_of(p.weights, image, row, column, first_group),
+                     index_of(p.output, image, row, column, first_group)};
+    };
+    Slice next = first_slice(first / p.columns, first % p.columns);
     for (int64_t left = (last - first) * (last_group - first_group); left > 0;) {
         const int64_t slices = std::min(left, grid.slices);
+        int *origin_x = s.origin_x, *origin_y = s.origin_y;
         for (int64_t u = 0; u < slices;) {
-            Slice next{row, column, group, index_of(p.value, image, 0, 0, group),
-                       index_of(p.offsets, image, row, column, group),
-                       index_of(p.weights, image, row, column, group),
-                       index_of(p.output, image, row, column, group),
-                       int(p.origin_x + p.step_x * column), int(p.origin_y + p.step_y * row)};
+            const int64_t before = u;
             for (; u < slices && next.group < last_group; ++next.group) {
                 s.slices[u++] = next;
                 next.value += p.value.group;
@@ -360,10 +355,20 @@ void for_batches(const Work& p, const Grid<A>& grid, int64_t image, int64_t firs
                 next.weights += p.weights.group;
                 next.output += p.output.group;
             }
-            group = next.group;
-            if (group < last_group) continue;
-            group = first_group;
-            if (++column == p.columns) column = 0, ++row;
+            if (p.step_x != 0) {
+                const auto x = Pixels{} + int(p.origin_x + p.step_x * next.column);
+                const auto y = Pixels{} + int(p.origin_y + p.step_y * next.row);
+                const int64_t points = (u - before) * count;
+                for (int64_t n = 0; n < points; n += kBlock) {
+                    store<kBlock>(origin_x + n, x);
+                    store<kBlock>(origin_y + n, y);
+                }
+                origin_x += points;
+                origin_y += points;
+            }
+            if (next.group < last_group) continue;
+            const bool ends = next.column + 1 == p.columns;
+            next = first_slice(next.row + ends, ends ? 0 : next.column + 1);
         }
         place(p, grid, slices, s);
         f(slices);

@@ -1,5 +1,5 @@
-// Channels in registers: vectors of the machine's width, their loads and stores, and numbers in half
-// precision. Sums are made in A: double for double, float for everything else.
+// Channels in registers: vectors of the machine's width, their loads and stores, and conversions of
+// half precision. Sums are made in A: double for double, float for everything else.
 #pragma once
 
 #include <algorithm>

@@ -12,10 +12,6 @@
 #define DCNV4_HD inline
 #endif
 
-#ifndef __CUDACC_RTC__
-#include <math.h>  // NVRTC knows `floor` by itself
-#endif
-
 namespace dcnv4 {
 
 template <typename T>
@@ -74,7 +70,8 @@ DCNV4_HD Floor<T> floor_of(T x) {
     const int whole = integer_below(x);
     return {whole, x - T(whole)};
 #else
-    const T whole = floor(x);
+    const bool single = sizeof(T) == sizeof(float);
+    const T whole = single ? T(__builtin_floorf(float(x))) : T(__builtin_floor(double(x)));
     return {int(whole), x - whole};
 #endif
 }
@@ -91,14 +88,16 @@ DCNV4_HD Corners<T> corners(int origin_x, int origin_y, T x, T y, int height, in
     // Unsigned sums wrap around: one above 2^31 becomes negative, one below -2^31 at least W or H.
     const int column = int(unsigned(origin_x) + unsigned(at_x.whole));
     const int row = int(unsigned(origin_y) + unsigned(at_y.whole));
-    // At column or row -1 a point is inside if a fraction leads on to 0.
+    // In column or row -1 a point is inside if a fraction leads on to 0.
     const bool inside = (column >= -int(at_x.fraction > 0)) & (column < width) &
                         (row >= -int(at_y.fraction > 0)) & (row < height);
     const bool left = column >= 0, right = column < width - 1;
     const bool top = row >= 0, bottom = row < height - 1;
-    const int legal = -int(inside) & (left * 5 | right * 10) & (top * 3 | bottom * 12);
-    return {legal, inside ? column : 0, inside ? row : 0, at_x.fraction, at_y.fraction,
-            inside, left, right, top, bottom};
+    // Bits and no choices, which the compiler of the CPU's loop would make of 64-bit integers.
+    const int mask = -int(inside);
+    const int legal = mask & (left * 5 | right * 10) & (top * 3 | bottom * 12);
+    return {legal, column & mask, row & mask, at_x.fraction, at_y.fraction, inside, left, right,
+            top, bottom};
 }
 
 // What each corner counts: its bilinear share of the weight. Not zero at an illegal corner.
