@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ def other_words(**right: str) -> Callable[[Init], Init]:
                 )
             init(self, *arguments, **settings)
 
+        checked.__signature__ = signature(init)  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
 
     return decorate
@@ -67,11 +69,12 @@ def is_readable(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def width_read(module: nn.Module | None) -> int | None:
-    """How many channels a submodule reads, where it tells."""
+def width_read(module: nn.Module, found: int) -> int:
+    """How many channels a submodule reads: as many as were found where it does not tell."""
     if type(module) is nn.Linear:
         return module.weight.shape[1]
-    return getattr(module, "in_features", getattr(module, "in_channels", None))
+    width: int = getattr(module, "in_features", getattr(module, "in_channels", found))
+    return width
 
 
 # Initialization.
