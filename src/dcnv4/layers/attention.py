@@ -184,7 +184,7 @@ class FlashDeformAttn(Layer):
         check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
         whole, given = (*query.shape[:2], self.n_levels), reference_points.shape
         if given[3] not in (2, 4) or any(
-            one not in (1, all_) for one, all_ in zip(given, whole, strict=False)
+            one != 1 and one != all_ for one, all_ in zip(given, whole, strict=False)
         ):
             raise ValueError(
                 f"reference_points must be [B, Q, L, 2 or 4] = {[*whole, 2]} or {[*whole, 4]}, or "
@@ -224,7 +224,7 @@ class FlashDeformAttn(Layer):
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
     check_tensor(name, argument, "[B, length, d_model]", (3,))
-    if (width := width_read(reader)) not in (argument.shape[-1], None):
+    if (width := width_read(reader)) is not None and argument.shape[-1] != width:
         raise ValueError(
             f"{name} must be [B, length, d_model = {width}]; got {list(argument.shape)}"
         )

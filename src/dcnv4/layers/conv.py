@@ -254,7 +254,7 @@ class DCNv4(_DeformConv, OriginalNames):
         """[B, H, W, C] of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
-        if (width := self._width()) not in (x.shape[-1], None):
+        if (width := self._width()) is not None and x.shape[-1] != width:
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
             raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
         if shape is not None:
@@ -402,7 +402,7 @@ class DCNv4Conv2d(_DeformConv):
         """[B, H, W, in_channels] of what `forward` takes."""
         layout = "[B, in_channels, H, W] or [in_channels, H, W]"
         check_tensor("x", x, layout, (4, 3))
-        if (width := self._width()) not in (x.shape[-3], None):
+        if (width := self._width()) is not None and x.shape[-3] != width:
             raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
         return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
 

@@ -146,7 +146,7 @@ class DCNv3(WindowedLayer, OriginalNames):
     def _features(self, x: Tensor) -> Tensor:
         """What the points are predicted from, [B, Ho, Wo, C]."""
         check_tensor("x", x, "[B, H, W, C]", (4,))
-        if (width := width_read(self.input_proj)) not in (x.shape[-1], None):
+        if (width := width_read(self.input_proj)) is not None and x.shape[-1] != width:
             raise ValueError(f"x must be [B, H, W, C = {width}]; got {list(x.shape)}")
         return self._at_centers(self.dw_conv(x.permute(0, 3, 1, 2)))
 
