@@ -168,6 +168,17 @@ def traced_levels(spatial_shapes: Tensor | Sequence[Sequence[Any]]) -> Any:
     return torch.stack([torch.as_tensor(size) for size in sizes]).view(-1, 2)
 
 
+def beside(constant: Tensor, tensor: Tensor) -> Tensor:
+    """A constant as operations take it beside a tensor: where that is spread over processes, which
+    is a `DTensor`, whole in each of them."""
+    mesh = None if type(tensor) is Tensor else getattr(tensor, "device_mesh", None)
+    if mesh is None or type(constant) is type(tensor):
+        return constant
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(constant, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def _is_transformed() -> bool:
     """Whether a `torch.func` transform or forward mode wants the operations of a call."""
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0

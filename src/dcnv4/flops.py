@@ -15,12 +15,8 @@ multiplication and its addition as 1, are told:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -28,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .imports import when_imported
 from .layers import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 __all__ = ["FVCORE", "thop_hooks"]
@@ -62,34 +59,7 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(operator_backward)(_backward(points))
 
 
-_COUNTER = "torch.utils.flop_counter"
-
-
-class _RegisterWhenImported(MetaPathFinder):
-    """Finds PyTorch's counter as Python does, and makes its import register the formulas.
-
-    Importing it here would cost everybody the import of Triton.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == _COUNTER else None
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, _RegisterWhenImported())
-if _COUNTER in sys.modules:
-    _register(import_module(_COUNTER))
+when_imported("torch.utils.flop_counter", _register)
 
 
 def _fvcore_conv(inputs: list[Any], outputs: list[Any]) -> int:

@@ -177,10 +177,12 @@ def ms_deform_attn(
     shape = (batch, queries, groups, levels, points)
     layout = "[B, Q, G, L, P] or [B, Q, G, L*P]"
     check_tensor("attention_weights", attention_weights, layout, (5, 4), value)
-    if attention_weights.shape not in (shape, (*shape[:3], levels * points)):
+    # Not `in`: a compiler that traces the call looks there for these very numbers.
+    given = attention_weights.shape
+    if given != shape and given != (*shape[:3], levels * points):
         raise ValueError(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
-            f"got {list(attention_weights.shape)}"
+            f"got {list(given)}"
         )
     shapes = check_levels(spatial_shapes, levels, length, value.device)
     deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .backends import choose, load, reference
-from .eager import AUTOCAST_KEYS, Differentiable, as_autocast, needs_grad, run, without_autocast
+from .eager import (
+    AUTOCAST_KEYS,
+    Differentiable,
+    as_autocast,
+    beside,
+    needs_grad,
+    run,
+    without_autocast,
+)
 from .geometry import Window
 
 T = TypeVar("T")
@@ -86,6 +94,11 @@ class Operator:
             _library.impl(name, partial(self._autocast, device), autocast.name)
             run_backward = partial(without_autocast, device, self.operator_backward)
             _library.impl(f"{name}_backward", run_backward, autocast.name)
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        """How a call is made of calls on parts of it: the dimension along which each of its inputs
+        and at the end its output are split, None for an input that all parts read whole."""
+        return [(0,) * (len(self.inputs) + 1)]
 
     def dispatch(self, *call: Any) -> Tensor:
         """The output, by way of PyTorch's dispatcher."""
@@ -203,12 +216,16 @@ class DeformAttn(Operator):
     )
     inputs = 1, 3, 4
 
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
+        return [*super().splits(*call), queries, heads]
+
     @staticmethod
     def flatten(
         backend: str, value: Tensor, shapes: Tensor | Sequence[tuple[int, int]], *rest: Any
     ) -> tuple[Any, ...]:
         if isinstance(shapes, Tensor):
-            return value, shapes, [], *rest, backend
+            return value, beside(shapes, value), [], *rest, backend
         return value, None, [size for pair in shapes for size in pair], *rest, backend
 
     @staticmethod
@@ -253,8 +270,8 @@ class DeformAttn(Operator):
         return reference.attn_forward(*arguments, differentiable=True)
 
 
-deform_conv = partial(run, DeformConv())
-ms_deform_attn = partial(run, DeformAttn())
+OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn()
+deform_conv, ms_deform_attn = (partial(run, operator) for operator in OPERATORS)
 
 
 def composite(arguments: str) -> Callable[[_Function], _Function]:

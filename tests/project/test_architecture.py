@@ -28,7 +28,9 @@ COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
 
 # The package's modules that each one below the command line may import.
 ARROWS = {
-    "__init__": {"backends", "compat.fork", "conversion", "flops", "functional", "layers"},
+    "__init__": {
+        *("backends", "compat.fork", "conversion", "flops", "functional", "layers", "sharding"),
+    },
     "geometry": set(),
     "eager": {"geometry"},
     "arguments": {"geometry", "backends", "eager"},
@@ -46,7 +48,9 @@ ARROWS = {
     "layers.dcnv3": {"arguments", "initialization", "eager", "functional", "layers.base"},
     "modules": {"layers"},
     "backends": {"geometry"},
-    "flops": {"layers"},
+    "flops": {"imports", "layers"},
+    "imports": set(),
+    "sharding": {"imports", "ops"},
     "conversion": {"arguments", "layers"},
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "visualize": {"layers"},

@@ -20,7 +20,7 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, is_traced, traced_levels
+from ..eager import as_leaf, beside, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
 from ..initialization import Initializer, rays
@@ -216,10 +216,10 @@ class FlashDeformAttn(Layer):
         """The levels' (W, H), [L, 1, 2], beside `offsets`."""
         shapes = traced_levels(shapes)
         if isinstance(shapes, Tensor):
-            return shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype)
+            return beside(shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype), offsets)
         sizes = tuple((width, height) for height, width in shapes)
         make = _make_sizes if is_traced(offsets) else _kept_sizes
-        return make(sizes, offsets.device, offsets.dtype)
+        return beside(make(sizes, offsets.device, offsets.dtype), offsets)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:

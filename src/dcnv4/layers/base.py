@@ -21,7 +21,7 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..eager import is_traced
+from ..eager import beside, is_traced
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
 
@@ -186,7 +186,7 @@ class WindowedLayer(Layer):
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
         column, row = self.window.origins(
-            torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
+            *(beside(torch.arange(n, device=x.device), x) for n in (rows, columns))
         )
         return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
 
