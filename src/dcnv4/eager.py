@@ -20,7 +20,10 @@ from torch.nn import Module, Parameter
 from .geometry import sum_dtype
 
 T = TypeVar("T")
-_HAS_COMPILER = hasattr(getattr(torch, "compiler", None), "is_dynamo_compiling")
+# True where PyTorch has no such function: what it traces cannot be told from what it runs.
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_dynamo_compiling", lambda: True)
+_is_subclass_like = _C._dispatch_isTensorSubclassLike
+_is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
 AUTOCAST_KEYS = {
     device: key
@@ -95,8 +98,8 @@ class Differentiable(torch.autograd.Function):
         inputs = operator.inputs
         saved = zip(ctx.saved_tensors, ctx.call, strict=True)
         call = [other if tensor is None else tensor for tensor, other in saved]
-        wanted = torch.is_grad_enabled() or _is_autocast_anywhere()
-        if wanted or not _is_memory(grad) or not is_plain(call, inputs):
+        plain = is_plain((*call, grad), (*inputs, -1))
+        if not plain or torch.is_grad_enabled() or _is_autocast_anywhere():
             results = operator.dispatch_backward(grad, *call)
         else:
             results = operator.backward(grad, *call)
@@ -115,30 +118,26 @@ _apply = super(torch.autograd.Function, Differentiable).apply
 
 def is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
     """Whether nothing but autograd, autocast and a backend is interested in a call."""
-    if not _HAS_COMPILER or torch.compiler.is_dynamo_compiling():
+    if _is_compiling():
         return False
     for i in inputs:
-        if not _is_memory(call[i]):
+        tensor = call[i]
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        # It is no memory: on the meta device, of a transform, or left over by one.
+        if _is_subclass_like(tensor):
+            return False
+        # Its memory is not its numbers, or is none.
+        if tensor.is_neg() or tensor._is_zerotensor():
             return False
     return not (
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or _C._is_tracing()
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or _is_profiling()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-    )
-
-
-def _is_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is the numbers that lie in its memory, and has such memory.
-
-    A subclass, what a transform made or left over and a meta tensor have none; PyTorch's own zeros
-    have no address, and the negative of a tensor has that of the tensor.
-    """
-    kind = type(tensor)
-    return (kind is Tensor or kind is Parameter) and not (
-        _C._dispatch_isTensorSubclassLike(tensor) or tensor.is_neg() or tensor._is_zerotensor()
     )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .layers import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 __all__ = ["FVCORE", "thop_hooks"]
 
@@ -116,14 +116,15 @@ def thop_hooks(model: nn.Module) -> Iterator[None]:
     """
 
     def count(layer: Any, inputs: Any, output: Tensor) -> None:
-        points = (
-            layer.n_levels * layer.n_points
-            if isinstance(layer, FlashDeformAttn)
-            else layer.window.points()
-        )
-        layer.total_ops += _products(points, output.shape)
+        if isinstance(layer, FlashDeformAttn):
+            points, channels = layer.n_levels * layer.n_points, layer.output_proj.in_features
+            shape = (*output.shape[:-1], channels)
+        else:
+            points, shape = layer.window.points(), output.shape
+        layer.total_ops += _products(points, shape)
 
-    layers = [m for m in model.modules() if isinstance(m, (DCNv4, DCNv4Conv2d, FlashDeformAttn))]
+    ours = (DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn)
+    layers = [module for module in model.modules() if isinstance(module, ours)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         yield

@@ -257,7 +257,7 @@ def _panels(figure: FigureBase, count: int) -> list[Axes]:
 def _as_map(layer: nn.Module, x: Tensor, shape: Sequence[int] | None) -> Tensor:
     """[B, H, W, C] of what the layer takes."""
     if isinstance(layer, DCNv4Conv2d):
-        return x.permute(0, 2, 3, 1)
+        return (x if x.dim() == 4 else x[None]).permute(0, 2, 3, 1)
     if x.dim() == 3:
         side = math.isqrt(x.shape[1])
         x = x.unflatten(1, tuple(shape or (side, side)))

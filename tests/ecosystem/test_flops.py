@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, flops, functional
+from dcnv4.layers import DCNv3
 
 LEVELS = ((3, 4), (2, 2))
 
@@ -107,6 +109,25 @@ print(counter.get_flop_counts()["Global"][torch.ops.dcnv4.deform_conv])
     code = f"import torch\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2 * 4 * 9 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "products"),
+    [
+        (DCNv3(8, group=2), (torch.randn(2, 4, 6, 8),), 4 * 9 * 8 * 24 * 2),
+        (
+            FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3, ratio=0.5),
+            (torch.randn(2, 5, 8), torch.rand(2, 5, 1, 2), torch.randn(2, 16, 8), LEVELS),
+            4 * 6 * 4 * 5 * 2,
+        ),
+    ],
+    ids=["DCNv3", "half the value's channels"],
+)
+def test_what_thop_is_told(layer: nn.Module, arguments: tuple[Any, ...], products: int) -> None:
+    layer.total_ops = 0
+    with flops.thop_hooks(layer):
+        layer(*arguments)
+    assert layer.total_ops == products
 
 
 class Model(nn.Module):

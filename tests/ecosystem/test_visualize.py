@@ -72,6 +72,13 @@ def test_conv_draws_the_points_of_a_pixel(name: str, tmp_path: Any) -> None:
     assert (tmp_path / "points.png").stat().st_size > 10_000
 
 
+def test_an_image_without_a_batch() -> None:
+    layer, x, _ = LAYERS["DCNv4Conv2d"]
+    single, batched = (visualize.conv(layer, i, pixel=(1, 2)).axes[0] for i in (x[0], x[:1]))
+    for one, other in zip(drawn(single), drawn(batched), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_conv_averages_over_the_map() -> None:
     layer, x, _ = LAYERS["DCNv4Conv2d"]
     randomised(layer)
