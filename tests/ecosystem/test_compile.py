@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from dcnv4.layers import DCNv3
 from support import cases
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -70,13 +72,26 @@ def test_one_dynamic_graph_serves_every_size() -> None:
 def example(name: str, batch: int, height: int, width: int) -> tuple[Any, ...]:
     """Arguments of a layer for a batch of maps of this size."""
     tokens = torch.randn(batch, height * width, 8)
+    if name == "DCNv3":
+        return (tokens.view(batch, height, width, 8),)
     if name == "DCNv4":
         return tokens, (height, width)
-    return torch.randn(batch, 5, 8), torch.rand(batch, 5, 1, 2), tokens, [(height, width)]
+    query = torch.randn(batch, 5, 8)
+    if name == "boxes":
+        return query, torch.rand(1, 5, 1, 4), tokens, [(height, width)]
+    return query, torch.rand(batch, 5, 1, 2), tokens, [(height, width)]
+
+
+COMPILED: dict[str, Callable[[], torch.nn.Module]] = {
+    "DCNv3": lambda: DCNv3(8, group=2, center_feature_scale=True),
+    "DCNv4": lambda: DCNv4(8, group=2, center_feature_scale=True),
+    "FlashDeformAttn": lambda: FlashDeformAttn(8, n_levels=1, n_heads=2),
+    "boxes": lambda: FlashDeformAttn(8, 1, 2, ratio=0.5, use_4D_normalizer=True),
+}
 
 
 @needs_compile
-@pytest.mark.parametrize("name", ["DCNv4", "FlashDeformAttn"])
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_no_recompilation_for_another_batch_or_size(name: str, grad: bool) -> None:
     """PyTorch's default: the second size makes a dynamic graph, which serves all others."""
@@ -87,11 +102,7 @@ def test_no_recompilation_for_another_batch_or_size(name: str, grad: bool) -> No
         graphs.append(1)
         return module.forward
 
-    layer = (
-        DCNv4(8, group=2, center_feature_scale=True)
-        if name == "DCNv4"
-        else FlashDeformAttn(8, n_levels=1, n_heads=2)
-    )
+    layer = COMPILED[name]()
     compiled = torch.compile(layer, fullgraph=True, backend=count)
     sizes = ((2, 6, 7), (3, 9, 5), (4, 6, 7), (5, 12, 11), (6, 4, 4))
     with torch.set_grad_enabled(grad):

@@ -47,7 +47,7 @@ ALL = [f"{stage}.{conv}" for stage in "012" for conv in ("conv", "depthwise")]
         ({"kind": "dense"}, ["0.conv", "1.conv", "2.conv"]),
         ({"where": lambda name, conv: conv.stride == (1, 1)}, [*ALL[1::2][:2], *ALL[4:]]),
     ],
-    ids=repr,
+    ids=lambda argument: ",".join(argument),
 )
 def test_selection(selection: dict[str, Any], expected: list[str]) -> None:
     model = network()

@@ -133,7 +133,7 @@ def _ci(options: argparse.Namespace) -> int:
             for mutants in generate(ROOT, sorted(changed))
             if mutants[0].line in changed[mutants[0].file] and _can_run(mutants[0])
         ]
-        attempt(bench, _drawn(bench, fresh, _FRESH, 0, options.jobs, depth=1))
+        attempt(bench, _drawn(bench, fresh, _FRESH, 0, options.jobs))
     except OutOfTimeError:
         print("no time for more of them")
     noticed = [
@@ -157,12 +157,10 @@ def _bench(
     return Bench(ROOT, folder, options.patience, time.monotonic() + seconds, choose)
 
 
-def _drawn(
-    bench: Bench, lines: Sequence[Lines], count: int, seed: int, jobs: int, depth: int | None = None
-) -> list[Mutant]:
+def _drawn(bench: Bench, lines: Sequence[Lines], count: int, seed: int, jobs: int) -> list[Mutant]:
     if not lines:
         return []
-    compiles = Compiles(bench, sorted({mutants[0].file for mutants in lines}), depth, jobs)
+    compiles = Compiles(bench, sorted({mutants[0].file for mutants in lines}), jobs)
     trees = [bench.tree(f"draw-{number}") for number in range(jobs)]
     return draw(lines, count, seed, compiles, trees)
 

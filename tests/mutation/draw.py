@@ -121,17 +121,14 @@ class Compiles:
     Args:
         bench: where.
         files: which may be changed.
-        depth: of how many stages of tests what they compile counts; None: of all.
-        jobs: stages at once.
+        jobs: runs of tests at once.
     """
 
-    def __init__(
-        self, bench: Bench, files: Sequence[str], depth: int | None = None, jobs: int = 1
-    ) -> None:
+    def __init__(self, bench: Bench, files: Sequence[str], jobs: int = 1) -> None:
         self._bench = bench
         self._cache = bench.folder / "compiled"
         self._tree = bench.tree("original")
-        self._records = self._record(files, depth, jobs)
+        self._records = self._record(files, jobs)
         self._machine_codes: dict[int, bytes] = {}
 
     def __call__(self, mutant: Mutant, tree: Path) -> bool:
@@ -146,13 +143,13 @@ class Compiles:
         finally:
             path.write_bytes(original)
 
-    def _record(self, files: Sequence[str], depth: int | None, jobs: int) -> list[dict[str, Any]]:
-        """What the tests of these files compile."""
+    def _record(self, files: Sequence[str], jobs: int) -> list[dict[str, Any]]:
+        """What the first tests of these files compile."""
         for file in files:
             if file.endswith(".py") and not _imports(self._tree / file, self._tree):
                 raise RuntimeError(f"{file} must be imported as it is; it is not")
         compiled = [file for file in files if not file.endswith(".py")]
-        chosen = {stage for file in compiled for stage in stages(file)[:depth]}
+        chosen = {stages(file)[0] for file in compiled}
 
         def record(stage: Stage) -> list[dict[str, Any]]:
             tree = self._bench.tree(f"record-{digest(stage)}")
@@ -261,9 +258,10 @@ def _meaning(source: str) -> str:
     """The syntax tree without docstrings and `pass`, and without annotations that nothing reads."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [part for part in body if not _is_nothing(part)]
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(node, name, None)
+            if isinstance(body, list):
+                setattr(node, name, [part for part in body if not _is_nothing(part)])
         for name in ("annotation", "returns"):
             annotation = getattr(node, name, None)
             if annotation is not None and "constexpr" not in ast.dump(annotation):

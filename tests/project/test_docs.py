@@ -54,7 +54,17 @@ NOT_RUN = "# not run here:"
 # Languages of fences that hold no Python; directives of the site stand in braces.
 OTHER = {"bash", "bibtex", "console", "cpp", "dockerfile", "text", "toml", "yaml"}
 # What is in the package and not for its users.
-INTERNAL = {"arguments", "eager", "geometry", "layers", "modules", "ops", "__main__", "cli"}
+INTERNAL = {
+    "initialization",
+    "arguments",
+    "eager",
+    "geometry",
+    "layers",
+    "modules",
+    "ops",
+    "__main__",
+    "cli",
+}
 
 
 class Block(NamedTuple):

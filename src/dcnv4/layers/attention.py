@@ -20,10 +20,10 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..beginnings import Begin, rays
 from ..eager import as_leaf, beside, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
+from ..initialization import Initializer, rays
 from .base import Layer, width_read
 
 
@@ -91,9 +91,9 @@ class FlashDeformAttn(Layer):
         self.attention_weights = nn.Linear(d_model, samples, **made)
         self.value_proj = nn.Linear(d_model, inside, **made)
         self.output_proj = nn.Linear(inside, d_model, **made)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         zeros = nn.init.zeros_
         yield self.sampling_offsets, zeros, partial(rays, self.n_levels, self.n_points)
         yield self.attention_weights, zeros, zeros
@@ -183,9 +183,9 @@ class FlashDeformAttn(Layer):
         _check_rows("query", query, self.sampling_offsets)
         check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
         whole, given = (*query.shape[:2], self.n_levels), reference_points.shape
-        if given[3] not in (2, 4) or any(
-            one != 1 and one != all_ for one, all_ in zip(given, whole, strict=False)
-        ):
+        # `in` would not ask a tracer whether its sizes are these.
+        fits = all(one == all_ or one == 1 for one, all_ in zip(given[:3], whole, strict=True))
+        if not fits or (given[3] != 2 and given[3] != 4):
             raise ValueError(
                 f"reference_points must be [B, Q, L, 2 or 4] = {[*whole, 2]} or {[*whole, 4]}, or "
                 f"1 in place of B, Q or L; got {list(given)}"
@@ -224,7 +224,7 @@ class FlashDeformAttn(Layer):
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
     check_tensor(name, argument, "[B, length, d_model]", (3,))
-    if (width := width_read(reader)) is not None and argument.shape[-1] != width:
+    if argument.shape[-1] != (width := width_read(reader, argument.shape[-1])):
         raise ValueError(
             f"{name} must be [B, length, d_model = {width}]; got {list(argument.shape)}"
         )

@@ -1,9 +1,10 @@
-"""What layers share: what they read of submodules, how they begin, the window and its points."""
+"""What layers share: what they read of submodules, initialization, the window and its points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,9 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..beginnings import Begin, begin
 from ..eager import beside, is_traced
 from ..geometry import Window, conv_points
+from ..initialization import Initializer, initialize
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -40,6 +41,7 @@ def other_words(**right: str) -> Callable[[Init], Init]:
                 )
             init(self, *arguments, **settings)
 
+        checked.__signature__ = signature(init)  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
 
     return decorate
@@ -67,41 +69,44 @@ def is_readable(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def width_read(module: nn.Module | None) -> int | None:
-    """How many channels a submodule reads, where it tells."""
+def width_read(module: nn.Module, found: int) -> int:
+    """How many channels a submodule reads: as many as were found where it does not tell."""
     if type(module) is nn.Linear:
         return module.weight.shape[1]
-    return getattr(module, "in_features", getattr(module, "in_channels", None))
+    width: int = getattr(module, "in_features", getattr(module, "in_channels", found))
+    return width
 
 
-# How parameters begin.
+# Initialization.
 
 
 class Layer(nn.Module):
-    """What all layers share: parameters that begin as the layer has them, whoever resets them."""
+    """What all layers share: parameters that the layer initializes, whoever resets them."""
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
-        """The submodules that begin otherwise than PyTorch has them: how weight and bias do."""
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
+        """The submodules that PyTorch initializes otherwise: how weight and bias are."""
         raise NotImplementedError
 
-    def _begin(self) -> None:
+    def _initialize(self) -> None:
         """Initialise every parameter, and have these submodules do it so when they are asked to.
 
         Sharding asks every module by itself once a model has come from the meta device. The
         submodules keep their type, which others look up, and copy and pickle by themselves.
         """
-        for module, weight, bias in self._beginnings():
+        for module, weight, bias in self._initializers():
             if module is not None:
                 # Its parameters, not itself: a cycle would keep their memory until a collection.
-                vars(module)["reset_parameters"] = partial(begin, weight, bias, module._parameters)
+                vars(module)["reset_parameters"] = partial(
+                    initialize, weight, bias, module._parameters
+                )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew."""
-        own = {module: (weight, bias) for module, weight, bias in self._beginnings()}
+        own = {module: (weight, bias) for module, weight, bias in self._initializers()}
         for module in self.modules():
             if module in own:
-                begin(*own[module], module._parameters)
+                initialize(*own[module], module._parameters)
             elif module is not self and callable(
                 reset := getattr(module, "reset_parameters", None)
             ):

@@ -21,10 +21,10 @@ from ..arguments import (
     factory,
     window,
 )
-from ..beginnings import Begin, average
 from ..eager import as_leaf, autocast_dtype
 from ..functional import windowed_conv
 from ..geometry import Window
+from ..initialization import Initializer, average
 from .base import (
     OriginalNames,
     WindowedLayer,
@@ -83,19 +83,21 @@ class _DeformConv(WindowedLayer):
         if not without_pointwise:
             self.value_proj = nn.Linear(in_channels, out_channels, **factory)
             self.output_proj = nn.Linear(out_channels, out_channels, bias=output_bias, **factory)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         zeros = nn.init.zeros_
         first = partial(average, self.window) if self.init == "average" else zeros
         yield self.offset_mask, zeros, first
         for projection in (self.value_proj, self.output_proj):
             yield projection, nn.init.xavier_uniform_, zeros
 
-    def _width(self) -> int | None:
-        """Channels of the input, where the submodule that reads it tells."""
-        readers = (self.value_proj, self.offset_mask_dw, self.offset_mask)
-        return width_read(next(module for module in readers if module is not None))
+    def _width(self, found: int) -> int:
+        """Channels of the input, as the submodule that reads it tells, or as many as were found."""
+        for reader in (self.value_proj, self.offset_mask_dw):
+            if reader is not None:
+                return width_read(reader, found)
+        return width_read(self.offset_mask, found)
 
     def _deform(self, x: Tensor) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
@@ -254,7 +256,7 @@ class DCNv4(_DeformConv, OriginalNames):
         """[B, H, W, C] of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
-        if (width := self._width()) is not None and x.shape[-1] != width:
+        if x.shape[-1] != (width := self._width(x.shape[-1])):
             hint = "; permute an NCHW tensor, or use DCNv4Conv2d" if x.dim() == 4 else ""
             raise ValueError(f"x must be {layout} with C = {width}; got {list(x.shape)}{hint}")
         if shape is not None:
@@ -402,7 +404,7 @@ class DCNv4Conv2d(_DeformConv):
         """[B, H, W, in_channels] of what `forward` takes."""
         layout = "[B, in_channels, H, W] or [in_channels, H, W]"
         check_tensor("x", x, layout, (4, 3))
-        if (width := self._width()) is not None and x.shape[-3] != width:
+        if x.shape[-3] != (width := self._width(x.shape[-3])):
             raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
         return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
 

@@ -17,9 +17,9 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..beginnings import Begin
 from ..eager import as_leaf
 from ..functional import windowed_conv
+from ..initialization import Initializer
 from .base import (
     OriginalNames,
     WindowedLayer,
@@ -119,9 +119,9 @@ class DCNv3(WindowedLayer, OriginalNames):
         self.mask = nn.Linear(channels, samples, **made)
         self.input_proj = nn.Linear(channels, channels, **made)
         self.output_proj = nn.Linear(channels, channels, **made)
-        self._begin()
+        self._initialize()
 
-    def _beginnings(self) -> Iterator[tuple[nn.Module | None, Begin, Begin]]:
+    def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         for prediction in (self.offset, self.mask):
             yield prediction, nn.init.zeros_, nn.init.zeros_
         for projection in (self.input_proj, self.output_proj):
@@ -146,7 +146,7 @@ class DCNv3(WindowedLayer, OriginalNames):
     def _features(self, x: Tensor) -> Tensor:
         """What the points are predicted from, [B, Ho, Wo, C]."""
         check_tensor("x", x, "[B, H, W, C]", (4,))
-        if (width := width_read(self.input_proj)) is not None and x.shape[-1] != width:
+        if x.shape[-1] != (width := width_read(self.input_proj, x.shape[-1])):
             raise ValueError(f"x must be [B, H, W, C = {width}]; got {list(x.shape)}")
         return self._at_centers(self.dw_conv(x.permute(0, 3, 1, 2)))
 

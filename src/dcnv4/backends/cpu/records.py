@@ -1,10 +1,8 @@
-"""What the kernels are told, said once: a record is packed by name here, and a C++ structure there.
-
-Every member has 64 bits, so that nothing is padded.
-"""
+"""What the kernels are told, said once: records, in C++ structures, packed here by name."""
 
 from __future__ import annotations
 
+import re
 import struct
 
 import torch
@@ -13,28 +11,32 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Record:
-    """A structure: of each member its C++ type, or the record that it is, and what it holds."""
+    """A structure of these members, each of 64 bits, so that nothing is padded.
+
+    Args:
+        members: in C++; the type of one may be another record, which is packed already.
+        nested: these other records.
+    """
 
     name: str
     text: str
-    """In C++."""
+    """The structure in C++."""
     size: int
-    """In bytes."""
+    """Bytes."""
 
-    def __init__(self, name: str, members: dict[str, tuple[str | Record, str]]) -> None:
-        codes, lines = "", [f"struct {name} {{"]
-        absent: dict[str, float | bytes] = {}
-        for member, (kind, meaning) in members.items():
-            if isinstance(kind, Record):
-                codes, absent[member], kind = codes + f"{kind.size}s", b"", kind.name
-            else:
-                codes, absent[member] = codes + ("d" if kind == "double" else "q"), 0
-            lines.append(f"    {kind} {member};" + (meaning and f"  // {meaning}"))
-        self.name, self.size = name, struct.calcsize(codes)
-        lines += ["};", f"static_assert(sizeof({name}) == {self.size});"]
-        self.text = "\n".join(lines)
-        self._absent = absent
+    def __init__(self, name: str, members: str, *nested: Record) -> None:
+        sizes = {record.name: record.size for record in nested}
+        codes = ""
+        self._absent: dict[str, float | bytes] = {}
+        for kind, names in re.findall(r"^ *([\w*]+) ([\w, ]+);", members, re.MULTILINE):
+            code = f"{sizes[kind]}s" if kind in sizes else "d" if kind == "double" else "q"
+            for member in names.split(", "):
+                codes += code
+                self._absent[member] = b"" if kind in sizes else 0
         self._pack = struct.Struct(codes).pack
+        self.name, self.size = name, struct.calcsize(codes)
+        check = f"static_assert(sizeof({name}) == {self.size});\n"
+        self.text = f"struct {name} {{{members}}};\n{check}"
 
     def pack(self, **values: float | bytes) -> bytes:
         """The bytes of the structure; a member that is not named is 0."""
@@ -44,80 +46,71 @@ class Record:
         return self._pack(*members.values())
 
 
-TENSORS = {
-    "value": "[images, pixels, groups, depth]",
-    "offsets": "[images, rows, columns, groups, levels, points, 2]: x, y",
-    "weights": "[images, rows, columns, groups, levels, points]",
-    "output": "[images, rows, columns, groups, depth]; backwards, its gradient",
-    "grad_value": "as value",
-    "grad_offsets": "as offsets",
-    "grad_weights": "as weights",
-}
+_TENSORS = """
+    TENSOR value;         // [images, pixels, groups, depth]
+    TENSOR offsets;       // [images, rows, columns, groups, levels, points, 2]: x, y
+    TENSOR weights;       // [images, rows, columns, groups, levels, points]
+    TENSOR output;        // [images, rows, columns, groups, depth]; backwards, its gradient
+    TENSOR grad_value;    // as value
+    TENSOR grad_offsets;  // as offsets
+    TENSOR grad_weights;  // as weights
+"""
+TENSORS = re.findall(r"TENSOR (\w+)", _TENSORS)
 
 VIEW = Record(
     "View",
-    {
-        "dtype": ("Dtype", "of a tensor"),
-        "image": ("int64_t", "from an image to the next, in elements"),
-        "row": ("int64_t", "from a row of output pixels to the next"),
-        "column": ("int64_t", "from an output pixel, or one of the value, to the next"),
-        "group": ("int64_t", "from a group to the next"),
-    },
+    """
+    Dtype dtype;
+    int64_t image, row, column, group;  // strides, in elements; column: of the value's pixels too
+""",
 )
-
 PROBLEM = Record(
     "Problem",
-    {
-        **{name: (VIEW, shape) for name, shape in TENSORS.items()},
-        "images": ("int64_t", ""),
-        "pixels": ("int64_t", "of one image of the value"),
-        "rows": ("int64_t", "of output pixels; 1 for queries"),
-        "columns": ("int64_t", "of output pixels; queries"),
-        "groups": ("int64_t", ""),
-        "depth": ("int64_t", "channels of a group"),
-        "levels": ("int64_t", ""),
-        "points": ("int64_t", "of a slice in each level"),
-        "softmax": ("int64_t", "whether the weights are logits"),
-        "clipped": ("int64_t", "whether levels may leave the value"),
-        "origin_x": ("int64_t", "pixel of the value at the centre of output pixel (0, 0)"),
-        "origin_y": ("int64_t", ""),
-        "step_x": ("int64_t", "from an output pixel's centre to the next one's; 0 for queries"),
-        "step_y": ("int64_t", ""),
-        "shift": ("double", "of every point, in pixels"),
-    },
+    _TENSORS.replace("TENSOR", "View")
+    + """
+    int64_t images, rows, columns, groups, depth;  // columns: queries, in one row
+    int64_t pixels;                                // of one image of the value
+    int64_t levels, points;                        // points of a slice in each level
+    int64_t softmax;                               // whether the weights are logits
+    int64_t clipped;                               // whether levels may leave the value
+    int64_t origin_x, origin_y;  // pixel of the value at the centre of output pixel (0, 0)
+    int64_t step_x, step_y;      // from there to the next output pixel's; 0 for queries
+    double shift;                // of every point, in pixels
+""",
+    VIEW,
 )
-
 POINT = Record(
     "Point",
-    {
-        "x": ("double", "undeformed, from the centre"),
-        "y": ("double", ""),
-        "scale_x": ("double", "pixels to an offset of 1"),
-        "scale_y": ("double", ""),
-        "height": ("int64_t", "of its level"),
-        "width": ("int64_t", ""),
-        "start": ("int64_t", "the level's first pixel in the value"),
-    },
+    """
+    double x, y;              // undeformed, in pixels from the centre
+    double scale_x, scale_y;  // pixels of an offset of 1
+    int64_t height, width;    // of its level
+    int64_t start;            // the level's first pixel in the value
+""",
 )
-
 CALL = Record(
     "Call",
-    {
-        **dict.fromkeys(TENSORS, ("char*", "its first element")),
-        "threads": ("int64_t", ""),
-        "forked": ("int64_t", "whether this process is a child without its parent's threads"),
-    },
+    _TENSORS.replace("TENSOR", "char*")
+    + """
+    int64_t threads;
+    int64_t forked;  // whether this process is a child, without its parent's threads
+""",
 )
 
-HEADER = "\n\n".join(
-    (
-        "// Made by records.py.",
-        "#pragma once",
-        "#include <cstdint>",
-        "namespace dcnv4 {",
-        f"enum Dtype : int64_t {{ {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} }};",
-        *(record.text for record in (VIEW, PROBLEM, POINT, CALL)),
-        "}  // namespace dcnv4\n",
-    )
-)
+HEADER = f"""\
+// Made by records.py.
+#pragma once
+
+#include <cstdint>
+
+namespace dcnv4 {{
+
+enum Dtype : int64_t {{ {", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)} }};
+
+{VIEW.text}
+{PROBLEM.text}
+{POINT.text}
+{CALL.text}
+}}  // namespace dcnv4
+"""
 """`records.h`, which the kernels include."""

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from .geometry import Window
 
-Begin = Callable[[Tensor], Any]
+Initializer = Callable[[Tensor], Any]
 """What gives a parameter its first numbers, in place."""
 
 
 @torch.no_grad()
-def begin(weight: Begin, bias: Begin, parameters: dict[str, nn.Parameter | None]) -> None:
+def initialize(
+    weight: Initializer, bias: Initializer, parameters: dict[str, nn.Parameter | None]
+) -> None:
     """Give a module's weight and bias, of those that it has, their first numbers."""
     for name, first in (("weight", weight), ("bias", bias)):
         if (parameter := parameters.get(name)) is not None:
