@@ -55,6 +55,7 @@ NOT_RUN = "# not run here:"
 OTHER = {"bash", "bibtex", "console", "cpp", "dockerfile", "text", "toml", "yaml"}
 # What is in the package and not for its users.
 INTERNAL = {
+    "imports",
     "initialization",
     "arguments",
     "eager",
