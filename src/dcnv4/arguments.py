@@ -53,7 +53,8 @@ def check_levels(
     spatial_shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
 ) -> Tensor | list[tuple[int, int]]:
     """The level sizes as backends take them: a tensor left where it is, or pairs (H, W)."""
-    spatial_shapes = traced_levels(spatial_shapes)
+    if is_traced_by_jit():
+        spatial_shapes = traced_levels(spatial_shapes)
     if isinstance(spatial_shapes, Tensor):
         check_sizes("spatial_shapes", spatial_shapes, levels)
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:

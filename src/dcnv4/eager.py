@@ -158,9 +158,9 @@ def is_traced_by_jit() -> bool:
 
 
 def traced_levels(spatial_shapes: Tensor | Sequence[Sequence[Any]]) -> Any:
-    """Level sizes as a TorchScript trace can follow them: where some are tensors, as one tensor
-    [L, 2], since numbers would be constants of the graph."""
-    if isinstance(spatial_shapes, Tensor) or not is_traced_by_jit():
+    """Level sizes as a trace can follow them: where some are tensors, as one tensor [L, 2], since
+    numbers would be constants of the graph."""
+    if isinstance(spatial_shapes, Tensor):
         return spatial_shapes
     sizes = [size for pair in spatial_shapes for size in pair]
     if not any(isinstance(size, Tensor) for size in sizes):

@@ -214,12 +214,13 @@ class FlashDeformAttn(Layer):
     @staticmethod
     def _sizes(shapes: Tensor | Sequence[Sequence[int]], offsets: Tensor) -> Tensor:
         """The levels' (W, H), [L, 1, 2], beside `offsets`."""
-        shapes = traced_levels(shapes)
+        traced, place = is_traced(offsets), (offsets.device, offsets.dtype)
+        if traced:
+            shapes = traced_levels(shapes)
         if isinstance(shapes, Tensor):
-            return beside(shapes.flip(-1)[:, None].to(offsets.device, offsets.dtype), offsets)
+            return beside(shapes.flip(-1)[:, None].to(*place), offsets)
         sizes = tuple((width, height) for height, width in shapes)
-        make = _make_sizes if is_traced(offsets) else _kept_sizes
-        return beside(make(sizes, offsets.device, offsets.dtype), offsets)
+        return beside(_make_sizes(sizes, *place), offsets) if traced else _kept_sizes(sizes, *place)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
