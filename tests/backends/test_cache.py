@@ -457,7 +457,7 @@ def guarded(**variables: str) -> list[str]:
 
 
 def test_triton_gets_a_folder_that_others_cannot_write(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="needs triton")
+    pytest.importorskip("triton", "3.0", reason="needs triton >= 3.0")
     home, wide = tmp_path / "home", tmp_path / "wide"
     theirs = home / ".triton" / "cache"
     assert guarded(HOME=str(home)) == [str(theirs / "entry")]
@@ -484,7 +484,7 @@ def test_triton_gets_a_folder_that_others_cannot_write(tmp_path: Path) -> None:
     ids=["no home", "relative", "empty"],
 )
 def test_triton_without_a_folder(variables: dict[str, str]) -> None:
-    pytest.importorskip("triton", reason="needs triton")
+    pytest.importorskip("triton", "3.0", reason="needs triton >= 3.0")
     used, warning = guarded(**variables)
     assert "dcnv4-" in used
     assert "is not used" in warning

@@ -173,7 +173,7 @@ def _summed(value: Tensor, run: Callable[..., None]) -> Tensor:
     """The gradient of `value`, which `run` adds to zeros."""
     dtype, device = sum_dtype(value.dtype), value.get_device()
     sums = _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(sums.nbytes, device).start(sums=sums)
+    plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
     run(grad_value=sums, fixed_point_scale=None)
     if dtype == value.dtype:
         return sums
