@@ -315,8 +315,10 @@ def test_load_runs_no_code_unless_it_is_told_to(tmp_path: Path) -> None:
     trained, model = filled(Classifier()), Classifier()
     path = tmp_path / "trained.pth"
     torch.save({"model": trained, "config": Settings()}, path)
+    # PyTorch 2.0 does not say what it refuses.
+    refused = "UnpicklingError" if torch.__version__.startswith("2.0.") else "Settings"
     with pytest.raises(
-        ValueError, match=r"got .*trained\.pth with \S*Settings.*weights_only=False"
+        ValueError, match=rf"got .*trained\.pth with \S*{refused}.*weights_only=False"
     ):
         load(model, path)
     load(model, path, weights_only=False)
@@ -365,7 +367,10 @@ def test_load_sees_through_a_compiled_part() -> None:
     )
     assert holds(model, trained)
     compiled = Classifier()
-    compiled.blocks[0] = torch.compile(compiled.blocks[0])  # type: ignore[assignment]
+    try:
+        compiled.blocks[0] = torch.compile(compiled.blocks[0])  # type: ignore[assignment]
+    except RuntimeError as error:
+        pytest.skip(f"torch.compile: {error}")  # PyTorch 2.0 with Python 3.11
     load(compiled, trained)
     assert torch.equal(
         compiled.blocks[1].dcn.value_proj.weight, trained["blocks.1.dcn.value_proj.weight"]
