@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,12 +41,13 @@ def main() -> int:
 
 
 def restart() -> int:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not sys.platform.startswith("linux") or compiler is None:
+    named = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not sys.platform.startswith("linux") or named is None:
         print("needs Linux and a C++ compiler")
         return MISSING
     # The sanitizer looks for C++'s exceptions as it starts, and Python itself is C.
-    asked = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    compiler = shlex.split(named)
+    asked = [[*compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
     paths = [subprocess.run(a, capture_output=True, text=True).stdout.strip() for a in asked]
     if not all(map(os.path.isabs, paths)):
         print("needs the runtime of the address sanitizer, libasan.so, and libstdc++.so.6")
