@@ -88,23 +88,23 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
     *arguments, grad = (tensor.detach() for tensor in case.inputs(dtype))
     value, coordinates = functional._promote(arguments[0], *arguments[1:])
     grad = grad.to(value.dtype)
-    name, prepare = ("conv", backend._pixels)
+    prepare = backend._pixels
     rest: tuple[Any, ...]
     if isinstance(case, cases.ConvCase):
         plan: Callable[..., Any] = plans.conv_plan.__wrapped__
         rest = (functional.window(**case.settings, softmax=case.softmax),)
     else:
         assert isinstance(case, cases.AttnCase)
-        name, prepare, plan = "attn", backend._rows, plans.attn_plan.__wrapped__
+        prepare, plan = backend._rows, plans.attn_plan.__wrapped__
         rest = (tuple(size for pair in case.shapes for size in pair), case.softmax)
         locations, weights = coordinates
         coordinates = locations, weights.reshape(locations.shape[:-1])
     first, *layouts = (plans.layout(prepare(tensor)) for tensor in (value, *coordinates))
     (_, *shape), *where = first
     first = ((batch, *shape), *where)
-    plan(f"{name}_forward", first, *layouts, None, *rest, False, 0)
+    plan(first, *layouts, None, *rest, False, 0)
     gradient = plans.layout(prepare(grad))
-    plan(f"{name}_backward", first, *layouts, gradient, *rest, deterministic, 0)
+    plan(first, *layouts, gradient, *rest, deterministic, 0)
 
 
 def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:

@@ -56,7 +56,7 @@ def conv_forward(
     """[B, Ho, Wo, C]"""
     value, offset_mask = _pixels(value), _pixels(offset_mask)
     layouts = plans.layout(value), plans.layout(offset_mask), None
-    plan = plans.conv_plan("conv_forward", *layouts, window, False, value.get_device())
+    plan = plans.conv_plan(*layouts, window, False, value.get_device())
     if plan is None:
         return value.new_zeros((*offset_mask.shape[:3], value.shape[3]))
     output = _empty(value, plan.output, deterministic)
@@ -75,7 +75,7 @@ def conv_backward(
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
     layouts = plans.layout(value), plans.layout(offset_mask), plans.layout(grad)
-    plan = plans.conv_plan("conv_backward", *layouts, window, deterministic, value.get_device())
+    plan = plans.conv_plan(*layouts, window, deterministic, value.get_device())
     if plan is None:
         return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
     grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
@@ -103,9 +103,7 @@ def attn_forward(
     value, locations, weights = _rows(value), _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
     layouts = plans.layout(value), plans.layout(locations), plans.layout(weights)
-    plan = plans.attn_plan(
-        "attn_forward", *layouts, None, sizes, softmax, False, value.get_device()
-    )
+    plan = plans.attn_plan(*layouts, None, sizes, softmax, False, value.get_device())
     if plan is None:
         return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
@@ -127,9 +125,7 @@ def attn_backward(
     locations, weights = _rows(locations), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
     layouts = (*map(plans.layout, (value, locations, weights)), plans.layout(grad))
-    plan = plans.attn_plan(
-        "attn_backward", *layouts, sizes, softmax, deterministic, value.get_device()
-    )
+    plan = plans.attn_plan(*layouts, sizes, softmax, deterministic, value.get_device())
     if plan is None:
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]

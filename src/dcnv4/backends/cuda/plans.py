@@ -39,7 +39,6 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
 
 @lru_cache(_PLANS)
 def conv_plan(
-    name: str,
     value: Layout | tuple[Any, ...],
     offset_mask: Layout | tuple[Any, ...],
     grad: Layout | tuple[Any, ...] | None,
@@ -85,7 +84,6 @@ def conv_plan(
 
 @lru_cache(_PLANS)
 def attn_plan(
-    name: str,
     value: Layout | tuple[Any, ...],
     locations: Layout | tuple[Any, ...],
     weights: Layout | tuple[Any, ...],
