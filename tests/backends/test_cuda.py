@@ -536,11 +536,9 @@ def test_what_tiles_refuse_is_sorted(case: cases.Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", kernel_cases.every_tile_row(), ids=kernel_cases.row_id)
-def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
+def test_tiles(row: pairs.Row) -> None:
     """All that tile kernels are compiled for, with all data."""
     case = kernel_cases.tile_case(row)
-    if kernel_cases.loses_what_is_not_finite(row):
-        request.applymarker(kernel_cases.LOST)
     finite = kernel_cases.finite(row, case)
     computed = _check(case, row["dtype"], EVERY, row["deterministic"], finite)
     kernel_cases.check_left(row, computed[:2])
