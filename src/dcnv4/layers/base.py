@@ -186,7 +186,8 @@ class WindowedLayer(Layer):
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
         column, row = self.window.origins(
-            *(beside(torch.arange(n, device=x.device), x) for n in (rows, columns))
+            # None where the window does not fit, which the operator refuses.
+            *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))
         )
         return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
 
