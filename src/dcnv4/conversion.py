@@ -132,9 +132,7 @@ def convert(
 
 def _stem(modules: dict[str, nn.Module], patterns: Sequence[str]) -> nn.Conv2d | None:
     """The first convolution where it reads an image's channels and no pattern is its own name."""
-    name, conv = next(
-        ((n, m) for n, m in modules.items() if isinstance(m, nn.Conv2d)), ("", None)
-    )
+    name, conv = next(((n, m) for n, m in modules.items() if isinstance(m, nn.Conv2d)), ("", None))
     if conv is None or conv.in_channels > 4 or conv.groups > 1 or conv.kernel_size == (1, 1):
         return None
     named = any(fnmatchcase(name, pattern) and pattern != "*" for pattern in patterns)
@@ -144,7 +142,9 @@ def _stem(modules: dict[str, nn.Module], patterns: Sequence[str]) -> nn.Conv2d |
 def _beside(pattern: str, modules: Iterable[str]) -> str:
     """The names of modules as deep in the model as a pattern asks for."""
     depth = pattern.count(".")
-    return _listed([name for name in modules if name and name.count(".") == depth]) or "none so deep"
+    return (
+        _listed([name for name in modules if name and name.count(".") == depth]) or "none so deep"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
