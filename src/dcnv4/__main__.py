@@ -44,7 +44,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dcnv4 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
         if name in words:  # only what is asked for is imported
             import_module(f"{__package__}.cli.{name}").add_arguments(command)
     return parser

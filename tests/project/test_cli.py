@@ -96,12 +96,26 @@ def test_info_names_the_calls_where_answers_differ(capsys, monkeypatch, clean):
     assert "             ms_deform_attn float64: needs less" in lines
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["info", "--nonsense"], ["demo", "--epochs", "0"]])
-def test_wrong_usage(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["info", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_usage(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "usage: dcnv4" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: dcnv4" in err
+    assert message in err
+
+
+def test_help_spells_names_as_they_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "on the CPU" in capsys.readouterr().out
 
 
 def test_alone_it_prints_help(capsys):

@@ -173,12 +173,15 @@ _PLOTTED = 6
 """Cases that a plot has room for."""
 
 
-def require_matplotlib() -> None:
-    """Raise where there is nothing to plot with."""
+def check_plot(path: str) -> None:
+    """Raise where there is nothing to plot with, or no such kind of picture."""
     try:
-        import_module("matplotlib.figure")
+        figure = import_module("matplotlib.figure").Figure()
     except ImportError as error:
         raise RuntimeError(f"--plot needs matplotlib, pip install dcnv4[bench]; {error}") from None
+    kinds = figure.canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise ValueError(f"--plot must end in one of .{', .'.join(sorted(kinds))}; got {path}")
 
 
 def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
@@ -189,7 +192,7 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
     Returns:
         How many of the rows' cases were left out for want of room.
     """
-    require_matplotlib()
+    check_plot(path)
     from matplotlib.figure import Figure
 
     by_case: dict[str, dict[str, list[Row]]] = {}
