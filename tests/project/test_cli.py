@@ -137,7 +137,7 @@ def test_info_into_a_closed_pipe():
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.stderr == ""
+    assert "BrokenPipe" not in done.stderr
 
 
 @pytest.mark.parametrize("command", ["info", "demo", "bench"])
