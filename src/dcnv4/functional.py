@@ -88,6 +88,7 @@ def windowed_conv(
     if channels % window.groups or channels == 0:
         raise ValueError(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
+            f"{_channels_first(value.shape, offset_mask.shape, window)}"
         )
     rows, columns = window.output_size(height, width)
     # Not `min` of both: a graph would be compiled for tall maps and another for wide ones.
@@ -104,6 +105,7 @@ def windowed_conv(
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
             f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(found)}"
+            f"{_channels_first(value.shape, found, window)}"
         )
     deterministic = ops.must_be_deterministic(value, offset_mask)
     chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
@@ -112,6 +114,15 @@ def windowed_conv(
         value, (offset_mask,) = _promote(value, offset_mask)
     output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
     return output if value.dtype == dtype else output.to(dtype)
+
+
+def _channels_first(value: Sequence[int], offset_mask: Sequence[int], window: Window) -> str:
+    """What to say of a value that fits the offset_mask only as [B, C, H, W]."""
+    last, first = (window.output_size(value[i], value[i + 1]) for i in (1, 2))
+    given = tuple(offset_mask[1:3])
+    if last == given or first not in (given, tuple(offset_mask[2:])):
+        return ""
+    return f"; value = {list(value)} seems to be [B, C, H, W]: permute(0, 2, 3, 1) it"
 
 
 def ms_deform_attn(

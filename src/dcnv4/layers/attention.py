@@ -24,7 +24,7 @@ from ..eager import as_leaf, beside, is_traced, traced_levels
 from ..functional import ms_deform_attn
 from ..geometry import sum_dtype
 from ..initialization import Initializer, rays
-from .base import Layer, width_read
+from .base import Layer, check_dtype, width_read
 
 
 class FlashDeformAttn(Layer):
@@ -229,6 +229,7 @@ def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
         raise ValueError(
             f"{name} must be [B, length, d_model = {width}]; got {list(argument.shape)}"
         )
+    check_dtype(name, argument, reader)
 
 
 def _check_mask(mask: Any, rows: Tensor) -> None:

@@ -28,6 +28,7 @@ from ..initialization import Initializer, average
 from .base import (
     OriginalNames,
     WindowedLayer,
+    check_dtype,
     original_window,
     other_words,
     pair,
@@ -106,6 +107,7 @@ class _DeformConv(WindowedLayer):
             x = x.to(dtype, memory_format=torch.contiguous_format)
         else:
             x = x.contiguous()
+        check_dtype("x", x, self.offset_mask)
         value_proj, output_proj = self.value_proj, self.output_proj
         value = x if value_proj is None else value_proj(x)
         y = windowed_conv(value, self._predict(x), self.window, self.backend)
