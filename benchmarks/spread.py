@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dcnv4.backends.cuda import choice, plans
+from dcnv4.cli import LETTERS
 from dcnv4.cli.bench import measure, prepare
 from dcnv4.cli.bench.cases import Conv, floor_bytes
 from dcnv4.cli.bench.peers import CONTESTANTS, Expected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SPREADS = 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0
 DIRECTIONS = "forward", "backward"
@@ -72,9 +77,17 @@ def main() -> None:
 
 
 def draw(file: str, curves: Curves, floors: list[float]) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    with rc_context(LETTERS):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        _draw(figure, curves, floors)
+        figure.savefig(file, dpi=120, transparent=True)
+
+
+def _draw(figure: Figure, curves: Curves, floors: list[float]) -> None:
+    axes = figure.subplots(1, 2)
     for direction, (axis, floor) in enumerate(zip(axes, floors, strict=True)):
         for label, curve in curves.items():
             axis.plot(SPREADS, curve[direction], marker="o", markersize=4, label=label)
@@ -89,7 +102,6 @@ def draw(file: str, curves: Curves, floors: list[float]) -> None:
     axes[1].legend(frameon=False)
     where = torch.cuda.get_device_name()
     figure.suptitle(f"deform_conv, 64 x 56 x 56, 4 groups of 16 channels, float16, {where}")
-    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

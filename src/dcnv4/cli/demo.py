@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import DCNv4Conv2d, backends, visualize
+from . import LETTERS
 
 PACKAGES = {
     "matplotlib": "matplotlib",
@@ -33,8 +34,6 @@ BATCH, STEPS, RATE = 8, 100, 1e-2
 """Pictures a step, steps an epoch, the highest learning rate."""
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 CURVES = ("-", "#0072B2"), ("--", "#D55E00")
-GREY = "#767676"
-"""Of letters that can be read on white and on black."""
 Layer = Callable[[int, int], nn.Module]
 
 
@@ -104,7 +103,7 @@ DEFORMABLE = Contestant(
     partial(DCNv4Conv2d, kernel_size=3, padding=1, dw_kernel_size=3, offset_scale=2.0),
     (32, 32),
 )
-BEST = "nn.Conv2d 3x3"
+BEST = "nn.Conv2d 3x3, dilation 2"
 """The best of `convolutions` by the table of `--compare 5`, which the demo trains beside ours."""
 
 
@@ -344,8 +343,7 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
         },
         "without the lens": photos.test_scenes[:2],
     }
-    letters = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
-    with rc_context(dict.fromkeys(letters, GREY)):  # type: ignore[arg-type]
+    with rc_context(LETTERS):  # type: ignore[arg-type]
         figure = Figure(figsize=(17, 5.2), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3.3, 1))  # type: ignore[misc]
         grid = left.subplots(2, len(columns))
