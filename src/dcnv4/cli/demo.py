@@ -343,7 +343,7 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
         },
         "without the lens": photos.test_scenes[:2],
     }
-    with rc_context(LETTERS):  # type: ignore[arg-type]
+    with rc_context(LETTERS):
         figure = Figure(figsize=(17, 5.2), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3.3, 1))  # type: ignore[misc]
         grid = left.subplots(2, len(columns))
