@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pytest
@@ -172,6 +173,20 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.skip(f"{len(blocks) - left_out} blocks ran; {left_out} in sections need {names}")
 
 
+@pytest.mark.exhaustive
+def test_notebook_runs() -> None:
+    """Its last layer finds the pixel that it is to copy."""
+    if find_spec("matplotlib") is None:
+        pytest.skip("needs matplotlib; pip install matplotlib")
+    notebook = json.loads((ROOT / "examples/tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {"__name__": "tour"}
+    for number, cell in enumerate(cells):
+        assert not cell["outputs"], f"cell {number}: clear the outputs before you commit"
+        exec(compile("".join(cell["source"]), f"tour.ipynb, cell {number}", "exec"), namespace)
+    assert namespace["loss"] < 1e-3
+
+
 def test_blocks_that_are_not_run_say_why() -> None:
     reasons = []
     for block in PYTHON:
@@ -240,6 +255,40 @@ def test_contributing_knows_every_file() -> None:
     for path in (ROOT / "src/dcnv4").iterdir():
         known = path.name in page or path.name in ("__init__.py", "__pycache__", "py.typed")
         assert known, f"CONTRIBUTING.md says nothing of {path.name}"
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    start = re.search(rf"^#+ {re.escape(heading)}$", read(page), re.MULTILINE)
+    assert start, f"{page} has no heading {heading!r}"
+    return re.split(r"^#+ ", read(page)[start.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_readme_has_every_parameter() -> None:
+    """In the signature's order, with its defaults."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| `([^`]+)` \| [^|]+ \|$",
+        section("README.md", "Parameters of `dcnv4`"),
+        re.MULTILINE,
+    )
+    parameters = inspect.signature(dcnv4.DCNv4).parameters.values()
+    assert rows == [(p.name, repr(p.default).replace("'", '"')) for p in parameters]
+
+
+def test_readme_measures_nothing_of_its_own() -> None:
+    """Each row of its table of times is a part of a row of the benchmarks."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section("README.md", "Speed").splitlines()
+        if line.startswith("| 64")
+    ]
+    measured = {}
+    for line in read("docs/benchmarks.md").splitlines():
+        case, *times = (cell.strip() for cell in line.strip("|").split("|"))
+        measured.setdefault(case, []).append(times)
+    assert len(cells) >= 3
+    for case, *times in cells:
+        assert any(set(times) <= set(row) for row in measured.get(case, [])), case
 
 
 def test_install_page_mends_every_reason() -> None:
