@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -349,6 +350,15 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
             assert not unknown, f"{module}.{name} does not say what {', '.join(sorted(unknown))} is"
 
 
+def test_pictures_show_what_the_pages_say() -> None:
+    """Each is what its script draws, the plots of the tables of today."""
+    drawn = runpy.run_path(str(DOCS / "pictures.py"))["pictures"]()
+    for name, picture in drawn.items():
+        file = DOCS / "images" / name
+        assert file.read_text(encoding="utf-8") == str(picture), "run python docs/pictures.py"
+        assert any(f"images/{name}" in read(page) for page in PAGES), f"no page shows {name}"
+
+
 class Links(HTMLParser):
     """Where a built page links to, and what it can be linked at."""
 
@@ -368,7 +378,7 @@ class Links(HTMLParser):
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     """And has every public name and no link that leads nowhere."""
-    for package in ("sphinx", "myst_parser", "furo"):
+    for package in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package}; pip install -e '.[docs]'")
     site = tmp_path / "site"
