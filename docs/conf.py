@@ -38,7 +38,7 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 html_math_renderer = "mathml"
-copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
+copybutton_exclude = ".linenos, .gp, .go"  # what is copied has no prompts and no output
 
 # A name between single backticks in a docstring links to what it names, where that is on the site.
 default_role = "py:obj"
@@ -60,8 +60,8 @@ nitpick_ignore_regex = [
 def as_in_markdown(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """In docstrings, an indented block after a blank line is code, * and | are themselves, and
-    `a to b:` names the arguments from one to the other."""
+    """In docstrings, an indented block after a blank line is code, as is what follows `>>>`; * and
+    | are themselves, and `a to b:` names the arguments from one to the other."""
     code = False
     result: list[str] = []
     for before, line in zip(["", "", *lines], lines, strict=False):
@@ -70,7 +70,8 @@ def as_in_markdown(
             result += ["::", ""]
         line = re.sub(r"^( +\w+) to (\w+: )", r"\1…\2", line)
         code = bool(starts) or (code and (not line or line.startswith("    ")))
-        result.append(line if code else re.sub(r"[*|]", r"\\\g<0>", line))
+        as_it_is = code or line.lstrip().startswith((">>> ", "... "))
+        result.append(line if as_it_is else re.sub(r"[*|]", r"\\\g<0>", line))
     lines[:] = result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import json
@@ -357,6 +358,44 @@ def test_pictures_show_what_the_pages_say() -> None:
         file = DOCS / "images" / name
         assert file.read_text(encoding="utf-8") == str(picture), "run python docs/pictures.py"
         assert any(f"images/{name}" in read(page) for page in PAGES), f"no page shows {name}"
+
+
+# What an example needs besides the packages that it imports, by its module.
+EXAMPLE_NEEDS = {
+    "dcnv4.onnx": ((2, 8), ("onnx", "onnxscript")),
+    "dcnv4.visualize": ((2, 0), ("matplotlib",)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (module, name)
+        for module, name in sorted(public())
+        if callable(thing := getattr(importlib.import_module(module), name))
+        and not getattr(thing, "_is_protocol", False)
+    ],
+)
+def test_public_names_have_examples_that_run(
+    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+    place = f"{module}.{name}"
+    example = doctest.DocTestParser().get_doctest(text, {}, place, None, 0)
+    assert example.examples, f"{place} has no example"
+    version, packages = EXAMPLE_NEEDS.get(module, ((2, 0), ()))
+    if version > VERSION:
+        pytest.skip(f"{place} needs torch >= {version[0]}.{version[1]}; got {torch.__version__}")
+    code = "".join(line.source for line in example.examples)
+    block = Block(place, 0, "python", 0, code)
+    absent = {package for package in packages if find_spec(package) is None} | {*missing(block)}
+    if absent:
+        pytest.skip(f"{place} needs {', '.join(sorted(absent))}")
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    assert not failed, "".join(said)
 
 
 class Links(HTMLParser):
