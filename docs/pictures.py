@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
-from math import sqrt
+from math import ceil, log2, sqrt
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -24,12 +24,15 @@ text { font: 14px system-ui, sans-serif; fill: #24292f }
 .pixel { fill: #f0f3f6; stroke: #c4ccd4 }
 .a { fill: #0969da } .b { fill: #d4640d } .c { fill: #7d8590 } .pale { fill-opacity: 0.22 }
 .line-a { stroke: #0969da; fill: none } .line-b { stroke: #d4640d; fill: none }
+.line-c { stroke: #7d8590; fill: none }
 .on { fill: #ffffff }
+polyline { stroke-width: 2 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .grid { stroke: #444c56 } .axis { stroke: #9198a1 } .soft { fill: #9198a1 }
   .pixel { fill: #22272e; stroke: #444c56 }
   .a { fill: #58a6ff } .b { fill: #f0883e } .c { fill: #8b949e } .on { fill: #0d1117 }
   .line-a { stroke: #58a6ff } .line-b { stroke: #f0883e }
+  .line-c { stroke: #8b949e }
 }
 """
 POINTS = [(column, row) for column in (-1, 0, 1) for row in (-1, 0, 1)]
@@ -319,6 +322,54 @@ def against_grid_sample() -> Picture:
     )
 
 
+def against_spread() -> Picture:
+    """Times of direct kernels and of what a call takes by default, over the spread of offsets."""
+    found = tables(HERE / "benchmarks.md")
+    (_, rows) = next(table for head, table in found.items() if "forward: direct" in head)
+    case = "64 x 56 x 56, 4 x 16, float16"
+    times = {
+        float(row[0].partition("spread ")[2] or 0.5): [number(cell) for cell in row[1:]]
+        for row in rows
+        if re.fullmatch(rf"{case}(, spread [\d.]+)?", row[0])
+    }
+    picture = Picture(800, 330, "Time against the spread of offsets")
+    picture.text(10, 24, f"{case} on an NVIDIA H100, µs", "bold")
+    for place, (name, kind) in enumerate(
+        zip(("direct kernels", "default", "floor"), "cab", strict=True)
+    ):
+        picture.box(10 + 130 * place, 38, 12, 12, kind)
+        picture.text(28 + 130 * place, 49, name, "small")
+    for panel, direction in enumerate(("forward", "backward")):
+        columns = {spread: row[3 * panel : 3 * panel + 3] for spread, row in sorted(times.items())}
+        _curves(picture, 45 + 400 * panel, direction, columns)
+    return picture
+
+
+def _curves(picture: Picture, left: float, title: str, times: dict[float, list[float]]) -> None:
+    """Two curves over the spread, and the floor: of direct, default, default as floors."""
+    bottom, wide, high = 280, 320, 190
+    first, last = log2(min(times)), log2(max(times))
+    most = 40 * ceil(max(max(row[:2]) for row in times.values()) / 40)
+    places = {spread: left + wide * (log2(spread) - first) / (last - first) for spread in times}
+    picture.text(left, bottom - high - 14, title, "small bold")
+    for part in range(5):
+        y = bottom - high * part / 4
+        picture.line(left, y, left + wide, y, "grid")
+        picture.text(left - 6, y + 4, f"{most * part // 4}", "small end soft")
+    _, default, floors = times[min(times)]
+    floor = bottom - high * default / floors / most
+    picture.line(left, floor, left + wide, floor, "line-b")
+    for series, kind in enumerate("ca"):
+        at = [(x, bottom - high * times[spread][series] / most) for spread, x in places.items()]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        picture.add("polyline", f"line-{kind}", points=path)
+        for x, y in at:
+            picture.disc(x, y, 4, kind)
+    for spread, x in places.items():
+        picture.text(x, bottom + 18, f"{spread:g}", "small middle soft")
+    picture.text(left + wide / 2, bottom + 38, "spread of the offsets, pixels", "small middle soft")
+
+
 def pictures() -> dict[str, Picture]:
     """Every picture by the name of its file."""
     return {
@@ -328,6 +379,7 @@ def pictures() -> dict[str, Picture]:
         "gpu-forward.svg": against_floor("forward"),
         "gpu-backward.svg": against_floor("backward"),
         "cpu.svg": against_grid_sample(),
+        "spread.svg": against_spread(),
     }
 
 

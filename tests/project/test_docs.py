@@ -25,6 +25,7 @@ import pytest
 import torch
 
 import dcnv4
+from dcnv4.cli.bench import cases, report
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -349,6 +350,19 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
                 said |= set(parameters[parameters.index(first) : parameters.index(last)])
             unknown = set(parameters) - said
             assert not unknown, f"{module}.{name} does not say what {', '.join(sorted(unknown))} is"
+
+
+def test_table_of_a_run_is_written_in_the_words_of_the_page() -> None:
+    case = cases.CUDA[0]
+    rows = [
+        report.Row(case.name, "", "forward", "dcnv4 cuda", "ours", 32.25, 52.4, host=60.0),
+        report.Row(case.name, "", "backward", "dcnv4 cuda", "ours", 55.9, 170.2, host=20.0),
+        report.Row(case.name, "", "backward", "peer", "peer", 55.9, problem="WRONG: error 3e-2"),
+    ]
+    table = runpy.run_path(str(ROOT / "benchmarks/table.py"))["table"]
+    (*_, row) = table(rows, ["dcnv4 cuda", "peer"]).splitlines()
+    assert row == f"| {case.words} | 32.2 | 52.4 ʰ | - | 55.9 | 170 | WRONG |"
+    assert f"| {case.words} |" in read("docs/benchmarks.md")
 
 
 def test_pictures_show_what_the_pages_say() -> None:
