@@ -11,16 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from dcnv4.cli.bench import cases, report
-from dcnv4.cli.bench.report import Row
+from dcnv4.cli.bench.report import Row, figures
 
 DIRECTIONS = "forward", "backward"
-
-
-def figures(number: float | None) -> str:
-    """Three of them; "-" for what was not measured."""
-    if number is None:
-        return "-"
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 def time(row: Row | None) -> str:

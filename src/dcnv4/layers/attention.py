@@ -171,7 +171,7 @@ class FlashDeformAttn(Layer):
         reference_points: Tensor,
         input_spatial_shapes: Tensor | Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every query sums, and what each counts.
+        """Where the layer looks: the points that every query sums, and their weights.
 
         Args:
             query, reference_points, input_spatial_shapes: as `forward` takes them.

@@ -248,7 +248,7 @@ class DCNv4(_DeformConv, OriginalNames):
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every output pixel sums, and what each counts.
+        """Where the layer looks: the points that every output pixel sums, and their weights.
 
         Args:
             x, shape: as `forward` takes them.
