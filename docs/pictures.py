@@ -25,12 +25,11 @@ text { font: 14px system-ui, sans-serif; fill: #24292f }
 .a { fill: #0969da } .b { fill: #d4640d } .c { fill: #7d8590 } .pale { fill-opacity: 0.22 }
 .line-a { stroke: #0969da; fill: none } .line-b { stroke: #d4640d; fill: none }
 .line-c { stroke: #7d8590; fill: none }
-.on { fill: #ffffff }
 polyline { stroke-width: 2 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .grid { stroke: #444c56 } .axis { stroke: #9198a1 } .soft { fill: #9198a1 }
   .pixel { fill: #22272e; stroke: #444c56 }
-  .a { fill: #58a6ff } .b { fill: #f0883e } .c { fill: #8b949e } .on { fill: #0d1117 }
+  .a { fill: #58a6ff } .b { fill: #f0883e } .c { fill: #8b949e }
   .line-a { stroke: #58a6ff } .line-b { stroke: #f0883e }
   .line-c { stroke: #8b949e }
 }
