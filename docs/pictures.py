@@ -36,6 +36,12 @@ polyline { stroke-width: 2 }
 """
 POINTS = [(column, row) for column in (-1, 0, 1) for row in (-1, 0, 1)]
 """The cells of a 3 x 3 window in the operator's order: columns outermost."""
+OFFSETS = (
+    *((-0.9, -0.55), (-1.2, 0.35), (-0.55, 0.8), (0.2, -0.9), (0.25, -0.3)),
+    *((0.45, 0.75), (1.35, -0.65), (0.7, 0.3), (1.1, 1.2)),
+)
+WEIGHTS = 0.9, 0.35, 0.2, 0.5, 1.0, 0.6, 0.3, 0.75, 0.45
+"""Of these points, to draw."""
 
 
 class Picture:
@@ -85,16 +91,11 @@ def operator() -> Picture:
     """One output pixel of one group."""
     picture = Picture(800, 330, "How deform_conv computes one output pixel of one group")
     side, left, top = 34, 10, 40
-    offsets = (
-        *((-0.9, -0.55), (-1.2, 0.35), (-0.55, 0.8), (0.2, -0.9), (0.25, -0.3)),
-        *((0.45, 0.75), (1.35, -0.65), (0.7, 0.3), (1.1, 1.2)),
-    )
-    weights = 0.9, 0.35, 0.2, 0.5, 1.0, 0.6, 0.3, 0.75, 0.45
     picture.text(left, 24, "value, one group's map", "bold")
     picture.pixels(left, top, 8, 7, side)
     x, y = left + 3.5 * side, top + 3.5 * side
     picture.box(x - side / 2, y - side / 2, side, side, "b pale")
-    for (column, row), (dx, dy), weight in zip(POINTS, offsets, weights, strict=True):
+    for (column, row), (dx, dy), weight in zip(POINTS, OFFSETS, WEIGHTS, strict=True):
         at = x + column * side, y + row * side
         end = at[0] + dx * side, at[1] + dy * side
         picture.line(*at, *end, "line-a")
