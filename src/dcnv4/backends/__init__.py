@@ -39,6 +39,7 @@ class Call(NamedTuple):
     op: str
     """`deform_conv` or `ms_deform_attn`."""
     device: torch.device
+    """Of the tensors."""
     dtype: torch.dtype
     """Of the value."""
     deterministic: bool = False
@@ -140,8 +141,9 @@ def choose(
     """The name of the backend that runs a call.
 
     Args:
-        op, device, dtype, deterministic: what `Call` holds. Where PyTorch is only to warn, a
-            backend without a deterministic backward is taken, with a warning.
+        op, device, dtype: what `Call` holds.
+        deterministic: what `Call` holds. Where PyTorch is only to warn, a backend without a
+            deterministic backward is taken, with a warning.
         backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
 
     Raises:
