@@ -147,6 +147,42 @@ def operator() -> Picture:
     return picture
 
 
+def attention() -> Picture:
+    """One head of one query over three levels."""
+    picture = Picture(800, 270, "How ms_deform_attn computes one head of one query")
+    levels = (
+        (10, 8, 6, 30, ((-1.4, -0.8), (0.9, -1.3), (-0.5, 1.1), (1.6, 0.6))),
+        (290, 4, 3, 44, ((-0.9, 0.3), (0.5, -0.6), (0.8, 0.5), (-0.3, -0.8))),
+        (505, 2, 2, 50, ((0.4, 0.3), (-0.4, 0.2), (0.2, -0.5), (-0.2, -0.3))),
+    )
+    for number, (left, columns, rows, side, offsets) in enumerate(levels):
+        picture.text(left, 24, f"level {number}: {rows} x {columns}", "bold")
+        picture.pixels(left, 40, columns, rows, side)
+        x, y = left + 0.42 * columns * side, 40 + 0.55 * rows * side
+        for (dx, dy), weight in zip(offsets, WEIGHTS[number:], strict=False):
+            end = x + dx * side, y + dy * side
+            picture.line(x, y, *end, "line-a")
+            picture.disc(*end, 9 * sqrt(weight), "a")
+        picture.disc(x, y, 5, "b")
+    picture.text(640, 24, "the query's output", "bold")
+    picture.lines(
+        640,
+        58,
+        [
+            "The sum over all points",
+            "of all levels: weight ·",
+            "what the point read.",
+            "Each head has its own",
+            "points, and its own",
+            "channels of the value.",
+        ],
+        "small",
+    )
+    picture.text(10, 244, "orange: the reference point, at the same place of every level;", "small")
+    picture.text(10, 261, "line: a point's offset; area of the disc: its weight", "small")
+    return picture
+
+
 def layout() -> Picture:
     """What stands where in the channels of `offset_mask`, and the order of the points."""
     picture = Picture(800, 250, "The channels of offset_mask, and the order of the points")
@@ -374,6 +410,7 @@ def pictures() -> dict[str, Picture]:
     """Every picture by the name of its file."""
     return {
         "operator.svg": operator(),
+        "attention.svg": attention(),
         "offset_mask.svg": layout(),
         "tiles.svg": tiles(),
         "gpu-forward.svg": against_floor("forward"),
