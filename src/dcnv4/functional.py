@@ -71,6 +71,15 @@ def deform_conv(
 
     Source: Xiong et al., Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for
     Vision Applications, CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import deform_conv
+        >>> value = torch.randn(2, 32, 48, 64)
+        >>> offsets, weights = torch.zeros(2, 32, 48, 4, 18), torch.full((2, 32, 48, 4, 9), 1 / 9)
+        >>> offset_mask = torch.cat((offsets, weights), -1).flatten(3)
+        >>> deform_conv(value, offset_mask, kernel_size=3, padding=1, groups=4).shape
+        torch.Size([2, 32, 48, 64])
     """
     settings = window(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
@@ -169,6 +178,15 @@ def ms_deform_attn(
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import ms_deform_attn
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> locations, logits = torch.rand(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn(value, shapes, locations, logits, softmax=True).shape
+        torch.Size([2, 100, 256])
     """
     check_flag("softmax", softmax)
     check_tensor("value", value, "[B, S, G, D]", (4,))

@@ -68,6 +68,13 @@ def conv(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, by its name.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d, visualize
+        >>> layer, x = DCNv4Conv2d(3, 32, padding=1), torch.rand(1, 3, 24, 32)
+        >>> figure = visualize.conv(layer, x, pixel=(10, 16))
+        >>> figure.savefig("points.png")
     """
     _check_layer(layer, (DCNv4Conv2d, DCNv4, DCNv3))
     told = layer.sampling_points(x, shape) if isinstance(layer, DCNv4) else layer.sampling_points(x)
@@ -149,6 +156,14 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, by its name.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import FlashDeformAttn, visualize
+        >>> layer, shapes = FlashDeformAttn(d_model=64, n_levels=2, n_heads=4), [(32, 48), (16, 24)]
+        >>> queries, reference_points = torch.randn(1, 100, 64), torch.rand(1, 100, 2, 2)
+        >>> figure = visualize.attention(layer, queries, reference_points, shapes, index=7)
+        >>> figure.savefig("points.png")
     """
     _check_layer(layer, (FlashDeformAttn,))
     locations, weights = layer.sampling_points(query, reference_points, input_spatial_shapes)
@@ -220,6 +235,14 @@ def points(
         largest: the |weight| of the largest area. None: the largest of `weights`.
         colours: of weights from 0 on, and of those below.
         marker: as matplotlib names it.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from dcnv4 import visualize
+        >>> figure = Figure()
+        >>> visualize.points(figure.add_subplot(), torch.rand(9, 2), torch.randn(9))
+        >>> figure.savefig("points.png")
     """
     from matplotlib.patheffects import Normal, withStroke
 
