@@ -12,7 +12,7 @@ from . import __version__
 
 COMMANDS = {
     "info": "what runs here: versions, devices, backends and why others do not run",
-    "demo": "train a digit classifier on the CPU and draw where its layers look",
+    "demo": "train a network on the CPU to undo a fisheye lens, and draw where its layers look",
     "bench": "check and time both operators on this machine",
 }
 

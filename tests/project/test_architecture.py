@@ -53,7 +53,7 @@ ARROWS = {
     "sharding": {"imports", "ops"},
     "conversion": {"arguments", "layers"},
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
-    "visualize": {"layers"},
+    "visualize": {"arguments", "layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
     "compat": {f"compat.{name}" for name in COMPAT},
     "compat.deformable_detr": {"eager", "functional", "layers"},
