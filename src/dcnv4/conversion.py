@@ -91,20 +91,11 @@ def convert(
     check_choice("kind", kind, tuple(_KINDS))
     if not isinstance(names, (str, tuple, list)):
         raise TypeError(f"names must be a string or a sequence of them; got {names!r}")
-    for option in _KEPT:
-        if option in options:
-            raise TypeError(
-                f"{option} must be left to each convolution, whose own is kept; "
-                f"got {option} = {options[option]!r}"
-            )
     patterns = [names] if isinstance(names, str) else names
     allowed = (types,) if isinstance(types, type) else tuple(types)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in modules):
-            raise ValueError(
-                f"names must match modules of the model: {_beside(pattern, modules)}; got {pattern}"
-            )
+    _check_patterns(patterns, modules)
+    _check_options(options)
     stem = _stem(modules, patterns)
     chosen = {
         name: module
@@ -142,6 +133,26 @@ def convert(
     return {name: layers[conv] for name, conv in chosen.items()}
 
 
+def _check_patterns(patterns: Sequence[str], modules: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in modules):
+            depth = pattern.count(".")
+            beside = [name for name in modules if name and name.count(".") == depth]
+            raise ValueError(
+                "names must match modules of the model: "
+                f"{_listed(beside) or 'none so deep'}; got {pattern}"
+            )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for option in _KEPT:
+        if option in options:
+            raise TypeError(
+                f"{option} must be left to each convolution, whose own is kept; "
+                f"got {option} = {options[option]!r}"
+            )
+
+
 def _stem(modules: dict[str, nn.Module], patterns: Sequence[str]) -> nn.Conv2d | None:
     """The first convolution where it reads an image's channels and no pattern is its own name."""
     name, conv = next(((n, m) for n, m in modules.items() if isinstance(m, nn.Conv2d)), ("", None))
@@ -149,14 +160,6 @@ def _stem(modules: dict[str, nn.Module], patterns: Sequence[str]) -> nn.Conv2d |
         return None
     named = any(fnmatchcase(name, pattern) and pattern != "*" for pattern in patterns)
     return None if named else conv
-
-
-def _beside(pattern: str, modules: Iterable[str]) -> str:
-    """The names of modules as deep in the model as a pattern asks for."""
-    depth = pattern.count(".")
-    return (
-        _listed([name for name in modules if name and name.count(".") == depth]) or "none so deep"
-    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -282,13 +282,19 @@ def test_demo_varies_colours_and_sides(demo, photos):
     assert (other - scenes).abs().amax((1, 2, 3)).min() > 0.01
 
 
-def test_demo_looks_around_pixels_of_the_picture(demo, photos):
-    centers, positions, weights = demo.look(demo.network(*demo.DEFORMABLE), photos.test_inputs[:1])
-    assert centers[0].tolist() == [4.5, 4.5]
-    # Untrained, the points are the kernel's grid, as far apart as two of the layer's pixels.
-    assert positions.shape == (25, 9, 2)
-    assert positions[0].tolist() == [[x, y] for x in (0.5, 4.5, 8.5) for y in (0.5, 4.5, 8.5)]
-    assert weights.shape == (25, 9)
+def test_demo_looks_where_its_layers_do(demo, photos):
+    model = demo.network(*demo.DEFORMABLE)
+    pixels, places = demo.look(model, photos.test_inputs[:1])
+    assert pixels.shape == (36, 2)
+    assert pixels[[0, 1, 6]].tolist() == [[6.5, 6.5], [16.5, 6.5], [6.5, 16.5]]
+    torch.testing.assert_close(places, pixels)  # a new layer's points lie evenly around a pixel
+    with torch.no_grad():
+        for layer in (model[1], model[3]):
+            offsets, _ = layer.window.split(layer.offset_mask.bias)
+            offsets.copy_(torch.tensor([1.0, -0.5]))
+    _, places = demo.look(model, photos.test_inputs[:1])
+    # By two layers, whose offset_scale is 2, on maps of half the picture's size.
+    torch.testing.assert_close(places - pixels, torch.tensor([8.0, -4.0]).expand(36, 2))
 
 
 @pytest.mark.exhaustive

@@ -10,14 +10,14 @@ from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import DCNv4Conv2d, backends, visualize
+from .. import DCNv4Conv2d, backends
 from . import LETTERS
 
 PACKAGES = {
@@ -304,26 +304,29 @@ def compare(
         channels = ", ".join(map(str, contestants[name].channels))
         lines.append(
             f"| `{name}` | {channels} | {each[0].parameters:,} "
-            f"| {mean(errors):.1f}{spread} | {', '.join(f'{e:.1f}' for e in errors)} |"
+            f"| {fmean(errors):.1f}{spread} | {', '.join(f'{e:.1f}' for e in errors)} |"
         )
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def look(model: nn.Sequential, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the model's first deformable layer looks for every seventh pixel that it makes.
+def look(model: nn.Sequential, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the model looks in the first picture for some of the pixels that it makes.
 
-    Returns centres [N, 2], points [N, K, 2], both (x, y) in pixels of the picture, and weights
-    [N, K].
+    From a pixel back through both layers, in each by the mean of its points and their |weights|.
+    Returns the pixels and where it looks, both [N, 2] in (x, y).
     """
     halved = model[0](inputs[:1])
-    positions, weights = model[1].sampling_points(halved)  # type: ignore[operator]
-    chosen = torch.arange(2, SIDE // 2, 7)
+    chosen = torch.arange(3, SIDE // 2, 5)
     row, column = torch.meshgrid(chosen, chosen, indexing="ij")
-    at = 0, row.flatten(), column.flatten(), 0
-    centers = torch.stack((at[2], at[1]), -1)
-    # A pixel of the layer is two of the picture.
-    return 2 * centers + 0.5, 2 * positions[at] + 0.5, weights[at]
+    pixels = place = torch.stack((column, row), -1).flatten(0, 1).float()
+    for layer, x in ((model[3], model[1:3](halved)), (model[1], halved)):
+        positions, weights = layer.sampling_points(x)  # type: ignore[operator]
+        share = weights.abs() / weights.abs().sum((3, 4), keepdim=True)
+        mean = (positions * share[..., None]).sum((3, 4))
+        nearest = place.round().long().clamp(0, SIDE // 2 - 1)
+        place = place + mean[0, nearest[:, 1], nearest[:, 0]] - nearest
+    return 2 * pixels + 0.5, 2 * place + 0.5  # a pixel of the layers is two of the picture
 
 
 def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None:
@@ -338,7 +341,7 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
         "through the lens": chosen[:, :3],
         f"where {OURS} looks": chosen[:, :3],
         **{
-            f"{name}: error {result.errors[-1]:.1f}": predict(result.model, chosen)
+            f"{name}\nerror {result.errors[-1]:.1f}": predict(result.model, chosen)
             for name, result in results.items()
         },
         "without the lens": photos.test_scenes[:2],
@@ -353,8 +356,18 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
                 axis.imshow(picture.permute(1, 2, 0).numpy())
                 axis.set(xticks=[], yticks=[])
         for axis, picture in zip(grid[:, 1], chosen, strict=True):
-            for center, points, weights in zip(*look(ours, picture[None]), strict=True):
-                visualize.points(axis, points, weights / 6, center=center, largest=1)
+            pixels, places = look(ours, picture[None])
+            axis.quiver(
+                *pixels.T,
+                *(places - pixels).T,
+                angles="xy",
+                scale_units="xy",
+                scale=1,
+                width=0.012,
+                color="white",
+                edgecolor="black",
+                linewidth=0.8,
+            )
             axis.set(xlim=(-0.5, SIDE - 0.5), ylim=(SIDE - 0.5, -0.5))
         _draw_curves(right.subplots(), results)
     figure.savefig(path, dpi=90, transparent=True)
@@ -362,16 +375,15 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
 
 def _draw_curves(axes, results: dict[str, Result]) -> None:  # type: ignore[no-untyped-def]
     for (name, result), (style, colour) in zip(results.items(), CURVES, strict=True):
-        label = f"{name}, {result.parameters:,} parameters"
         epochs = range(1, len(result.errors) + 1)
-        axes.plot(epochs, result.errors, style, color=colour, linewidth=2.5, label=label)
+        axes.plot(epochs, result.errors, style, color=colour, linewidth=2.5, label=name)
     axes.set_title("mean error on another photo, of 255", fontsize=11)
     axes.set_xlabel(f"epoch of {STEPS} steps", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", fontsize=10, framealpha=0)
+    axes.legend(loc="lower left", fontsize=10, frameon=False)
 
 
 def _missing_packages() -> list[str]:
