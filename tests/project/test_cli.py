@@ -90,6 +90,8 @@ def test_info_names_the_calls_where_answers_differ(capsys, monkeypatch, clean):
         return None
 
     monkeypatch.setattr(backends, "why_not", why_not)
+    # What is chosen so is not to be remembered.
+    monkeypatch.setattr(backends, "_choose", backends._choose.__wrapped__)
     lines = info.describe(info.collect()).splitlines()
     assert "  cpu        float64, float32, bfloat16: usable" in lines
     assert "             float16: needs no half" in lines
