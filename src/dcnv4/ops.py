@@ -7,13 +7,14 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
+from functools import lru_cache, partial, update_wrapper
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backends import choose, load, reference
+from . import geometry
+from .backends import AttnGrads, choose, load, reference
 from .eager import (
     AUTOCAST_KEYS,
     Differentiable,
@@ -23,7 +24,7 @@ from .eager import (
     run,
     without_autocast,
 )
-from .geometry import Window
+from .geometry import Reference, Window, sum_dtype
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -66,8 +67,9 @@ class Operator:
     """Of a call."""
     forward: Callable[..., Tensor]
     """What the backend makes of a call."""
-    backward: Callable[..., tuple[Tensor, ...]]
-    """The gradients of a call's inputs, from that of the output before it."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """The gradients of a call's inputs, from that of the output before it; None where the call says
+    that one is not wanted."""
     differentiable: Callable[..., Tensor]
     """The forward, made of PyTorch's own operations: the derivatives of the backward come from it,
     and it runs under `torch.func` transforms and in forward mode."""
@@ -113,7 +115,10 @@ class Operator:
         return self.forward(*self.unflatten(*flat))
 
     def _compute_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-        return self.backward(grad, *self.unflatten(*flat))
+        call = self.unflatten(*flat)
+        inputs = (call[i] for i in self.inputs)
+        pairs = zip(inputs, self.backward(grad, *call), strict=True)
+        return tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs)
 
     def _meta(self, *flat: Any) -> Tensor:
         call = self.unflatten(*flat)
@@ -203,22 +208,11 @@ class DeformConv(Operator):
         return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
-class DeformAttn(Operator):
-    """A call: backend, value, shapes of the levels, locations, weights, softmax.
+class _Attention(Operator):
+    """A call: backend, value, shapes of the levels, and more.
 
     The shapes are numbers where the host knows them, a tensor where only the device does.
     """
-
-    name = "ms_deform_attn"
-    schema = (
-        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
-        "Tensor weights, bool softmax, str backend"
-    )
-    inputs = 1, 3, 4
-
-    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
-        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
-        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def flatten(
@@ -235,6 +229,21 @@ class DeformAttn(Operator):
         *others, backend = rest
         pairs = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
         return backend, value, pairs if spatial_shapes is None else spatial_shapes, *others
+
+
+class DeformAttn(_Attention):
+    """A call: backend, value, shapes of the levels, locations, weights, softmax."""
+
+    name = "ms_deform_attn"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
+        "Tensor weights, bool softmax, str backend"
+    )
+    inputs = 1, 3, 4
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
+        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def output_shape(
@@ -270,8 +279,108 @@ class DeformAttn(Operator):
         return reference.attn_forward(*arguments, differentiable=True)
 
 
-OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn()
-deform_conv, ms_deform_attn = (partial(run, operator) for operator in OPERATORS)
+class DeformAttnFromOffsets(_Attention):
+    """A call: backend, value, shapes of the levels, reference points, offsets, weights,
+    box_normalizer, softmax, and whether the gradient of the reference points is wanted."""
+
+    name = "ms_deform_attn_from_offsets"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor reference_points, "
+        "Tensor offsets, Tensor weights, str box_normalizer, bool softmax, "
+        "bool reference_gradient, str backend"
+    )
+    inputs = 1, 3, 4, 5
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        images, queries, _ = (size != 1 for size in call[3].shape[:3])
+        return [
+            (0, 0 if images else None, 0, 0, 0),
+            (None, 1 if queries else None, 1, 1, 1),
+            (2, None, 2, 2, 2),
+        ]
+
+    @staticmethod
+    def output_shape(
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
+    ) -> tuple[int, ...]:
+        return DeformAttn.output_shape(backend, value, shapes, *rest)
+
+    @staticmethod
+    def forward(backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any) -> Tensor:
+        offsets, weights, box_normalizer, softmax, _ = rest
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        place = Reference(points, box_normalizer)
+        return load(backend).attn_forward(
+            value, shapes, offsets, weights, softmax, deterministic, place
+        )
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        backend: str,
+        value: Tensor,
+        shapes: Any,
+        points: Tensor,
+        *rest: Any,
+        out: AttnGrads | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        offsets, weights, box_normalizer, softmax, reference_gradient = rest
+        deterministic = _is_deterministic_backward("ms_deform_attn", value, backend)
+        place = Reference(points, box_normalizer)
+
+        def run(offsets: Tensor, place: Reference, out: AttnGrads | None) -> Any:
+            others = weights, softmax, deterministic, place, out
+            return load(backend).attn_backward(grad, value, shapes, offsets, *others)
+
+        if not reference_gradient:
+            grad_value, grad_offsets, grad_weights = run(offsets, place, out)
+            return grad_value, None, grad_offsets, grad_weights
+
+        # From the gradients of offsets in pixels: those of the offsets may be rounded, and are none
+        # in a box without size.
+        exact = offsets.to(dtype := sum_dtype(value.dtype))
+        wide = place._replace(points=points.to(dtype))
+        heights, widths = _levels(shapes, value.device)
+        scale = None
+        if place.has_boxes():
+            scale, _ = geometry.attn_map(heights, widths, offsets.shape[4], wide)
+        pixels = exact if scale is None else exact * scale
+        grads = (out[0], pixels.new_empty(pixels.shape), out[2]) if out else None
+        centres = place._replace(points=points[..., :2])
+        grad_value, by_pixels, grad_weights = run(pixels, centres, grads)
+        grad_offsets = by_pixels if scale is None else by_pixels * scale
+        grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets.to(offsets.dtype)
+        grad_points = geometry.attn_reference_backward(by_pixels, exact, wide, heights, widths)
+        return grad_value, grad_points.to(points.dtype), grad_offsets, grad_weights
+
+    @staticmethod
+    def differentiable(
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
+    ) -> Tensor:
+        offsets, weights, box_normalizer, softmax, _ = rest
+        place = Reference(points, box_normalizer)
+        inputs = value, shapes, offsets, weights, softmax
+        return reference.attn_forward(*inputs, reference=place, differentiable=True)
+
+
+def _levels(shapes: Tensor | Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Heights and widths of levels."""
+    if isinstance(shapes, Tensor):
+        return list(geometry.levels(shapes, device)[:2])
+    return _kept_levels(tuple(shapes), device)
+
+
+@lru_cache(maxsize=256)
+def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> list[Tensor]:
+    # Kept, because copying numbers to an accelerator makes the host wait for it.
+    with torch.inference_mode(False):
+        return list(geometry.levels(shapes, device)[:2])
+
+
+OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn(), DeformAttnFromOffsets()
+deform_conv, ms_deform_attn, ms_deform_attn_from_offsets = (
+    partial(run, operator) for operator in OPERATORS
+)
 
 
 def composite(arguments: str) -> Callable[[_Function], _Function]:

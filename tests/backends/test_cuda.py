@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcnv4 import backends, functional
+from dcnv4 import backends, functional, geometry
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import choice, compile, plans
 from support import cases, fuzz_cuda, kernel_cases, launches, pairs
@@ -97,13 +97,19 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
         assert isinstance(case, cases.AttnCase)
         prepare, plan = backend._rows, plans.attn_plan.__wrapped__
         rest = (tuple(size for pair in case.shapes for size in pair), case.softmax)
-        locations, weights = coordinates
-        coordinates = locations, weights.reshape(locations.shape[:-1])
+        *place, offsets, weights = coordinates
+        coordinates = offsets, weights.reshape(offsets.shape[:-1])
     first, *layouts = (plans.layout(prepare(tensor)) for tensor in (value, *coordinates))
     (_, *shape), *where = first
     first = ((batch, *shape), *where)
+    gradient: Any = plans.layout(prepare(grad))
+    if isinstance(case, cases.AttnCase):
+        reference = None
+        if isinstance(case, cases.OffsetsCase):
+            reference = geometry.Reference(place[0], case.box_normalizer)
+        layouts.append(backend._place(reference)[1])
+        gradient = gradient, 1, 1
     plan(first, *layouts, None, *rest, False, 0)
-    gradient = plans.layout(prepare(grad))
     plan(first, *layouts, gradient, *rest, deterministic, 0)
 
 
