@@ -44,6 +44,8 @@ class Operator(Protocol):
 
     def differentiable(self, *call: Any) -> Tensor: ...
 
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]: ...
+
     def dispatch(self, *call: Any) -> Tensor: ...
 
     def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]: ...
@@ -56,14 +58,15 @@ def run(operator: Operator, *call: Any) -> Tensor:
         if not _is_autocast_anywhere() or not is_autocast(device := call[1].device.type):
             return _run_plain(operator, inputs, call)
         if device in AUTOCAST_KEYS:
-            exact = as_autocast(call, device, inputs)
-            return without_autocast(device, _run_plain, operator, inputs, exact)
+            operator, exact = operator.under_autocast(device, *call)
+            return without_autocast(device, _run_plain, operator, operator.inputs, exact)
     elif _is_transformed():
         device = call[1].device.type
         if not is_autocast(device):
             return operator.differentiable(*call)
+        operator, exact = operator.under_autocast(device, *call)
         with torch.autocast(device, enabled=False):
-            return operator.differentiable(*as_autocast(call, device, inputs))
+            return operator.differentiable(*exact)
     return operator.dispatch(*call)
 
 
@@ -262,10 +265,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that autocast, where it is on, makes of a tensor before a projection reads it."""
     if tensor.dtype == torch.float64 or not is_autocast(tensor.device.type) or _is_vmap():
         return tensor.dtype
-    return _autocast_dtype(tensor.device.type)
+    return dtype_of_autocast(tensor.device.type)
 
 
-def _autocast_dtype(device: str) -> torch.dtype:
+def dtype_of_autocast(device: str) -> torch.dtype:
     if _HAS_AUTOCAST_BY_DEVICE:
         return torch.get_autocast_dtype(device)
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
@@ -276,7 +279,7 @@ def as_autocast(call: Sequence[Any], device: str, inputs: tuple[int, ...]) -> li
     replaced = list(call)
     first, *rest = inputs
     if call[first].dtype != torch.float64:
-        replaced[first] = call[first].to(_autocast_dtype(device))
+        replaced[first] = call[first].to(dtype_of_autocast(device))
     exact = exact_coordinates(replaced[first], *(call[i] for i in rest))
     for i, coordinate in zip(rest, exact, strict=True):
         replaced[i] = coordinate

@@ -19,11 +19,12 @@ from .eager import (
     Differentiable,
     as_autocast,
     beside,
+    dtype_of_autocast,
     needs_grad,
     run,
     without_autocast,
 )
-from .geometry import Window
+from .geometry import Window, unpacked
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -74,12 +75,13 @@ class Operator:
 
     def __init__(self) -> None:
         name, results = self.name, ", ".join(["Tensor"] * len(self.inputs))
+        results = f"({results})" if self.inputs[1:] else results
         # Any strides do, so that Inductor need not keep those it traced.
         names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
         tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
         _library.define(f"{name}({self.schema}) -> Tensor", **tags)
         _library.define(
-            f"{name}_backward(Tensor grad_output, {self.schema}) -> ({results})", **tags
+            f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags
         )
         self.operator = getattr(torch.ops.dcnv4, name).default
         self.operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
@@ -100,30 +102,34 @@ class Operator:
         and at the end its output are split, None for an input that all parts read whole."""
         return [(0,) * (len(self.inputs) + 1)]
 
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        """The operator, and its call, that autocast makes of a call."""
+        return self, as_autocast(call, device, self.inputs)
+
     def dispatch(self, *call: Any) -> Tensor:
         """The output, by way of PyTorch's dispatcher."""
         output: Tensor = self.operator(*self.flatten(*call))
         return output
 
     def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = self.operator_backward(grad, *self.flatten(*call))
-        return grads
+        grads = self.operator_backward(grad, *self.flatten(*call))
+        return (grads,) if isinstance(grads, Tensor) else tuple(grads)
 
     def _compute(self, *flat: Any) -> Tensor:
         return self.forward(*self.unflatten(*flat))
 
-    def _compute_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-        return self.backward(grad, *self.unflatten(*flat))
+    def _compute_backward(self, grad: Tensor, *flat: Any) -> Any:
+        return _results(self.backward(grad, *self.unflatten(*flat)))
 
     def _meta(self, *flat: Any) -> Tensor:
         call = self.unflatten(*flat)
         value: Tensor = call[1]
         return value.new_empty(self.output_shape(*call))
 
-    def _meta_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    def _meta_backward(self, grad: Tensor, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         tensors = (call[i] for i in self.inputs)
-        return tuple(t.new_empty(t.shape) for t in tensors)
+        return _results(tuple(t.new_empty(t.shape) for t in tensors))
 
     def _autograd(self, *flat: Any) -> Any:
         call = self.unflatten(*flat)
@@ -141,12 +147,17 @@ class Operator:
                     call[i] = call[i].detach().requires_grad_()
             wanted = [call[i] for i in self.inputs]
             output = self.differentiable(*call)
-            return torch.autograd.grad(output, wanted, grad, create_graph=True)
+            return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
         return _below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:
-        call = as_autocast(self.unflatten(*flat), device, self.inputs)
-        return without_autocast(device, self.dispatch, *call)
+        operator, call = self.under_autocast(device, *self.unflatten(*flat))
+        return without_autocast(device, operator.dispatch, *call)
+
+
+def _results(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """As PyTorch takes an operator's results: one of them by itself."""
+    return tensors if tensors[1:] else tensors[0]
 
 
 def _below_autograd(function: Callable[..., T], *arguments: Any) -> T:
@@ -201,6 +212,56 @@ class DeformConv(Operator):
     @staticmethod
     def differentiable(backend: str, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
         return reference.conv_forward(value, offset_mask, window, differentiable=True)
+
+
+class DeformConvPacked(Operator):
+    """A call: backend, packed, channels of the value, window."""
+
+    name = "deform_conv_packed"
+    schema = DeformConv.schema.replace(
+        "Tensor value, Tensor offset_mask", "Tensor packed, int channels"
+    )
+    inputs = (1,)
+
+    @staticmethod
+    def flatten(backend: str, packed: Tensor, channels: int, window: Window) -> tuple[Any, ...]:
+        return packed, channels, *window, backend
+
+    @staticmethod
+    def unflatten(packed: Tensor, channels: int, *settings: Any) -> tuple[Any, ...]:
+        backend, _, _, window = DeformConv.unflatten(packed, packed, *settings)
+        return backend, packed, channels, window
+
+    @staticmethod
+    def output_shape(
+        backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[int, ...]:
+        return *packed.shape[:3], channels
+
+    @staticmethod
+    def forward(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.forward(backend, *unpacked(packed, channels), window)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[Tensor]:
+        deterministic = _is_deterministic_backward("deform_conv", packed, backend)
+        gradient = packed.new_empty(packed.shape)
+        inputs, out = unpacked(packed, channels), unpacked(gradient, channels)
+        load(backend).conv_backward(grad, *inputs, window, deterministic, out)
+        return (gradient,)
+
+    @staticmethod
+    def differentiable(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.differentiable(backend, *unpacked(packed, channels), window)
+
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        backend, packed, channels, window = call
+        if packed.dtype in (torch.float64, dtype_of_autocast(device)):
+            return self, list(call)
+        # The value is rounded, the coordinates beside it are not.
+        return OPERATORS[0].under_autocast(device, backend, *unpacked(packed, channels), window)
 
 
 class DeformAttn(Operator):
@@ -270,8 +331,8 @@ class DeformAttn(Operator):
         return reference.attn_forward(*arguments, differentiable=True)
 
 
-OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn()
-deform_conv, ms_deform_attn = (partial(run, operator) for operator in OPERATORS)
+OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn(), DeformConvPacked()
+deform_conv, ms_deform_attn, deform_conv_packed = (partial(run, o) for o in OPERATORS)
 
 
 def composite(arguments: str) -> Callable[[_Function], _Function]:

@@ -56,7 +56,8 @@ class Backend(Protocol):
     half-precision value. `spatial_shapes` is pairs (H, W) where the host knows them, and otherwise
     an integer tensor [L, 2] on the value's device or the CPU. `deterministic`: the call runs under
     deterministic algorithms, and `why_not` allows it. Results are contiguous; a gradient has the
-    dtype and the shape of its input.
+    dtype and the shape of its input. `out`: tensors that the gradients are written into and that
+    are returned, columns of a contiguous one.
     """
 
     def why_not(self, call: Call) -> str | None: ...
@@ -76,6 +77,7 @@ class Backend(Protocol):
         offset_mask: Tensor,
         window: Window,
         deterministic: bool = False,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attn_forward(
