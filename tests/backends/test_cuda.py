@@ -80,7 +80,10 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
             for deterministic in (False, True):
-                plans.convert_sums_plan.__wrapped__(2, count, dtype, deterministic, 0)
+                shape = 2, 3, 5, count
+                for row in (count, count + 4):
+                    layout = shape, (15 * row, 5 * row, row, 1), dtype, 0
+                    plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -104,6 +107,9 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
     first = ((batch, *shape), *where)
     plan(first, *layouts, None, *rest, False, 0)
     gradient = plans.layout(prepare(grad))
+    if isinstance(case, cases.ConvCase):
+        written = (plans.layout(tensor.contiguous()) for tensor in (value, *coordinates))
+        gradient = gradient, *written
     plan(first, *layouts, gradient, *rest, deterministic, 0)
 
 

@@ -71,24 +71,37 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
-    layouts = plans.layout(value), plans.layout(offset_mask), plans.layout(grad)
-    plan = plans.conv_plan(*layouts, window, deterministic, value.get_device())
+    grad_value, grad_mask = grads = out or (
+        _empty(value, value.shape, deterministic),
+        _empty(offset_mask, offset_mask.shape, deterministic),
+    )
+    layouts = plans.layout(grad), plans.layout(grad_value), plans.layout(grad_mask)
+    plan = plans.conv_plan(
+        plans.layout(value),
+        plans.layout(offset_mask),
+        layouts,
+        window,
+        deterministic,
+        value.get_device(),
+    )
     if plan is None:
-        return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
+        grad_value.zero_(), grad_mask.zero_()
+        return grads
     leftover = _leftover(plan, value, deterministic)
 
     inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
     run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
     if not deterministic:
-        return _summed(value, run), grad_mask
+        _sum(grad_value, run)
+        return grads
     points = window.points()
     held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
-    grad_value = _summed_in_any_order(value, grad, held, window.groups, points, run)
-    return grad_value, grad_mask
+    _sum_in_any_order(grad_value, grad, held, window.groups, points, run)
+    return grads
 
 
 def attn_forward(
@@ -130,6 +143,7 @@ def attn_backward(
         inputs = value, locations, weights
         grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return grads[0], grads[1], grads[2]
+    grad_value = _empty(value, value.shape, deterministic)
     grad_locations = _empty(locations, locations.shape, deterministic)
     grad_weights = _empty(weights, weights.shape, deterministic)
 
@@ -138,11 +152,12 @@ def attn_backward(
         **{"value": value, "locations": locations, "weights": weights, "grad": grad},
         **{"grad_locations": grad_locations, "grad_weights": grad_weights, "shapes": shapes},
     )
-    if not deterministic:
-        return _summed(value, run), grad_locations, grad_weights
-    points = locations.shape[3] * locations.shape[4]
-    held = None if softmax else (weights, 0, points)
-    grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
+    if deterministic:
+        points = locations.shape[3] * locations.shape[4]
+        held = None if softmax else (weights, 0, points)
+        _sum_in_any_order(grad_value, grad, held, value.shape[2], points, run)
+    else:
+        _sum(grad_value, run)
     return grad_value, grad_locations, grad_weights
 
 
@@ -165,33 +180,34 @@ def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor |
     return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _summed(value: Tensor, run: Callable[..., None]) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros."""
-    dtype, device = sum_dtype(value.dtype), value.get_device()
-    sums = _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
+    """Write `grad_value`, which `run` adds to zeros."""
+    dtype, device = sum_dtype(grad_value.dtype), grad_value.get_device()
+    in_place = dtype == grad_value.dtype
+    sums = grad_value if in_place else _empty(grad_value, grad_value.shape, False, dtype)
+    if sums.is_contiguous():
+        plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+    else:
+        sums.zero_()
     run(grad_value=sums, fixed_point_scale=None)
-    if dtype == value.dtype:
-        return sums
-    result = _empty(value, value.shape, False)
-    convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
-    convert.start(sums=sums, fixed_point_scale=None, result=result)
-    return result
+    if not in_place:
+        convert = plans.convert_sums_plan(1, plans.layout(grad_value), False, device)
+        convert.start(sums=sums, fixed_point_scale=None, result=grad_value)
 
 
-def _summed_in_any_order(
-    value: Tensor,
+def _sum_in_any_order(
+    grad_value: Tensor,
     grad: Tensor,
     weights: tuple[Tensor, int, int] | None,
     groups: int,
     points: int,
     run: Callable[..., None],
-) -> Tensor:
-    """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
+) -> None:
+    """Write `grad_value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
 
     Args:
-        value: [B, ...]
+        grad_value: [B, ...]
         grad: of the output, [B, ..., C].
         weights: the tensor that holds points' weights, where they begin among the numbers of a
             group, and how many numbers a group has; None where weights are at most 1.
@@ -199,20 +215,18 @@ def _summed_in_any_order(
         points: of a slice.
         run: adds to integers.
     """
-    images, numbers, device = value.shape[0], value.numel(), value.get_device()
+    images, numbers, device = grad_value.shape[0], grad_value.numel(), grad_value.get_device()
     # The integers, then what fixed_point_scale.cu keeps and makes of each image.
-    sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
+    sums = _empty(grad_value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
     largest, scale = sums[numbers:], sums[numbers + images + 1 :]
-    result = _empty(value, value.shape, True)
     held, layout = None, None
     if weights is not None:
         held, layout = weights[0], (plans.layout(weights[0]), *weights[1:])
     choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
     choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
     run(grad_value=sums, fixed_point_scale=scale)
-    convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
-    convert.start(sums=sums, fixed_point_scale=scale, result=result)
-    return result
+    convert = plans.convert_sums_plan(images, plans.layout(grad_value), True, device)
+    convert.start(sums=sums, fixed_point_scale=scale, result=grad_value)
 
 
 def _sizes(

@@ -78,6 +78,14 @@ class Layout(NamedTuple):
         return math.gcd(numbers, self.alignment(*self.pixels) // itemsize(self.dtype))
 
 
+class ConvGradients(NamedTuple):
+    """Of a backward of `deform_conv`: where the output's gradient lies, and those it makes."""
+
+    output: Layout
+    value: Layout
+    offset_mask: Layout
+
+
 class Kernel(NamedTuple):
     """A kernel, what it is compiled for, and its grid."""
 
@@ -142,6 +150,7 @@ class Slices(NamedTuple):
             "DEPTH": self.depth,
             "POINTS": self.points,
             "SOFTMAX": int(self.softmax),
+            "SUMS_PIXEL": self.groups * self.depth,
             "VECTOR": shape.vector,
             "LANES": shape.lanes,
         }
@@ -340,11 +349,18 @@ def strip_height(columns: int, tiles: int, at_once: int) -> int:
 
 
 def why_not_tiles(
-    name: str, slices: Slices, window: Window, offset_mask: Layout, gpu: GPU
+    name: str,
+    slices: Slices,
+    window: Window,
+    offset_mask: Layout,
+    grad_offset_mask: Layout | None,
+    gpu: GPU,
 ) -> str | None:
     """None where kernel `name`, of tiles, takes a call of `deform_conv`; otherwise what it needs,
     see tiles/tile.cuh."""
-    _, _, columns, channels = offset_mask.shape
+    columns = offset_mask.shape[2]
+    written = grad_offset_mask or offset_mask
+    stride = max(offset_mask.pixels[1], written.pixels[1])
     return _unmet(
         (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
         (not slices.index64, "32-bit indices"),
@@ -357,11 +373,8 @@ def why_not_tiles(
         (slices.depth in (16, 32, 48, 64), "16, 32, 48 or 64 channels a group"),
         (slices.alignment == 16, "slices aligned to 16 bytes"),
         (offset_mask.alignment(*offset_mask.pixels) >= 8, "offset_mask's pixels on 8 bytes"),
-        (channels % 2 == 0, "an even number of channels of offset_mask"),
-        (
-            TILE_H * columns * max(channels, offset_mask.pixels[1]) < 1 << 31,
-            "rows of a tile that lanes count in 32 bits",
-        ),
+        (written.alignment(*written.pixels) >= 4, "pixels of offset_mask's gradient on 4 bytes"),
+        (TILE_H * columns * stride < 1 << 31, "rows of a tile that lanes count in 32 bits"),
     )
 
 
@@ -372,21 +385,27 @@ def _unmet(*rules: tuple[bool, str]) -> str | None:
 def conv(
     value: Layout,
     offset_mask: Layout,
-    grad: Layout | None,
+    grads: ConvGradients | None,
     window: Window,
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `deform_conv`, or its backward where there is `grad`."""
+    """What runs `deform_conv`, or its backward where there are `grads`."""
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
     pixels, groups, depth = height * width, window.groups, channels // window.groups
     settings = groups, depth, window.points(), window.softmax, deterministic
+    grad, grad_value, grad_offset_mask = grads or (None, None, None)
     slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
+    sums_pixel = channels
+    if grad_value is not None and not deterministic and value.dtype == sum_dtype(value.dtype):
+        aligned = grad_value.alignment(*grad_value.pixels)
+        slices = slices._replace(alignment=min(slices.alignment, aligned))
+        sums_pixel = grad_value.pixels[1]
     way, after_zeros = _way(slices)
     by_tiles, by_sorting = f"conv_tile_{way}", f"conv_sorted_{way}"
     why_not = {
-        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, gpu),
+        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, grad_offset_mask, gpu),
         by_sorting: why_not_sorted(by_sorting, slices, pixels, gpu),
     }
     tiled = why_not[by_tiles] is None
@@ -396,7 +415,7 @@ def conv(
     forward_tiles = tiled and grad is None
     strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
-    macros["AFTER_TILES"] = int(tiled)
+    macros |= {"AFTER_TILES": int(tiled), "SUMS_PIXEL": sums_pixel}
     if why_not[by_sorting] is None:
         block = sorting_block(slices)
         blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
@@ -534,11 +553,14 @@ def fixed_point_scale(
     return Kernel("fixed_point_scale", macros, blocks * images * tensors, MAX_THREADS)
 
 
-def convert_sums(images: int, count: int, dtype: torch.dtype, deterministic: bool) -> Kernel:
-    """What makes the sums of `count` numbers an image numbers of `dtype`."""
-    vector = math.gcd(4, count)
-    macros = _types(dtype, False, deterministic) | {"VECTOR": vector}
-    blocks = images * -(-count // (vector * MAX_THREADS))
+def convert_sums(images: int, result: Layout, deterministic: bool) -> Kernel:
+    """What makes the sums of `images`, that are alike, numbers of `result`."""
+    numbers, channels = math.prod(result.shape), result.shape[-1]
+    apart = result.pixels[1] != channels
+    vector = math.gcd(4, result.vector(channels) if apart else numbers // images)
+    macros = _types(result.dtype, numbers >= 1 << 31, deterministic)
+    macros |= {"VECTOR": vector, "ROW": channels if apart else 0}
+    blocks = images * -(-numbers // (images * vector * MAX_THREADS))
     return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
 
 

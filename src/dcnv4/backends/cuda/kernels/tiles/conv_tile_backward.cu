@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                         (long long)tile.image * a.height * a.width * (GROUPS * DEPTH) +
                         group * DEPTH + 4 * t;
     OFFSET_MASK* grad_offset_mask = a.grad_offset_mask + (long long)tile.image * a.out_height *
-                                                             a.out_width * a.offset_mask_channels;
+                                                             a.out_width * a.grad_offset_mask_pixel;
     const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
     // What the lane copies first of the next tile.
     StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image,
@@ -300,10 +300,10 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
         }
-        shared.gradients.store(tile, group, words, grad_offset_mask, a.offset_mask_channels);
+        shared.gradients.store(tile, group, words, grad_offset_mask, a.grad_offset_mask_pixel);
         if (group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
             for (long long i = 3 * GROUPS * POINTS; i < a.offset_mask_channels; ++i)
-                store(grad_offset_mask + tile.pixel(g, t) * a.offset_mask_channels + i, Sum(0));
+                store(grad_offset_mask + tile.pixel(g, t) * a.grad_offset_mask_pixel + i, Sum(0));
         __syncwarp();
     }
     ptx::griddepcontrol_wait();
