@@ -9,17 +9,19 @@ from torch import Tensor
 
 from . import backends, ops
 from .arguments import (
+    check_choice,
     check_divides,
     check_flag,
     check_integer,
     check_levels,
+    check_reference_points,
     check_tensor,
     window,
 )
 from .eager import exact_coordinates
 from .geometry import Window
 
-__all__ = ["deform_conv", "deform_conv_packed", "ms_deform_attn"]
+__all__ = ["deform_conv", "deform_conv_packed", "ms_deform_attn", "ms_deform_attn_from_offsets"]
 
 
 def deform_conv(
@@ -238,20 +240,118 @@ def ms_deform_attn(
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
     """
+    shapes, weights = _check_attention(
+        *("sampling_locations", value, spatial_shapes, sampling_locations, attention_weights),
+        softmax,
+    )
+    deterministic = ops.must_be_deterministic(value, sampling_locations, weights)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
+    dtype, locations = value.dtype, sampling_locations
+    if not locations.dtype == weights.dtype == dtype:
+        value, (locations, weights) = _promote(value, locations, weights)
+    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_weights: Tensor,
+    *,
+    box_normalizer: str = "points",
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""`ms_deform_attn` at offsets from reference points, without sampling locations in memory.
+
+        x_lp = r_x·W_l - ½ + s_x·δx_lp,   y_lp = r_y·H_l - ½ + s_y·δy_lp
+
+    An offset δ is in pixels of its level, s = 1; with reference boxes, in parts of half a box:
+    s_x = r_w·W_l / 2P with `box_normalizer="points"`, and r_w / 2 with "size", s_y likewise.
+
+    Args:
+        value, spatial_shapes: as in `ms_deform_attn`.
+        reference_points: [B, Q, L, 2], (x, y) from 0 to 1 over each level, or [B, Q, L, 4], boxes
+            (x, y, w, h). B, Q and L may be 1: the same for all. May be float32 beside a
+            half-precision value, and is never rounded down.
+        offsets: [B, Q, G, L, P, 2] in (x, y) order; as precise as `reference_points` may be.
+        attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign. Like `offsets`
+            it may be part of a wider tensor, such as a projection's result, and is read there.
+        box_normalizer: "points" or "size"; nothing without boxes.
+        softmax, backend: as in `ms_deform_attn`.
+
+    Returns:
+        [B, Q, G·D] in the dtype of `value` (under autocast, the autocast dtype).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+        RuntimeError: the backend asked for cannot run here; the reasons are listed.
+
+    Note:
+        Positions and sums are made in float32 (float64 for float64), in registers. No result
+        depends on the rest of the batch. Differentiable in `value`, `reference_points`, `offsets`
+        and `attention_weights`, to any order.
+
+    Example:
+        >>> value = torch.randn(2, 20 * 30 + 10 * 15, 8, 32)
+        >>> reference_points = torch.rand(2, 300, 1, 2)
+        >>> offsets = torch.randn(2, 300, 8, 2, 4, 2)
+        >>> logits = torch.randn(2, 300, 8, 2, 4)
+        >>> sizes = (20, 30), (10, 15)
+        >>> ms_deform_attn_from_offsets(
+        ...     value, sizes, reference_points, offsets, logits, softmax=True
+        ... ).shape
+        torch.Size([2, 300, 256])
+
+    Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159.
+    """
+    shapes, weights = _check_attention(
+        *("offsets", value, spatial_shapes, offsets, attention_weights), softmax
+    )
+    check_choice("box_normalizer", box_normalizer, ("points", "size"))
+    whole = offsets.shape[0], offsets.shape[1], offsets.shape[3]
+    check_reference_points(reference_points, whole, value)
+    inputs = value, reference_points, offsets, weights
+    deterministic = ops.must_be_deterministic(*inputs)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
+    dtype, wants_gradient = value.dtype, reference_points.requires_grad and torch.is_grad_enabled()
+    value, (reference_points, offsets, weights) = _promote(*inputs)
+    output: Tensor = ops.ms_deform_attn_from_offsets(
+        *(chosen, value, shapes, reference_points, offsets, weights),
+        *(box_normalizer, softmax, wants_gradient),
+    )
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def _check_attention(
+    name: str,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    coordinates: Tensor,
+    attention_weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor | list[tuple[int, int]], Tensor]:
+    """The sizes of the levels and the weights [B, Q, G, L, P], as backends take them.
+
+    `name`: of the coordinates.
+    """
     check_flag("softmax", softmax)
     check_tensor("value", value, "[B, S, G, D]", (4,))
-    check_tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
+    check_tensor(name, coordinates, "[B, Q, G, L, P, 2]", (6,), value)
     batch, length, groups, depth = value.shape
-    _, queries, _, levels, points, _ = sampling_locations.shape
-    if sampling_locations.shape != (batch, queries, groups, levels, points, 2):
+    _, queries, _, levels, points, _ = coordinates.shape
+    if coordinates.shape != (batch, queries, groups, levels, points, 2):
         raise ValueError(
-            f"sampling_locations must be [B, Q, G, L, P, 2] = [{batch}, Q, {groups}, L, P, 2]; "
-            f"got {list(sampling_locations.shape)}"
+            f"{name} must be [B, Q, G, L, P, 2] = [{batch}, Q, {groups}, L, P, 2]; "
+            f"got {list(coordinates.shape)}"
         )
     if levels * points * depth * groups == 0:
         raise ValueError(
-            "value and sampling_locations must have G, D, L and P >= 1; "
-            f"got {list(value.shape)} and {list(sampling_locations.shape)}"
+            f"value and {name} must have G, D, L and P >= 1; "
+            f"got {list(value.shape)} and {list(coordinates.shape)}"
         )
     shape = (batch, queries, groups, levels, points)
     layout = "[B, Q, G, L, P] or [B, Q, G, L*P]"
@@ -263,17 +363,8 @@ def ms_deform_attn(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
             f"got {list(given)}"
         )
-    shapes = check_levels(spatial_shapes, levels, length, value.device)
-    deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)
-    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
-    dtype = value.dtype
-    locations, weights = sampling_locations, attention_weights
-    if not locations.dtype == weights.dtype == dtype:
-        value, (locations, weights) = _promote(value, locations, weights)
-    if weights.dim() == 4:
-        weights = weights.reshape(shape)
-    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
-    return output if value.dtype == dtype else output.to(dtype)
+    weights = attention_weights if len(given) == 5 else attention_weights.reshape(shape)
+    return check_levels(spatial_shapes, levels, length, value.device), weights
 
 
 def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

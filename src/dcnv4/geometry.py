@@ -120,14 +120,70 @@ def levels(
     return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
 
 
-def attn_points(locations: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel x and y [..., L, P] of normalised `locations` [..., L, P, 2] in levels of these sizes.
+class Reference(NamedTuple):
+    """What the points of an attention are offset from."""
 
-    `heights` and `widths` are [L, 1]. A location runs from 0, the outer edge of a level's first
-    pixel, to 1, the outer edge of its last.
+    points: Tensor
+    """[B or 1, Q or 1, L or 1, 2 or 4]: (x, y) or boxes (x, y, w, h), 0 to 1 over a level."""
+    box_normalizer: str
+    """An offset in a box is in half boxes per point of a level, "points", or per pixel, "size"."""
+
+    # Methods, because the tracer of torch 2.8 reads no property of a NamedTuple.
+
+    def has_boxes(self) -> bool:
+        return self.points.shape[-1] == 4
+
+    def box_unit(self, sizes: Tensor, points: int) -> Tensor | float:
+        """Pixels of an offset of 1, by the widths and heights of boxes, in levels [..., 2] of these
+        widths and heights with so many points."""
+        return sizes * 0.5 / points if self.box_normalizer == "points" else 0.5
+
+
+def attn_map(
+    heights: Tensor, widths: Tensor, points: int, reference: Reference | None = None
+) -> tuple[Tensor | float, Tensor | float]:
+    """What makes pixels (x, y) of coordinates [..., L, P, 2]: a factor, and then a summand.
+
+    Without `reference`, coordinates are locations, which run from 0, the outer edge of a level's
+    first pixel, to 1, the outer edge of its last. With it they are offsets, from points that run
+    likewise: in pixels, or, from boxes, in what is half a box together.
+
+    Args:
+        heights, widths: of the levels, [L, 1].
+        points: P.
+        reference: whose points are [..., L or 1, 2 or 4] for coordinates [..., G, L, P, 2].
     """
-    u, v = locations.unbind(-1)
-    return u * widths - 0.5, v * heights - 0.5
+    sizes = torch.cat((widths, heights), 1)[:, None]
+    if reference is None:
+        return sizes, -0.5
+    place = reference.points[..., None, :, None, :]
+    sizes = sizes.to(place.dtype)
+    shift = place[..., :2] * sizes - 0.5
+    if not reference.has_boxes():
+        return 1.0, shift
+    return place[..., 2:] * reference.box_unit(sizes, points), shift
+
+
+def attn_points(
+    coordinates: Tensor, heights: Tensor, widths: Tensor, reference: Reference | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pixel x and y [..., L, P] of `coordinates` [..., L, P, 2], as `attn_map` has it."""
+    scale, shift = attn_map(heights, widths, coordinates.shape[-2], reference)
+    x, y = (coordinates * scale + shift).unbind(-1)
+    return x, y
+
+
+def attn_reference_backward(
+    grad: Tensor, offsets: Tensor, reference: Reference, heights: Tensor, widths: Tensor
+) -> Tensor:
+    """Gradient of the reference's points, from those of x and y in pixels [B, Q, G, L, P, 2]."""
+    dtype = reference.points.dtype
+    sizes = torch.cat((widths, heights), 1).to(dtype)
+    grads = grad.sum((2, 4), dtype=dtype) * sizes
+    if reference.has_boxes():
+        unit = reference.box_unit(sizes, offsets.shape[4])
+        grads = torch.cat((grads, (grad * offsets).sum((2, 4)) * unit), -1)
+    return grads.sum_to_size(reference.points.shape)
 
 
 def corners(

@@ -7,13 +7,14 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
+from functools import lru_cache, partial, update_wrapper
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backends import choose, load, reference
+from . import geometry
+from .backends import AttnGrads, choose, load, reference
 from .eager import (
     AUTOCAST_KEYS,
     Differentiable,
@@ -24,7 +25,7 @@ from .eager import (
     run,
     without_autocast,
 )
-from .geometry import Window, unpacked
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -67,8 +68,9 @@ class Operator:
     """Of a call."""
     forward: Callable[..., Tensor]
     """What the backend makes of a call."""
-    backward: Callable[..., tuple[Tensor, ...]]
-    """The gradients of a call's inputs, from that of the output before it."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """The gradients of a call's inputs, from that of the output before it; None where the call says
+    that one is not wanted."""
     differentiable: Callable[..., Tensor]
     """The forward, made of PyTorch's own operations: the derivatives of the backward come from it,
     and it runs under `torch.func` transforms and in forward mode."""
@@ -80,9 +82,7 @@ class Operator:
         names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
         tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
         _library.define(f"{name}({self.schema}) -> Tensor", **tags)
-        _library.define(
-            f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags
-        )
+        _library.define(f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags)
         self.operator = getattr(torch.ops.dcnv4, name).default
         self.operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
         for key, forward, backward in (
@@ -119,7 +119,10 @@ class Operator:
         return self.forward(*self.unflatten(*flat))
 
     def _compute_backward(self, grad: Tensor, *flat: Any) -> Any:
-        return _results(self.backward(grad, *self.unflatten(*flat)))
+        call = self.unflatten(*flat)
+        inputs = (call[i] for i in self.inputs)
+        pairs = zip(inputs, self.backward(grad, *call), strict=True)
+        return _results(tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs))
 
     def _meta(self, *flat: Any) -> Tensor:
         call = self.unflatten(*flat)
@@ -264,22 +267,11 @@ class DeformConvPacked(Operator):
         return OPERATORS[0].under_autocast(device, backend, *unpacked(packed, channels), window)
 
 
-class DeformAttn(Operator):
-    """A call: backend, value, shapes of the levels, locations, weights, softmax.
+class _Attention(Operator):
+    """A call: backend, value, shapes of the levels, and more.
 
     The shapes are numbers where the host knows them, a tensor where only the device does.
     """
-
-    name = "ms_deform_attn"
-    schema = (
-        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
-        "Tensor weights, bool softmax, str backend"
-    )
-    inputs = 1, 3, 4
-
-    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
-        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
-        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def flatten(
@@ -296,6 +288,21 @@ class DeformAttn(Operator):
         *others, backend = rest
         pairs = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
         return backend, value, pairs if spatial_shapes is None else spatial_shapes, *others
+
+
+class DeformAttn(_Attention):
+    """A call: backend, value, shapes of the levels, locations, weights, softmax."""
+
+    name = "ms_deform_attn"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
+        "Tensor weights, bool softmax, str backend"
+    )
+    inputs = 1, 3, 4
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
+        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def output_shape(
@@ -331,8 +338,132 @@ class DeformAttn(Operator):
         return reference.attn_forward(*arguments, differentiable=True)
 
 
-OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn(), DeformConvPacked()
-deform_conv, ms_deform_attn, deform_conv_packed = (partial(run, o) for o in OPERATORS)
+class DeformAttnFromOffsets(_Attention):
+    """A call: backend, value, shapes of the levels, reference points, offsets, weights,
+    box_normalizer, softmax, and whether the gradient of the reference points is wanted."""
+
+    name = "ms_deform_attn_from_offsets"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor reference_points, "
+        "Tensor offsets, Tensor weights, str box_normalizer, bool softmax, "
+        "bool reference_gradient, str backend"
+    )
+    inputs = 1, 3, 4, 5
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        images, queries, _ = (size != 1 for size in call[3].shape[:3])
+        return [
+            (0, 0 if images else None, 0, 0, 0),
+            (None, 1 if queries else None, 1, 1, 1),
+            (2, None, 2, 2, 2),
+        ]
+
+    @staticmethod
+    def output_shape(
+        backend: str, value: Tensor, shapes: Any, reference_points: Tensor, *rest: Any
+    ) -> tuple[int, ...]:
+        return DeformAttn.output_shape(backend, value, shapes, *rest)
+
+    @staticmethod
+    def forward(
+        backend: str,
+        value: Tensor,
+        shapes: Any,
+        reference_points: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        box_normalizer: str,
+        softmax: bool,
+        reference_gradient: bool,
+    ) -> Tensor:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        place = Reference(reference_points, box_normalizer)
+        return load(backend).attn_forward(
+            value, shapes, offsets, weights, softmax, deterministic, place
+        )
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        backend: str,
+        value: Tensor,
+        shapes: Any,
+        reference_points: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        box_normalizer: str,
+        softmax: bool,
+        reference_gradient: bool,
+        out: AttnGrads | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        deterministic = _is_deterministic_backward("ms_deform_attn", value, backend)
+        place = Reference(reference_points, box_normalizer)
+
+        def run(offsets: Tensor, place: Reference, out: AttnGrads | None) -> Any:
+            others = weights, softmax, deterministic, place, out
+            return load(backend).attn_backward(grad, value, shapes, offsets, *others)
+
+        if not reference_gradient:
+            grad_value, grad_offsets, grad_weights = run(offsets, place, out)
+            return grad_value, None, grad_offsets, grad_weights
+
+        exact = offsets.to(dtype := sum_dtype(value.dtype))
+        wide = place._replace(points=reference_points.to(dtype))
+        heights, widths = _levels(shapes, value.device)
+        if place.has_boxes():
+            # Offsets in pixels, as their gradients make those of boxes without dividing by a size.
+            scale, _ = geometry.attn_map(heights, widths, offsets.shape[4], wide)
+            corner = Reference(reference_points[..., :2], box_normalizer)
+            grads = (out[0], torch.empty_like(exact), out[2]) if out else None
+            grad_value, in_pixels, grad_weights = run(exact * scale, corner, grads)
+            grad_offsets = (in_pixels * scale).to(offsets.dtype)
+            grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets
+        else:
+            grad_value, grad_offsets, grad_weights = run(offsets, place, out)
+            in_pixels = grad_offsets
+        grad_points = geometry.attn_reference_backward(in_pixels, exact, wide, heights, widths)
+        return grad_value, grad_points.to(reference_points.dtype), grad_offsets, grad_weights
+
+    @staticmethod
+    def differentiable(
+        backend: str,
+        value: Tensor,
+        shapes: Any,
+        reference_points: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        box_normalizer: str,
+        softmax: bool,
+        *rest: Any,
+    ) -> Tensor:
+        place = Reference(reference_points, box_normalizer)
+        inputs = value, shapes, offsets, weights, softmax
+        return reference.attn_forward(*inputs, reference=place, differentiable=True)
+
+
+def _levels(shapes: Tensor | Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Heights and widths of levels."""
+    if isinstance(shapes, Tensor):
+        return list(geometry.levels(shapes, device)[:2])
+    return _kept_levels(tuple(shapes), device)
+
+
+@lru_cache(maxsize=256)
+def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> list[Tensor]:
+    # Kept, because copying numbers to an accelerator makes the host wait for it.
+    with torch.inference_mode(False):
+        return list(geometry.levels(shapes, device)[:2])
+
+
+OPERATORS: tuple[Operator, ...] = (
+    DeformConv(),
+    DeformAttn(),
+    DeformConvPacked(),
+    DeformAttnFromOffsets(),
+)
+deform_conv, ms_deform_attn, deform_conv_packed, ms_deform_attn_from_offsets = (
+    partial(run, operator) for operator in OPERATORS
+)
 
 
 def composite(arguments: str) -> Callable[[_Function], _Function]:
