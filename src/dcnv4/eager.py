@@ -7,7 +7,7 @@ of them is interested in does by hand what is left: autocast, autograd, the back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -77,12 +77,23 @@ def _run_plain(operator: Operator, inputs: tuple[int, ...], call: Sequence[Any])
     return operator.forward(*call)
 
 
-def needs_grad(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+def needs_grad(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     if torch.is_grad_enabled():
         for i in inputs:
             if call[i].requires_grad:
                 return True
     return False
+
+
+def compute(operator: Operator, *call: Any) -> Tensor:
+    """What the backend makes of a call, below autograd; profilers are told of it."""
+    return operator.dispatch(*call) if _is_profiling() else operator.forward(*call)
+
+
+def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
+    """The gradients of a call's inputs, as `compute`."""
+    run_backward = operator.dispatch_backward if _is_profiling() else operator.backward
+    return run_backward(grad, *call)
 
 
 class Differentiable(torch.autograd.Function):
@@ -119,26 +130,30 @@ _apply = super(torch.autograd.Function, Differentiable).apply
 # Who is interested in a call.
 
 
-def is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+def is_plain(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     """Whether nothing but autograd, autocast and a backend is interested in a call."""
+    return not has_interested(call, inputs) and not _is_profiling()
+
+
+def has_interested(call: Sequence[Any], inputs: Iterable[int]) -> bool:
+    """Whether something is interested in a call that may change what it computes."""
     if _is_compiling():
-        return False
+        return True
     for i in inputs:
         tensor = call[i]
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
-            return False
+            return True
         # It is no memory: on the meta device, of a transform, or left over by one.
         if _is_subclass_like(tensor):
-            return False
+            return True
         # Its memory is not its numbers, or is none.
         if tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    return not (
+            return True
+    return bool(
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or _C._is_tracing()
-        or _is_profiling()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -303,3 +318,19 @@ def without_autocast(device: str, function: Callable[..., T], *arguments: Any) -
         return function(*arguments)
     finally:
         _C._dispatch_tls_set_dispatch_key_excluded(key, False)
+
+
+def below_autograd(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` makes of the arguments, autograd not looking."""
+    guard = _C._AutoDispatchBelowAutograd()
+    try:
+        return function(*arguments)
+    finally:
+        del guard  # which an exception's frames would keep, and autograd off with it
+
+
+def below(device: str, function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` makes of the arguments, neither autograd nor autocast looking."""
+    if _is_autocast_anywhere() and is_autocast(device):
+        return without_autocast(device, below_autograd, function, *arguments)
+    return below_autograd(function, *arguments)

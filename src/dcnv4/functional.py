@@ -93,7 +93,21 @@ def windowed_conv(
     """`deform_conv` with settings that were checked before."""
     check_tensor("value", value, "[B, H, W, C]", (4,))
     check_tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
-    batch, height, width, channels = value.shape
+    check_sizes_of_conv(value.shape, offset_mask.shape, window)
+    deterministic = ops.must_be_deterministic(value, offset_mask)
+    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
+    dtype = value.dtype
+    if offset_mask.dtype != dtype:
+        value, (offset_mask,) = _promote(value, offset_mask)
+    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def check_sizes_of_conv(
+    value: tuple[int, ...], offset_mask: tuple[int, ...], window: Window
+) -> None:
+    """Check that shapes [B, H, W, C] and [B, Ho, Wo, M] are those of a `deform_conv`."""
+    batch, height, width, channels = value
     if channels % window.groups or channels == 0:
         raise ValueError(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
@@ -108,19 +122,11 @@ def windowed_conv(
         )
     shape = batch, max(rows, 0), max(columns, 0)
     channels_read = window.offset_mask_channels()
-    found = offset_mask.shape
-    if found[:3] != shape or found[3] < channels_read:
+    if offset_mask[:3] != shape or offset_mask[3] < channels_read:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
-            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(found)}"
+            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(offset_mask)}"
         )
-    deterministic = ops.must_be_deterministic(value, offset_mask)
-    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
-    dtype = value.dtype
-    if offset_mask.dtype != dtype:
-        value, (offset_mask,) = _promote(value, offset_mask)
-    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
-    return output if value.dtype == dtype else output.to(dtype)
 
 
 def deform_conv_packed(

@@ -19,6 +19,7 @@ from .eager import (
     AUTOCAST_KEYS,
     Differentiable,
     as_autocast,
+    below_autograd,
     beside,
     dtype_of_autocast,
     needs_grad,
@@ -137,8 +138,8 @@ class Operator:
     def _autograd(self, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         if not needs_grad(call, self.inputs):
-            return _below_autograd(self.operator, *flat)
-        forward = partial(_below_autograd, self.dispatch)
+            return below_autograd(self.operator, *flat)
+        forward = partial(below_autograd, self.dispatch)
         return Differentiable.apply(self, forward, *call)  # type: ignore[no-untyped-call]
 
     def _autograd_backward(self, grad: Tensor, *flat: Any) -> Any:
@@ -151,7 +152,7 @@ class Operator:
             wanted = [call[i] for i in self.inputs]
             output = self.differentiable(*call)
             return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
-        return _below_autograd(self.operator_backward, grad, *flat)
+        return below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:
         operator, call = self.under_autocast(device, *self.unflatten(*flat))
@@ -161,14 +162,6 @@ class Operator:
 def _results(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     """As PyTorch takes an operator's results: one of them by itself."""
     return tensors if tensors[1:] else tensors[0]
-
-
-def _below_autograd(function: Callable[..., T], *arguments: Any) -> T:
-    guard = torch._C._AutoDispatchBelowAutograd()
-    try:
-        return function(*arguments)
-    finally:
-        del guard  # which an exception's frames would keep, and autograd off with it
 
 
 class DeformConv(Operator):
@@ -455,7 +448,8 @@ def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> l
         return list(geometry.levels(shapes, device)[:2])
 
 
-OPERATORS: tuple[Operator, ...] = (
+OPERATORS: tuple[Operator, ...]
+OPERATORS = DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = (
     DeformConv(),
     DeformAttn(),
     DeformConvPacked(),

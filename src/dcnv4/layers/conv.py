@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .. import backends, ops
 from ..arguments import (
     check_choice,
     check_divides,
@@ -21,8 +23,8 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype
-from ..functional import windowed_conv
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, has_interested
+from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
 from .base import (
@@ -32,6 +34,16 @@ from .base import (
     other_words,
     pair,
     width_read,
+)
+from .projections import (
+    Call,
+    Formula,
+    Parameters,
+    Weights,
+    backward_product,
+    computed_dtype,
+    product,
+    read,
 )
 
 
@@ -99,26 +111,229 @@ class _DeformConv(WindowedLayer):
                 return width_read(reader, found)
         return width_read(self.offset_mask, found)
 
-    def _deform(self, x: Tensor) -> Tensor:
-        """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
+    def _run(self, x: Tensor, layout: _Layout) -> Tensor:
+        """The output for x, which was checked: as one node of autograd where nobody can tell."""
+        pixels = x if layout.channels_last else layout.as_map(x)
+        dtype = autocast_dtype(x)
         # In one pass, and once, not for each projection.
-        if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype, memory_format=torch.contiguous_format)
+        if dtype != x.dtype:
+            pixels = pixels.to(dtype, memory_format=torch.contiguous_format)
         else:
-            x = x.contiguous()
-        value_proj, output_proj = self.value_proj, self.output_proj
-        value = x if value_proj is None else value_proj(x)
-        y = windowed_conv(value, self._predict(x), self.window, self.backend)
+            pixels = pixels.contiguous()
+        formula = None if has_interested((x,), (0,)) else self._formula(x, layout)
+        if formula is not None:
+            return formula.run((None if pixels is x else x,), (pixels,))
+        return layout.leave(self._deform(layout.enter(pixels)))
+
+    def _formula(self, x: Tensor, layout: _Layout) -> _ConvFormula | None:
+        """The layer as one node of autograd; None where it has to be composed."""
+        settings, size = self.window, layout.size
+        if x.numel() == 0:
+            return None
+        if self.center_feature_scale or settings.output_size(*size[1:]) != size[1:]:
+            return None
+        held = self._modules  # a module's own way to its submodules is a slow one
+        value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
+        output_proj, depthwise = held.get("output_proj"), held.get("offset_mask_dw")
+        if value_proj is None or output_proj is None or settings.stride != (1, 1):
+            return None
+        if depthwise is None:
+            parameters = read((value_proj, offset_mask), (output_proj,))
+        elif _is_centered(depthwise):
+            parameters = read((depthwise,), (value_proj,), (offset_mask,), (output_proj,))
+        else:
+            parameters = None
+        if parameters is None or (dtype := computed_dtype(x, parameters)) is None:
+            return None
+        first = 0 if depthwise is None else 1
+        channels, predicted = (weight.shape[0] for weight in parameters.tensors[first : first + 2])
+        _check_sizes((*size, channels), (*size, predicted), settings)
+        tensors = (x, *parameters.tensors)
+        deterministic = ops.must_be_deterministic(*tensors)
+        backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
+        return _ConvFormula(self, parameters, dtype, x.dtype, backend, channels, layout)
+
+    def _deform(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+        """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
+        value = x if self.value_proj is None else call(self.value_proj, x)
+        y = windowed_conv(value, self._predict(x, call), self.window, self.backend)
         if self.center_feature_scale:
             y = self._blend(y, value, y)
-        return y if output_proj is None else output_proj(y)
+        return y if self.output_proj is None else call(self.output_proj, y)
 
-    def _predict(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
         """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
         if self.offset_mask_dw is not None:
-            x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        offset_mask: Tensor = self.offset_mask(self._at_centers(x))
-        return offset_mask
+            x = call(self.offset_mask_dw, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return call(self.offset_mask, self._at_centers(x))
+
+
+class _Layout(NamedTuple):
+    """How a layer's input and output lie: [B, H·W, C] and [B, H, W, C], or [B, C, H, W] and
+    [C, H, W]."""
+
+    channels_last: bool
+    dimensions: int
+    size: tuple[int, int, int]
+    """B, H, W of the input."""
+    dense: bool
+    """Of an output that is not `channels_last`: whether it is contiguous."""
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] of the input."""
+        if self.channels_last:
+            return self.enter(x)
+        return (x[None] if self.dimensions == 3 else x).permute(0, 2, 3, 1)
+
+    def enter(self, pixels: Tensor) -> Tensor:
+        """[B, H, W, C] of [B, H·W, C] or itself."""
+        return pixels if pixels.dim() == 4 else pixels.view(*self.size, pixels.shape[2])
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The output of [B, Ho, Wo, C]."""
+        if self.channels_last:
+            return y if self.dimensions == 4 else y.flatten(1, 2)
+        y = y.permute(0, 3, 1, 2)
+        if self.dimensions == 3:
+            return y[0].contiguous()
+        return y.contiguous() if self.dense else y
+
+
+class _ConvFormula(Formula):
+    """A `DCNv4` or `DCNv4Conv2d` whose output has the size of its input.
+
+        [value, offset_mask] = one product of x;  output = output_proj(deform_conv_packed)
+
+    With a depthwise convolution before `offset_mask`, they are products of different inputs.
+    """
+
+    def __init__(
+        self,
+        layer: _DeformConv,
+        parameters: Parameters,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        backend: str,
+        channels: int,
+        layout: _Layout,
+    ) -> None:
+        super().__init__(parameters, dtype, (wide,))
+        self.layer, self.window, self.backend = layer, layer.window, backend
+        self.channels, self.layout = channels, layout
+
+    def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
+        return self.layout.leave(self.layer._deform(self.layout.enter(inputs[0]), call))
+
+    def forward(
+        self, inputs: Sequence[Tensor], weights: Weights
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x = self.layout.enter(inputs[0])
+        *_, output = weights
+        if len(weights) == 2:
+            packed = F.linear(x, *weights[0])
+            call = self.backend, packed, self.channels, self.window
+            y = compute(ops.DEFORM_CONV_PACKED, *call)
+            return self.layout.leave(F.linear(y, *output)), (y, packed)
+        depthwise, value_proj, offset_mask, _ = weights
+        seen = self._depthwise()._conv_forward(x.permute(0, 3, 1, 2), *depthwise)
+        seen = seen.permute(0, 2, 3, 1).contiguous()
+        value, predicted = F.linear(x, *value_proj), F.linear(seen, *offset_mask)
+        y = compute(ops.DEFORM_CONV, self.backend, value, predicted, self.window)
+        return self.layout.leave(F.linear(y, *output)), (y, seen, value, predicted)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        weights: Weights,
+        needed: Sequence[bool],
+        grad_weights: Weights | None,
+    ) -> Sequence[Tensor | None]:
+        y, *made = kept
+        grad = grad if self.layout.channels_last else self.layout.as_map(grad)
+        grad = grad.reshape(-1, grad.shape[-1])
+        if grad_weights is not None:
+            backward_product(grad, y.view(-1, y.shape[3]), *grad_weights[-1])
+        grad_y = torch.mm(grad, weights[-1][0]).view(y.shape)
+        x = self.layout.enter(inputs[0])
+        step = self._packed_backward if len(weights) == 2 else self._depthwise_backward
+        grad_x = step(grad_y, x, made, weights, needed[0], grad_weights)
+        if grad_x is None:
+            return (None,)
+        if self.layout.channels_last:
+            return (grad_x.view(inputs[0].shape),)
+        grad_x = grad_x.view(x.shape).permute(0, 3, 1, 2)
+        return (grad_x[0] if self.layout.dimensions == 3 else grad_x,)
+
+    def _packed_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        made: Sequence[Tensor],
+        weights: Weights,
+        needed: bool,
+        grad_weights: Weights | None,
+    ) -> Tensor | None:
+        call = self.backend, made[0], self.channels, self.window
+        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
+        grad = grad.view(-1, grad.shape[3])
+        if grad_weights is not None:
+            backward_product(grad, x.view(-1, x.shape[3]), *grad_weights[0])
+        return product(grad, weights[0][0], self.wide[0]) if needed else None
+
+    def _depthwise_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        made: Sequence[Tensor],
+        weights: Weights,
+        needed: bool,
+        grad_weights: Weights | None,
+    ) -> Tensor | None:
+        seen, value, predicted = made
+        call = self.backend, value, predicted, self.window
+        grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
+        grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
+        if grad_weights is not None:
+            backward_product(grad_value, x.view(-1, x.shape[3]), *grad_weights[1])
+            backward_product(grad_predicted, seen.view(-1, seen.shape[3]), *grad_weights[2])
+        module = self._depthwise()
+        padding = [d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        grad_seen = torch.mm(grad_predicted, weights[2][0]).view(seen.shape).permute(0, 3, 1, 2)
+        weight, bias = weights[0]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            *(grad_seen, x.permute(0, 3, 1, 2), weight, None if bias is None else bias.shape),
+            *(module.stride, padding, module.dilation, False, (0, 0), module.groups),
+            (needed, grad_weights is not None, grad_weights is not None and bias is not None),
+        )
+        if grad_weights is not None:
+            for out, found in zip(grad_weights[0], (grad_weight, grad_bias), strict=True):
+                if out is not None:
+                    out.copy_(found)
+        if not needed:
+            return None
+        grad_x = grad_x.permute(0, 2, 3, 1).reshape(grad_value.shape[0], -1)
+        return torch.addmm(grad_x, grad_value, weights[1][0]).to(self.wide[0])
+
+    def _depthwise(self) -> nn.Conv2d:
+        depthwise = self.layer.offset_mask_dw
+        assert isinstance(depthwise, nn.Conv2d)
+        return depthwise
+
+
+def _is_centered(depthwise: nn.Module) -> bool:
+    """Whether this is a convolution whose output has the size of its input, padded with zeros alike
+    on both sides."""
+    return (
+        type(depthwise) is nn.Conv2d
+        and depthwise.padding_mode == "zeros"
+        and depthwise.padding == "same"
+        and all(size % 2 for size in depthwise.kernel_size)
+    )
+
+
+_check_sizes = lru_cache(maxsize=256)(check_sizes_of_conv)
 
 
 class DCNv4(_DeformConv, OriginalNames):
@@ -235,8 +450,7 @@ class DCNv4(_DeformConv, OriginalNames):
         """
         if isinstance(x, Proxy):
             return as_leaf(DCNv4, self, x, shape)
-        y = self._deform(self._as_map(x, shape))
-        return y if x.dim() == 4 else y.flatten(1, 2)
+        return self._run(x, self._layout(x, shape))
 
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None
@@ -250,10 +464,10 @@ class DCNv4(_DeformConv, OriginalNames):
             positions [B, Ho, Wo, G, K, 2] in (x, y) order, in input pixels with integer centres,
             and weights [B, Ho, Wo, G, K].
         """
-        return self._points(self._predict(self._as_map(x, shape)))
+        return self._points(self._predict(self._layout(x, shape).as_map(x)))
 
-    def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
-        """[B, H, W, C] of what `forward` takes."""
+    def _layout(self, x: Tensor, shape: Sequence[int] | None) -> _Layout:
+        """Of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
         if x.shape[-1] != (width := self._width(x.shape[-1])):
@@ -264,7 +478,7 @@ class DCNv4(_DeformConv, OriginalNames):
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
-            return x
+            return _Layout(True, 4, (*x.shape[:3],), False)
         length = x.shape[1]
         height, width = (int(length**0.5),) * 2 if shape is None else shape
         if height * width != length:
@@ -272,7 +486,7 @@ class DCNv4(_DeformConv, OriginalNames):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        return x.view(x.shape[0], height, width, x.shape[2])
+        return _Layout(True, 3, (x.shape[0], height, width), False)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
@@ -387,26 +601,24 @@ class DCNv4Conv2d(_DeformConv):
         """
         if isinstance(x, Proxy):
             return as_leaf(DCNv4Conv2d, self, x)
-        pixels = self._as_map(x)
-        y = self._deform(pixels).permute(0, 3, 1, 2)
-        if x.dim() == 3:
-            return y[0].contiguous()
-        return y if pixels.is_contiguous() else y.contiguous()
+        return self._run(x, self._layout(x))
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
 
         An x without a batch is one of 1.
         """
-        return self._points(self._predict(self._as_map(x)))
+        return self._points(self._predict(self._layout(x).as_map(x)))
 
-    def _as_map(self, x: Tensor) -> Tensor:
-        """[B, H, W, in_channels] of what `forward` takes."""
+    def _layout(self, x: Tensor) -> _Layout:
+        """Of what `forward` takes."""
         layout = "[B, in_channels, H, W] or [in_channels, H, W]"
         check_tensor("x", x, layout, (4, 3))
         if x.shape[-3] != (width := self._width(x.shape[-3])):
             raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
-        return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
+        size = x.shape[0] if x.dim() == 4 else 1, x.shape[-2], x.shape[-1]
+        given = _Layout(False, x.dim(), size, False)
+        return given._replace(dense=not given.as_map(x).is_contiguous())
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"
