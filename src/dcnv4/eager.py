@@ -90,10 +90,13 @@ def compute(operator: Operator, *call: Any) -> Tensor:
     return operator.dispatch(*call) if _is_profiling() else operator.forward(*call)
 
 
-def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
+def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Any, ...]:
     """The gradients of a call's inputs, as `compute`."""
-    run_backward = operator.dispatch_backward if _is_profiling() else operator.backward
-    return run_backward(grad, *call)
+    return (
+        operator.dispatch_backward(grad, *call)
+        if _is_profiling()
+        else operator.backward(grad, *call)
+    )
 
 
 class Differentiable(torch.autograd.Function):

@@ -39,10 +39,10 @@ from .projections import (
     Call,
     Formula,
     Parameters,
+    Sums,
     Weights,
-    backward_product,
     computed_dtype,
-    product,
+    multiplied,
     read,
 )
 
@@ -120,38 +120,41 @@ class _DeformConv(WindowedLayer):
             pixels = pixels.to(dtype, memory_format=torch.contiguous_format)
         else:
             pixels = pixels.contiguous()
-        formula = None if has_interested((x,), (0,)) else self._formula(x, layout)
-        if formula is not None:
-            return formula.run((None if pixels is x else x,), (pixels,))
+        if not has_interested((x,), (0,)):
+            formula = self._formula(dtype, x, layout)
+            if formula is not None:
+                return formula.run((None if pixels is x else x,), (pixels,))
         return layout.leave(self._deform(layout.enter(pixels)))
 
-    def _formula(self, x: Tensor, layout: _Layout) -> _ConvFormula | None:
-        """The layer as one node of autograd; None where it has to be composed."""
+    def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:
+        """The layer as one node of autograd; None where it has to be composed.
+
+        Args:
+            dtype: of x as it is cast.
+        """
         settings, size = self.window, layout.size
-        if x.numel() == 0:
-            return None
-        if self.center_feature_scale or settings.output_size(*size[1:]) != size[1:]:
-            return None
         held = self._modules  # a module's own way to its submodules is a slow one
         value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
         output_proj, depthwise = held.get("output_proj"), held.get("offset_mask_dw")
-        if value_proj is None or output_proj is None or settings.stride != (1, 1):
+        if value_proj is None or output_proj is None or offset_mask is None:
+            return None
+        if self.center_feature_scale or settings.stride != (1, 1) or x.numel() == 0:
             return None
         if depthwise is None:
             parameters = read((value_proj, offset_mask), (output_proj,))
         elif _is_centered(depthwise):
-            parameters = read((depthwise,), (value_proj,), (offset_mask,), (output_proj,))
+            parameters = read((value_proj,), (offset_mask,), (depthwise,), (output_proj,))
         else:
-            parameters = None
-        if parameters is None or (dtype := computed_dtype(x, parameters)) is None:
             return None
-        first = 0 if depthwise is None else 1
-        channels, predicted = (weight.shape[0] for weight in parameters.tensors[first : first + 2])
-        _check_sizes((*size, channels), (*size, predicted), settings)
-        tensors = (x, *parameters.tensors)
-        deterministic = ops.must_be_deterministic(*tensors)
+        if parameters is None:
+            return None
+        made = computed_dtype(dtype, x.device.type, parameters)
+        value, predicted = parameters.tensors[0].shape[0], parameters.tensors[1].shape[0]
+        if made is None or not _fits(size, value, predicted, settings):
+            return None
+        deterministic = ops.must_be_deterministic(x, *parameters.tensors)
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
-        return _ConvFormula(self, parameters, dtype, x.dtype, backend, channels, layout)
+        return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
 
     def _deform(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
@@ -227,99 +230,91 @@ class _ConvFormula(Formula):
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x = self.layout.enter(inputs[0])
-        *_, output = weights
+        x, layout = self.layout.enter(inputs[0]), self.layout
         if len(weights) == 2:
             packed = F.linear(x, *weights[0])
-            call = self.backend, packed, self.channels, self.window
-            y = compute(ops.DEFORM_CONV_PACKED, *call)
-            return self.layout.leave(F.linear(y, *output)), (y, packed)
-        depthwise, value_proj, offset_mask, _ = weights
+            y = compute(ops.DEFORM_CONV_PACKED, self.backend, packed, self.channels, self.window)
+            return layout.leave(F.linear(y, *weights[1])), (y, packed)
+        value_proj, offset_mask, depthwise, output_proj = weights
         seen = self._depthwise()._conv_forward(x.permute(0, 3, 1, 2), *depthwise)
         seen = seen.permute(0, 2, 3, 1).contiguous()
         value, predicted = F.linear(x, *value_proj), F.linear(seen, *offset_mask)
         y = compute(ops.DEFORM_CONV, self.backend, value, predicted, self.window)
-        return self.layout.leave(F.linear(y, *output)), (y, seen, value, predicted)
+        return layout.leave(F.linear(y, *output_proj)), (y, seen, value, predicted)
 
     def backward(
         self,
         grad: Tensor,
         inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
         kept: Sequence[Tensor],
-        weights: Weights,
+        sums: Sums | None,
         needed: Sequence[bool],
-        grad_weights: Weights | None,
-    ) -> Sequence[Tensor | None]:
-        y, *made = kept
+    ) -> tuple[Sequence[Tensor | None], Weights]:
+        (x,), y, last = inputs, kept[0], len(weights) - 1
         grad = grad if self.layout.channels_last else self.layout.as_map(grad)
         grad = grad.reshape(-1, grad.shape[-1])
-        if grad_weights is not None:
-            backward_product(grad, y.view(-1, y.shape[3]), *grad_weights[-1])
-        grad_y = torch.mm(grad, weights[-1][0]).view(y.shape)
-        x = self.layout.enter(inputs[0])
-        step = self._packed_backward if len(weights) == 2 else self._depthwise_backward
-        grad_x = step(grad_y, x, made, weights, needed[0], grad_weights)
+        of_last = [] if sums is None else [sums.of(last, grad, y.view(-1, y.shape[3]))]
+        grad_y = torch.mm(grad, weights[last]).view(y.shape)
+        rows = x.view(-1, x.shape[-1])
+        step = self._packed_backward if last == 1 else self._depthwise_backward
+        grad_x, made = step(grad_y, rows, weights, kept, sums, needed[0])
         if grad_x is None:
-            return (None,)
-        if self.layout.channels_last:
-            return (grad_x.view(inputs[0].shape),)
-        grad_x = grad_x.view(x.shape).permute(0, 3, 1, 2)
-        return (grad_x[0] if self.layout.dimensions == 3 else grad_x,)
+            return (None,), made + of_last
+        if not self.layout.channels_last:
+            grad_x = grad_x.view(x.shape).permute(0, 3, 1, 2)
+            return (grad_x[0] if self.layout.dimensions == 3 else grad_x,), made + of_last
+        return (grad_x.view(x.shape),), made + of_last
 
     def _packed_backward(
         self,
         grad_y: Tensor,
         x: Tensor,
-        made: Sequence[Tensor],
-        weights: Weights,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        sums: Sums | None,
         needed: bool,
-        grad_weights: Weights | None,
-    ) -> Tensor | None:
-        call = self.backend, made[0], self.channels, self.window
+    ) -> tuple[Tensor | None, Weights]:
+        call = self.backend, kept[1], self.channels, self.window
         (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
         grad = grad.view(-1, grad.shape[3])
-        if grad_weights is not None:
-            backward_product(grad, x.view(-1, x.shape[3]), *grad_weights[0])
-        return product(grad, weights[0][0], self.wide[0]) if needed else None
+        grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None
+        return grad_x, [] if sums is None else [sums.of(0, grad, x)]
 
     def _depthwise_backward(
         self,
         grad_y: Tensor,
         x: Tensor,
-        made: Sequence[Tensor],
-        weights: Weights,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        sums: Sums | None,
         needed: bool,
-        grad_weights: Weights | None,
-    ) -> Tensor | None:
-        seen, value, predicted = made
+    ) -> tuple[Tensor | None, Weights]:
+        _, seen, value, predicted = kept
         call = self.backend, value, predicted, self.window
         grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
-        if grad_weights is not None:
-            backward_product(grad_value, x.view(-1, x.shape[3]), *grad_weights[1])
-            backward_product(grad_predicted, seen.view(-1, seen.shape[3]), *grad_weights[2])
-        module = self._depthwise()
+        module, biased = self._depthwise(), self.parameters.places[2][1] is not None
+        image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
+        grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
         padding = [d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        grad_seen = torch.mm(grad_predicted, weights[2][0]).view(seen.shape).permute(0, 3, 1, 2)
-        weight, bias = weights[0]
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            *(grad_seen, x.permute(0, 3, 1, 2), weight, None if bias is None else bias.shape),
+        grad_x, *depthwise = torch.ops.aten.convolution_backward(
+            *(grad_seen, image, weights[2], [module.out_channels] if biased else None),
             *(module.stride, padding, module.dilation, False, (0, 0), module.groups),
-            (needed, grad_weights is not None, grad_weights is not None and bias is not None),
+            (needed, sums is not None, sums is not None and biased),
         )
-        if grad_weights is not None:
-            for out, found in zip(grad_weights[0], (grad_weight, grad_bias), strict=True):
-                if out is not None:
-                    out.copy_(found)
-        if not needed:
-            return None
-        grad_x = grad_x.permute(0, 2, 3, 1).reshape(grad_value.shape[0], -1)
-        return torch.addmm(grad_x, grad_value, weights[1][0]).to(self.wide[0])
+        if needed:
+            grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.shape)
+            grad_x = torch.addmm(grad_x, grad_value, weights[0]).to(self.wide[0])
+        if sums is None:
+            return grad_x, []
+        weight, bias = (None if g is None else g.to(sums.dtype) for g in depthwise)
+        rows = seen.view(-1, seen.shape[3])
+        made = [sums.of(0, grad_value, x), sums.of(1, grad_predicted, rows), (weight, bias)]
+        return grad_x, made
 
-    def _depthwise(self) -> nn.Conv2d:
-        depthwise = self.layer.offset_mask_dw
-        assert isinstance(depthwise, nn.Conv2d)
-        return depthwise
+    def _depthwise(self) -> Any:
+        return self.layer._modules["offset_mask_dw"]
 
 
 def _is_centered(depthwise: nn.Module) -> bool:
@@ -333,7 +328,11 @@ def _is_centered(depthwise: nn.Module) -> bool:
     )
 
 
-_check_sizes = lru_cache(maxsize=256)(check_sizes_of_conv)
+@lru_cache(maxsize=256)
+def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
+    """Whether a convolution of B, H, W and these channels has an output of the same size."""
+    check_sizes_of_conv((*size, value), (*size, predicted), window)
+    return window.output_size(*size[1:]) == size[1:]
 
 
 class DCNv4(_DeformConv, OriginalNames):
