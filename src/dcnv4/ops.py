@@ -80,9 +80,7 @@ class Operator:
         names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
         tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
         _library.define(f"{name}({self.schema}) -> Tensor", **tags)
-        _library.define(
-            f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags
-        )
+        _library.define(f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags)
         self.operator = getattr(torch.ops.dcnv4, name).default
         self.operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
         for key, forward, backward in (
