@@ -114,7 +114,7 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "packed_channels_float": (TypeError, "channels", lambda: packed(channels=8.0)),
     "packed_stride": (ValueError, "stride", lambda: packed(stride=2)),
     "packed_padding": (ValueError, "padding", lambda: packed(padding=0)),
-    "packed_too_large": (ValueError, "kernel_size", lambda: packed(kernel_size=9)),
+    "packed_even": (ValueError, "kernel_size", lambda: packed(kernel_size=2)),
     "im2col_step": (TypeError, "im2col_step", lambda: conv(im2col_step=64)),
     # ms_deform_attn
     "levels_list": (TypeError, "value", lambda: attn([])),
