@@ -80,7 +80,7 @@ class Window(NamedTuple):
 
 
 def unpacked(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Views of `packed` [B, H, W, ...]: value [B, H, W, channels], and offset_mask, what is left."""
+    """Views of `packed` [B, H, W, ...]: value, of so many channels, and offset_mask, the rest."""
     value, offset_mask = packed.split((channels, packed.shape[3] - channels), 3)
     return value, offset_mask
 

@@ -201,8 +201,8 @@ def _run(
     """
     (batch, height, width), (rows, columns) = size, output_size
     pixels = batch * rows * columns
-    value = tensors["value"]
-    if value is None or pixels == 0:
+    value, coordinates = tensors["value"], tensors["coordinates"]
+    if value is None or coordinates is None or pixels == 0:
         return
     leading = 3 if spatial_shapes is None else 2
     arguments: dict[str, Any] = {}
@@ -214,7 +214,7 @@ def _run(
     depth = value.shape[leading:].numel() // layer.groups
     launch, constants, order = _constants(
         *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides)),
-        *(tensors["coordinates"].shape[-1],),
+        coordinates.shape[-1],
     )
     arguments |= {
         "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
