@@ -177,9 +177,8 @@ def attn_reference_backward(
     grad: Tensor, offsets: Tensor, reference: Reference, heights: Tensor, widths: Tensor
 ) -> Tensor:
     """Gradient of the reference's points, from those of x and y in pixels [B, Q, G, L, P, 2]."""
-    dtype = reference.points.dtype
-    sizes = torch.cat((widths, heights), 1).to(dtype)
-    grads = grad.sum((2, 4), dtype=dtype) * sizes
+    sizes = torch.cat((widths, heights), 1).to(grad.dtype)
+    grads = grad.sum((2, 4)) * sizes
     if reference.has_boxes():
         unit = reference.box_unit(sizes, offsets.shape[4])
         grads = torch.cat((grads, (grad * offsets).sum((2, 4)) * unit), -1)

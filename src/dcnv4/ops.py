@@ -400,21 +400,21 @@ class DeformAttnFromOffsets(_Attention):
             grad_value, grad_offsets, grad_weights = run(offsets, place, out)
             return grad_value, None, grad_offsets, grad_weights
 
+        # From the gradients of offsets in pixels: those of the offsets may be rounded, and are none
+        # in a box without size.
         exact = offsets.to(dtype := sum_dtype(value.dtype))
         wide = place._replace(points=reference_points.to(dtype))
         heights, widths = _levels(shapes, value.device)
+        scale: Tensor | float | None = None
         if place.has_boxes():
-            # Offsets in pixels, as their gradients make those of boxes without dividing by a size.
             scale, _ = geometry.attn_map(heights, widths, offsets.shape[4], wide)
-            corner = Reference(reference_points[..., :2], box_normalizer)
-            grads = (out[0], torch.empty_like(exact), out[2]) if out else None
-            grad_value, in_pixels, grad_weights = run(exact * scale, corner, grads)
-            grad_offsets = (in_pixels * scale).to(offsets.dtype)
-            grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets
-        else:
-            grad_value, grad_offsets, grad_weights = run(offsets, place, out)
-            in_pixels = grad_offsets
-        grad_points = geometry.attn_reference_backward(in_pixels, exact, wide, heights, widths)
+        pixels = exact if scale is None else exact * scale
+        grads = (out[0], pixels.new_empty(pixels.shape), out[2]) if out else None
+        corners = place._replace(points=reference_points[..., :2])
+        grad_value, by_pixels, grad_weights = run(pixels, corners, grads)
+        grad_offsets = by_pixels if scale is None else by_pixels * scale
+        grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets.to(offsets.dtype)
+        grad_points = geometry.attn_reference_backward(by_pixels, exact, wide, heights, widths)
         return grad_value, grad_points.to(reference_points.dtype), grad_offsets, grad_weights
 
     @staticmethod

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call
+from ...geometry import Reference, Window, sum_dtype
+from .. import UNORDERED, AttnGrads, Call
 from . import compile, plans
 
 
@@ -107,20 +108,29 @@ def conv_backward(
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
 ) -> Tensor:
     """[B, Q, C]"""
-    value, locations, weights = _rows(value), _rows(locations), _rows(weights)
+    value, coordinates, weights = _rows(value), _rows(coordinates), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = plans.layout(value), plans.layout(locations), plans.layout(weights)
-    plan = plans.attn_plan(*layouts, None, sizes, softmax, False, value.get_device())
+    layouts = plans.layout(value), plans.layout(coordinates), plans.layout(weights)
+    points, place = _place(reference)
+    plan = plans.attn_plan(*layouts, place, None, sizes, softmax, False, value.get_device())
     if plan is None:
-        return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
+        return value.new_zeros((*coordinates.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    plan.start(value=value, locations=locations, weights=weights, output=output, shapes=shapes)
+    plan.start(
+        value=value,
+        coordinates=coordinates,
+        weights=weights,
+        reference=points,
+        output=output,
+        shapes=shapes,
+    )
     return output
 
 
@@ -128,37 +138,62 @@ def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
+    """Gradients of `value`, `coordinates` and `weights`."""
     grad, value = _rows(grad), _rows(value)
-    locations, weights = _rows(locations), _rows(weights)
+    coordinates, weights = _rows(coordinates), _rows(weights)
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        _empty(coordinates, coordinates.shape, deterministic),
+        _empty(weights, weights.shape, deterministic),
+    )
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = (*map(plans.layout, (value, locations, weights)), plans.layout(grad))
-    plan = plans.attn_plan(*layouts, sizes, softmax, deterministic, value.get_device())
+    points, place = _place(reference)
+    grads = plans.layout(grad), _row(grad_coordinates), _row(grad_weights)
+    layouts = plans.layout(value), plans.layout(coordinates), plans.layout(weights)
+    settings = sizes, softmax, deterministic, value.get_device()
+    plan = plans.attn_plan(*layouts, place, grads, *settings)
     if plan is None:
-        inputs = value, locations, weights
-        grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
-        return grads[0], grads[1], grads[2]
-    grad_value = _empty(value, value.shape, deterministic)
-    grad_locations = _empty(locations, locations.shape, deterministic)
-    grad_weights = _empty(weights, weights.shape, deterministic)
+        grad_value = value.new_empty(value.shape) if grad_value is None else grad_value
+        return grad_value.zero_(), grad_coordinates.zero_(), grad_weights.zero_()
+    if grad_value is None:
+        grad_value = _empty(value, value.shape, deterministic)
 
+    inputs = {"value": value, "coordinates": coordinates, "weights": weights, "grad": grad}
     run = partial(
         plan.start,
-        **{"value": value, "locations": locations, "weights": weights, "grad": grad},
-        **{"grad_locations": grad_locations, "grad_weights": grad_weights, "shapes": shapes},
+        **inputs,
+        **{"grad_coordinates": grad_coordinates, "grad_weights": grad_weights},
+        **{"reference": points, "shapes": shapes},
     )
     if deterministic:
-        points = locations.shape[3] * locations.shape[4]
-        held = None if softmax else (weights, 0, points)
-        _sum_in_any_order(grad_value, grad, held, value.shape[2], points, run)
+        count = coordinates.shape[3] * coordinates.shape[4]
+        held = None if softmax else (weights, 0, count)
+        _sum_in_any_order(grad_value, grad, held, value.shape[2], count, run)
     else:
         _sum(grad_value, run)
-    return grad_value, grad_locations, grad_weights
+    return grad_value, grad_coordinates, grad_weights
+
+
+def _place(reference: Reference | None) -> tuple[Tensor | None, tuple[Any, str] | None]:
+    """Reference points as kernels read them, the numbers of each side by side, and what a plan
+    depends on of them."""
+    if reference is None:
+        return None, None
+    points, box_normalizer = reference
+    points = points if points.stride(3) == 1 else points.contiguous()
+    return points, (plans.layout(points), box_normalizer)
+
+
+def _row(tensor: Tensor) -> int:
+    """The stride from row to row of a [B, Q, ...] whose rows are evenly spaced."""
+    return tensor.stride(0 if tensor.shape[1] == 1 else 1)
 
 
 def _empty(

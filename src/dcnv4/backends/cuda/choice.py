@@ -468,22 +468,26 @@ def _conv_macros(window: Window, dtype: torch.dtype) -> Macros:
 
 def attn(
     value: Layout,
-    locations: Layout,
+    coordinates: Layout,
     weights: Layout,
+    reference: tuple[Layout, str] | None,
     grad: Layout | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `ms_deform_attn`, or its backward where there is `grad`."""
+    """What runs `ms_deform_attn`, or its backward where there is `grad`.
+
+    `reference`: points or boxes, and what boxes are normalised by.
+    """
     batch, length, groups, depth = value.shape
-    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    _, queries, _, levels, points, _ = coordinates.shape
     settings = groups, depth, levels * points, softmax, deterministic
     slices = _slices(value, value.strides[:2], grad, length, batch * queries * groups, settings)
     way, after_zeros = _way(slices)
     name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
-    macros = slices.macros() | _attn_macros(locations, weights.dtype)
+    macros = slices.macros() | _attn_macros(coordinates, weights.dtype, reference)
     encoder, block = queries == length, None
     unmet = _unmet((encoder, "as many queries as pixels"))
     unmet = unmet or why_not_sorted(by_sorting, slices, length, gpu)
@@ -505,15 +509,31 @@ def attn(
     return Choice((Kernel(name, macros, blocks, threads, after_zeros),), {by_sorting: unmet})
 
 
-def _attn_macros(locations: Layout, weights: torch.dtype) -> Macros:
+def _attn_macros(
+    coordinates: Layout, weights: torch.dtype, reference: tuple[Layout, str] | None
+) -> Macros:
     """What kernels of `ms_deform_attn` are compiled for."""
-    pair = 2 * itemsize(locations.dtype)
-    return {
-        "LOCATIONS": TYPES[locations.dtype],
+    macros: Macros = {
+        "COORDINATES": TYPES[coordinates.dtype],
         "WEIGHTS": TYPES[weights],
-        "LEVELS": locations.shape[3],
-        "LEVEL_POINTS": locations.shape[4],
-        "LOCATION_VECTOR": 2 if locations.alignment(*locations.strides[:2]) >= pair else 1,
+        "LEVELS": coordinates.shape[3],
+        "LEVEL_POINTS": coordinates.shape[4],
+        "COORDINATE_VECTOR": coordinates.vector(2),
+        "REFERENCE": TYPES[coordinates.dtype],
+        "REFERENCE_NUMBERS": 0,
+        "REFERENCE_VECTOR": 1,
+        "BOX_BY_SIZE": 0,
+    }
+    if reference is None:
+        return macros
+    points, box_normalizer = reference
+    numbers = points.shape[3]
+    aligned = points.alignment(*points.strides[:3]) // itemsize(points.dtype)
+    return macros | {
+        "REFERENCE": TYPES[points.dtype],
+        "REFERENCE_NUMBERS": numbers,
+        "REFERENCE_VECTOR": math.gcd(numbers, aligned),
+        "BOX_BY_SIZE": int(numbers == 4 and box_normalizer == "size"),
     }
 
 

@@ -22,8 +22,9 @@ _CONV = """
     int strip_tiles, strips;  // tiles of a strip, and strips of a column of tiles
 """
 _ATTN = """
-    long long value_image, locations_image, locations_query;  // strides, in numbers
+    long long value_image, coordinates_image, coordinates_query;  // strides, in numbers
     long long weights_image, weights_query;
+    long long reference_image, reference_query, reference_level;
     long long length;          // S
     INDEX pixel_bytes;         // stride of the value's rows
     INDEX slices, queries;     // B * Q * G, and Q
@@ -48,23 +49,25 @@ ARGUMENTS = {
     long long offset_mask_channels;  // M
 {_CONV}""",
     "attn_forward": f"""
-    const VALUE* value;          // [B, S, G, D]
-    const LOCATIONS* locations;  // [B, Q, G, L, P, 2]
-    const WEIGHTS* weights;      // [B, Q, G, L, P]
-    VALUE* output;               // [B, Q, C], contiguous
-    const long long* shapes;     // [L, 2] where only the device knows the sizes
+    const VALUE* value;              // [B, S, G, D]
+    const COORDINATES* coordinates;  // [B, Q, G, L, P, 2], locations or offsets from reference
+    const WEIGHTS* weights;          // [B, Q, G, L, P]
+    const REFERENCE* reference;      // [B or 1, Q or 1, L or 1, REFERENCE_NUMBERS]
+    VALUE* output;                   // [B, Q, C], contiguous
+    const long long* shapes;         // [L, 2] where only the device knows the sizes
 {_ATTN}""",
     "attn_backward": f"""
-    const VALUE* value;            // [B, S, G, D]
-    const LOCATIONS* locations;    // [B, Q, G, L, P, 2]
-    const WEIGHTS* weights;        // [B, Q, G, L, P]
-    const VALUE* grad;             // [B, Q, C]
-    TOTAL* grad_value;             // [B, S, G, D], contiguous, to be added to
-    LOCATIONS* grad_locations;     // as locations, contiguous
-    WEIGHTS* grad_weights;         // as weights, contiguous
-    const SUM* fixed_point_scale;  // [B] where sums are of integers
-    const long long* shapes;       // [L, 2] where only the device knows the sizes
-    long long grad_image, grad_query;
+    const VALUE* value;              // [B, S, G, D]
+    const COORDINATES* coordinates;  // [B, Q, G, L, P, 2], locations or offsets from reference
+    const WEIGHTS* weights;          // [B, Q, G, L, P]
+    const REFERENCE* reference;      // [B or 1, Q or 1, L or 1, REFERENCE_NUMBERS]
+    const VALUE* grad;               // [B, Q, C]
+    TOTAL* grad_value;               // [B, S, G, D], contiguous, to be added to
+    COORDINATES* grad_coordinates;   // as coordinates, [B * Q, ...]
+    WEIGHTS* grad_weights;           // as weights, [B * Q, ...]
+    const SUM* fixed_point_scale;    // [B] where sums are of integers
+    const long long* shapes;         // [L, 2] where only the device knows the sizes
+    long long grad_image, grad_query, grad_coordinates_row, grad_weights_row;
 {_ATTN}""",
     "zeros": """
     uint4* sums;

@@ -87,39 +87,57 @@ def conv_plan(
 @lru_cache(_PLANS)
 def attn_plan(
     value: Layout | tuple[Any, ...],
-    locations: Layout | tuple[Any, ...],
+    coordinates: Layout | tuple[Any, ...],
     weights: Layout | tuple[Any, ...],
-    grad: Layout | tuple[Any, ...] | None,
+    reference: tuple[Layout | tuple[Any, ...], str] | None,
+    grads: tuple[Layout | tuple[Any, ...], int, int] | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `ms_deform_attn`; None where there is nothing to do."""
-    value, locations, weights = Layout(*value), Layout(*locations), Layout(*weights)
-    grad = None if grad is None else Layout(*grad)
+    """Of `ms_deform_attn`; None where there is nothing to do.
+
+    Args:
+        reference: as of `choice.attn`.
+        grads: the output's gradient, and strides from row (b, q) to row of those of coordinates and
+            weights.
+    """
+    value, coordinates, weights = Layout(*value), Layout(*coordinates), Layout(*weights)
+    place = None if reference is None else (Layout(*reference[0]), reference[1])
+    grad = None if grads is None else Layout(*grads[0])
     batch, length, groups, depth = value.shape
-    queries, levels = locations.shape[1], locations.shape[3]
+    queries, levels = coordinates.shape[1], coordinates.shape[3]
     if 0 in (batch, queries, groups, length):
         return None
-    chosen = choice.attn(
-        value, locations, weights, grad, sizes, softmax, deterministic, _gpu(device)
+    tensors = value, coordinates, weights, place, grad
+    chosen = choice.attn(*tensors, sizes, softmax, deterministic, _gpu(device))
+    # What is the same for all does not move on.
+    steps = (
+        [0, 0, 0]
+        if place is None
+        else [
+            0 if n == 1 else step for n, step in zip(place[0].shape, place[0].strides, strict=True)
+        ]
     )
     numbers: dict[str, Number] = {
         "value_image": value.strides[0],
-        "locations_image": locations.strides[0],
-        "locations_query": locations.strides[1],
+        "coordinates_image": coordinates.strides[0],
+        "coordinates_query": coordinates.strides[1],
         "weights_image": weights.strides[0],
         "weights_query": weights.strides[1],
+        "reference_image": steps[0],
+        "reference_query": steps[1],
+        "reference_level": steps[2],
         "length": length,
         "pixel_bytes": value.strides[1] * choice.itemsize(value.dtype),
         "slices": batch * queries * groups,
         "queries": queries,
         "sizes": sizes or (0,) * 2 * levels,
     }
-    if grad is not None:
-        grad_image, grad_query = grad.pixels
-        numbers |= {"grad_image": grad_image, "grad_query": grad_query}
+    if grads is not None and grad is not None:
+        numbers["grad_image"], numbers["grad_query"] = grad.pixels
+        _, numbers["grad_coordinates_row"], numbers["grad_weights_row"] = grads
     return Plan(_starter(chosen.kernels, numbers, device), (batch, queries, groups * depth))
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call, set_triton_cache_dir, triton_cache_dir
+from ...geometry import Reference, Window, sum_dtype
+from .. import UNORDERED, AttnGrads, Call, set_triton_cache_dir, triton_cache_dir
 from ..folders import private, temporary, warn
 
 _ENTRIES = r"[A-Z2-7]{52}"
@@ -90,6 +90,9 @@ class Heads(NamedTuple):
     levels: int
     points_per_level: int
     softmax: bool
+    reference: tuple[int, str, bool, bool, bool] | None = None
+    """Of reference points: how many numbers each has, what boxes are normalised by, and whether
+    images, queries and levels have their own."""
 
 
 def conv_forward(
@@ -131,14 +134,16 @@ def conv_backward(
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
 ) -> Tensor:
     """[B, Q, C]"""
-    output = value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
-    _run_attn("forward", value, spatial_shapes, locations, weights, softmax, output=output)
+    output = value.new_empty((*coordinates.shape[:2], value.shape[2] * value.shape[3]))
+    arguments = value, spatial_shapes, coordinates, weights, softmax, reference
+    _run_attn("forward", *arguments, output=output)
     return output
 
 
@@ -146,45 +151,60 @@ def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
-    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
-    grad_locations = locations.new_empty(locations.shape)
-    grad_weights = weights.new_empty(weights.shape)
+    """Gradients of `value`, `coordinates` and `weights`."""
+    sums = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        coordinates.new_empty(coordinates.shape),
+        weights.new_empty(weights.shape),
+    )
     _run_attn(
-        *("backward", value, spatial_shapes, locations, weights, softmax),
+        *("backward", value, spatial_shapes, coordinates, weights, softmax, reference),
         grad_output=grad,
-        grad_value=grad_value,
-        grad_coordinates=grad_locations,
+        grad_value=sums,
+        grad_coordinates=grad_coordinates,
         grad_weights=grad_weights,
     )
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+    grad_value = sums.to(value.dtype) if grad_value is None else grad_value.copy_(sums)
+    return grad_value, grad_coordinates, grad_weights
 
 
 def _run_conv(
     kernel: str, value: Tensor, offset_mask: Tensor, window: Window, **others: Tensor | None
 ) -> None:
     tensors = {"value": value, "coordinates": offset_mask, "weights": None, **others}
-    _run(kernel, window, value.shape[:3], offset_mask.shape[1:3], None, tensors)
+    _run(kernel, window, value.shape[:3], offset_mask.shape[1:3], tensors)
 
 
 def _run_attn(
     kernel: str,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
+    reference: Reference | None,
     **others: Tensor,
 ) -> None:
-    groups, levels, points = locations.shape[2:5]
+    groups, levels, points = coordinates.shape[2:5]
     heads = Heads(groups, levels, points, softmax)
-    tensors = {"value": value, "coordinates": locations, "weights": weights, **others}
-    _run(kernel, heads, (*value.shape[:2], 1), (locations.shape[1], 1), spatial_shapes, tensors)
+    place = None
+    if reference is not None:
+        place = reference.points.contiguous()
+        # What is one of one is no other kernel.
+        own = (a == b for a, b in zip(place.shape, (*coordinates.shape[:2], levels), strict=False))
+        layout = place.shape[3], reference.box_normalizer, *own
+        heads = heads._replace(reference=layout)
+    tensors = {"value": value, "coordinates": coordinates, "weights": weights, **others}
+    sizes = (*value.shape[:2], 1), (coordinates.shape[1], 1)
+    _run(kernel, heads, *sizes, tensors, spatial_shapes, place)
 
 
 def _run(
@@ -192,8 +212,9 @@ def _run(
     layer: Window | Heads,
     size: Sequence[int],
     output_size: Sequence[int],
-    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None,
     tensors: Mapping[str, Tensor | None],
+    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
+    reference: Tensor | None = None,
 ) -> None:
     """Launch a kernel on the tensors that it names so.
 
@@ -218,6 +239,7 @@ def _run(
     )
     arguments |= {
         "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
+        "reference": reference,
         "height": height,
         "width": width,
         "rows": rows,
@@ -248,7 +270,11 @@ def _constants(
     if isinstance(layer, Window):
         levels, points, constants = None, layer.points(), _window_constants(layer)
     else:
-        levels, points, constants = layer.levels, layer.points_per_level, {}
+        levels, points, constants = (
+            layer.levels,
+            layer.points_per_level,
+            _reference_constants(layer),
+        )
     itemsize = torch.finfo(dtype).bits // 8
     launch = preferred(layer.groups, depth, levels, points, itemsize, kernel == "backward")
     constants |= {f"{name.upper()}_STRIDE": n for name, n in zip(names, strides, strict=True)}
@@ -288,6 +314,20 @@ def _window_constants(window: Window) -> dict[str, Any]:
         "CENTER_H": ch,
         "CENTER_W": cw,
         "REMOVED": window.center_index() if window.remove_center else None,
+    }
+
+
+def _reference_constants(heads: Heads) -> dict[str, Any]:
+    """What only an attention with reference points has."""
+    if heads.reference is None:
+        return {}
+    numbers, box_normalizer, of_images, of_queries, of_levels = heads.reference
+    return {
+        "REFERENCE_NUMBERS": numbers,
+        "BOX_SIZE": box_normalizer == "size",
+        "OF_IMAGES": of_images,
+        "OF_QUERIES": of_queries,
+        "OF_LEVELS": of_levels,
     }
 
 

@@ -11,7 +11,8 @@ instruction issue and by the gathers' way through L1.
 
 A convolution is one level, the image, whose points start at the cells of a kernel around the pixel
 of their window; `offset_mask` holds their coordinates and weights. It is the call without `shapes`.
-A location of attention starts at no cell, its origin is pixel 0, and the levels' sizes scale it.
+A location of attention starts at no cell, its origin is pixel 0, and the levels' sizes scale it; an
+offset starts at a reference point of its query.
 
 Nothing here is specific to one maker's GPUs, but it was run on NVIDIA's alone: untested on AMD and
 Intel. Everything a compilation depends on (`tl.constexpr`) describes a layer, never a batch or an
@@ -295,12 +296,67 @@ def _level(shapes, level, start, height, width):
 
 
 @triton.jit
-def _scales(height, width, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """How many pixels a coordinate (x, y) of 1 is: `offset_scale`, or without, a level's size."""
-    if SCALE is None:
-        return width.to(ACC), height.to(ACC)
-    else:
-        return tl.full([], SCALE, ACC), tl.full([], SCALE, ACC)
+def _reference(
+    reference,
+    pixel,
+    batch,
+    queries,
+    LEVELS: tl.constexpr,
+    REFERENCE_NUMBERS: tl.constexpr,
+    OF_IMAGES: tl.constexpr,
+    OF_QUERIES: tl.constexpr,
+    OF_LEVELS: tl.constexpr,
+):
+    """Where the reference points of every row begin, if images and queries have their own."""
+    place = batch
+    if OF_QUERIES:
+        place = pixel
+        if not OF_IMAGES:
+            place = pixel - batch * queries
+    elif not OF_IMAGES:
+        place = 0 * batch
+    return reference + place * (REFERENCE_NUMBERS * (LEVELS if OF_LEVELS else 1))
+
+
+@triton.jit
+def _map(
+    reference,
+    level,
+    exists,
+    height,
+    width,
+    POINTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    REFERENCE_NUMBERS: tl.constexpr,
+    BOX_SIZE: tl.constexpr,
+    OF_LEVELS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """How many pixels an x and a y of 1 is, and what is added to it: `offset_scale` and nothing of
+    a convolution; otherwise geometry.attn_map."""
+    scale_x, scale_y = width.to(ACC), height.to(ACC)
+    shift_x = tl.full([], -0.5, ACC)
+    shift_y = shift_x
+    if SCALE is not None:
+        scale_x, shift_x = tl.full([], SCALE, ACC), tl.full([], 0, ACC)
+        scale_y, shift_y = scale_x, shift_x
+    elif REFERENCE_NUMBERS is not None:
+        if OF_LEVELS:
+            reference += level * REFERENCE_NUMBERS
+        shift_x += scale_x * tl.load(reference, mask=exists, other=0.0).to(ACC)
+        shift_y += scale_y * tl.load(reference + 1, mask=exists, other=0.0).to(ACC)
+        if REFERENCE_NUMBERS == 2:
+            scale_x = tl.full([], 1, ACC)
+            scale_y = scale_x
+        else:
+            if BOX_SIZE:
+                scale_x = tl.full([], 0.5, ACC)
+                scale_y = scale_x
+            else:
+                scale_x, scale_y = scale_x * 0.5 / POINTS, scale_y * 0.5 / POINTS
+            scale_x *= tl.load(reference + 2, mask=exists, other=1.0).to(ACC)
+            scale_y *= tl.load(reference + 3, mask=exists, other=1.0).to(ACC)
+    return scale_x, scale_y, shift_x, shift_y
 
 
 @triton.jit
@@ -310,6 +366,8 @@ def _point(
     k,
     scale_x,
     scale_y,
+    shift_x,
+    shift_y,
     KERNEL_H: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
@@ -321,7 +379,7 @@ def _point(
     x = tl.load(coordinates + 2 * k, mask=exists, other=OUTSIDE).to(scale_x.dtype)
     y = tl.load(coordinates + 2 * k + 1, mask=exists, other=OUTSIDE).to(scale_y.dtype)
     if KERNEL_H is None:
-        x, y = x * scale_x - 0.5, y * scale_y - 0.5
+        x, y = x * scale_x + shift_x, y * scale_y + shift_y
     else:
         cell = k
         if REMOVED is not None:
@@ -337,6 +395,7 @@ def forward(
     coordinates,
     weights,
     shapes,
+    reference,
     output,
     rows,
     columns,
@@ -359,6 +418,11 @@ def forward(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     WEIGHTS_STRIDE: tl.constexpr = None,
+    REFERENCE_NUMBERS: tl.constexpr = None,
+    BOX_SIZE: tl.constexpr = None,
+    OF_IMAGES: tl.constexpr = None,
+    OF_QUERIES: tl.constexpr = None,
+    OF_LEVELS: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -390,6 +454,18 @@ def forward(
     coordinates, weights = _arguments(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
+    if reference is not None:
+        reference = _reference(
+            reference,
+            pixel,
+            batch,
+            rows,
+            LEVELS,
+            REFERENCE_NUMBERS,
+            OF_IMAGES,
+            OF_QUERIES,
+            OF_LEVELS,
+        )
     peak = tl.zeros([BLOCK], ACC)
     norm = peak
     if SOFTMAX:
@@ -398,7 +474,19 @@ def forward(
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
         level_h, level_w, end = _level(shapes, level, start, height, width)
-        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
+        scale_x, scale_y, shift_x, shift_y = _map(
+            reference,
+            level,
+            exists,
+            level_h,
+            level_w,
+            POINTS,
+            SCALE,
+            REFERENCE_NUMBERS,
+            BOX_SIZE,
+            OF_LEVELS,
+            ACC,
+        )
         plane = image + start.to(INDEX) * VALUE_STRIDE
         for first_point in range(0, POINTS, CHUNK):
             for at in tl.static_range(CHUNK):
@@ -409,6 +497,8 @@ def forward(
                     k,
                     scale_x,
                     scale_y,
+                    shift_x,
+                    shift_y,
                     KERNEL_H,
                     DILATION_H,
                     DILATION_W,
@@ -443,6 +533,7 @@ def backward(
     coordinates,
     weights,
     shapes,
+    reference,
     grad_value,
     grad_coordinates,
     grad_weights,
@@ -471,6 +562,11 @@ def backward(
     INDEX: tl.constexpr,
     WEIGHTS_STRIDE: tl.constexpr = None,
     GRAD_WEIGHTS_STRIDE: tl.constexpr = None,
+    REFERENCE_NUMBERS: tl.constexpr = None,
+    BOX_SIZE: tl.constexpr = None,
+    OF_IMAGES: tl.constexpr = None,
+    OF_QUERIES: tl.constexpr = None,
+    OF_LEVELS: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -502,6 +598,18 @@ def backward(
     coordinates, weights = _arguments(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
+    if reference is not None:
+        reference = _reference(
+            reference,
+            pixel,
+            batch,
+            rows,
+            LEVELS,
+            REFERENCE_NUMBERS,
+            OF_IMAGES,
+            OF_QUERIES,
+            OF_LEVELS,
+        )
     at_output = grad_output + _tile(pixel, group, GRAD_OUTPUT_STRIDE, DEPTH, BLOCK_D)
     grad = tl.load(at_output, mask=exists[:, None] & channel[None, :], other=0.0).to(ACC)
     slot = tl.arange(0, BLOCK_K)
@@ -514,7 +622,19 @@ def backward(
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
         level_h, level_w, end = _level(shapes, level, start, height, width)
-        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
+        scale_x, scale_y, shift_x, shift_y = _map(
+            reference,
+            level,
+            exists,
+            level_h,
+            level_w,
+            POINTS,
+            SCALE,
+            REFERENCE_NUMBERS,
+            BOX_SIZE,
+            OF_LEVELS,
+            ACC,
+        )
         plane = image + start.to(INDEX) * VALUE_STRIDE
         grad_plane = grad_image + start.to(INDEX) * GRAD_VALUE_STRIDE
         for first_point in range(0, POINTS, CHUNK):
@@ -526,6 +646,8 @@ def backward(
                     k,
                     scale_x,
                     scale_y,
+                    shift_x,
+                    shift_y,
                     KERNEL_H,
                     DILATION_H,
                     DILATION_W,
