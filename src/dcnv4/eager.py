@@ -335,5 +335,6 @@ def below_autograd(function: Callable[..., T], *arguments: Any) -> T:
 def below(device: str, function: Callable[..., T], *arguments: Any) -> T:
     """What `function` makes of the arguments, neither autograd nor autocast looking."""
     if _is_autocast_anywhere() and is_autocast(device):
-        return without_autocast(device, below_autograd, function, *arguments)
+        made: T = without_autocast(device, below_autograd, function, *arguments)
+        return made
     return below_autograd(function, *arguments)

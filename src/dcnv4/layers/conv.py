@@ -43,6 +43,7 @@ from .projections import (
     Weights,
     computed_dtype,
     multiplied,
+    prepared,
     read,
 )
 
@@ -115,15 +116,11 @@ class _DeformConv(WindowedLayer):
         """The output for x, which was checked: as one node of autograd where nobody can tell."""
         pixels = x if layout.channels_last else layout.as_map(x)
         dtype = autocast_dtype(x)
-        # In one pass, and once, not for each projection.
-        if dtype != x.dtype:
-            pixels = pixels.to(dtype, memory_format=torch.contiguous_format)
-        else:
-            pixels = pixels.contiguous()
+        pixels = prepared(pixels, dtype)
         if not has_interested((x,), (0,)):
             formula = self._formula(dtype, x, layout)
             if formula is not None:
-                return formula.run((None if pixels is x else x,), (pixels,))
+                return formula.run((x,), (pixels,))
         return layout.leave(self._deform(layout.enter(pixels)))
 
     def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:
@@ -308,8 +305,8 @@ class _ConvFormula(Formula):
             grad_x = torch.addmm(grad_x, grad_value, weights[0]).to(self.wide[0])
         if sums is None:
             return grad_x, []
-        weight, bias = (None if g is None else g.to(sums.dtype) for g in depthwise)
         rows = seen.view(-1, seen.shape[3])
+        weight, bias = depthwise[0].to(sums.dtype), depthwise[1].to(sums.dtype) if biased else None
         made = [sums.of(0, grad_value, x), sums.of(1, grad_predicted, rows), (weight, bias)]
         return grad_x, made
 

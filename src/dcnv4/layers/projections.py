@@ -81,18 +81,18 @@ class Parameters(NamedTuple):
             for module, weight in zip(self.modules, tensors, strict=False)
         }
 
-        def call(module: nn.Module, x: Tensor) -> Tensor:
+        def call(module: nn.Module, x: Tensor) -> Any:
             weight, bias = (None if t is None else t.to(x.dtype) for t in held[module])
             if isinstance(module, nn.Conv2d):
-                return module._conv_forward(x, weight, bias)  # type: ignore[arg-type]
-            return F.linear(x, weight, bias)  # type: ignore[arg-type]
+                return module._conv_forward(x, weight, bias)
+            return F.linear(x, weight, bias)
 
         return call
 
 
-def read(*products: tuple[nn.Module, ...]) -> Parameters | None:
+def read(*products: tuple[nn.Module | None, ...]) -> Parameters | None:
     """What to read of submodules, those of a product together; None where one has to be called."""
-    modules = [module for product in products for module in product]
+    modules = [module for product in products for module in product if module is not None]
     if not are_bare(modules):
         return None
     held = [module.__dict__["_parameters"] for module in modules]
@@ -123,6 +123,13 @@ def _layout(
         start += joined.numel()
         bias_start += sum(rows[-1]) if biased else 0
     return tuple(places), tuple(rows)
+
+
+def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as products read it: cast and contiguous, in one pass."""
+    if x.dtype is dtype:
+        return x.contiguous()
+    return x.to(dtype, memory_format=torch.contiguous_format)
 
 
 def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> torch.dtype | None:
@@ -172,15 +179,16 @@ class Formula:
         """The output, by operations that autograd knows."""
         raise NotImplementedError
 
-    def run(self, sources: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor:
+    def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """The output.
 
         Args:
-            sources: what each input was made of, which the gradient is for; None for itself.
-            inputs: recorded by autograd as made of the sources.
+            given: what the inputs were made of, or they themselves; gradients are for these.
+            inputs: recorded by autograd as made of what was given.
         """
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
+            sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
             output: Tensor = _apply(self, *sources, *tensors)  # type: ignore[no-untyped-call]
             return output
         return below(inputs[0].device.type, self._forward, inputs)[0]
