@@ -328,8 +328,10 @@ def _is_centered(depthwise: nn.Module) -> bool:
 @lru_cache(maxsize=256)
 def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
     """Whether a convolution of B, H, W and these channels has an output of the same size."""
+    if window.output_size(*size[1:]) != size[1:]:
+        return False
     check_sizes_of_conv((*size, value), (*size, predicted), window)
-    return window.output_size(*size[1:]) == size[1:]
+    return True
 
 
 class DCNv4(_DeformConv, OriginalNames):
