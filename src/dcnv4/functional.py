@@ -324,7 +324,8 @@ def ms_deform_attn_from_offsets(
     deterministic = ops.must_be_deterministic(*inputs)
     chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
     dtype, wants_gradient = value.dtype, reference_points.requires_grad and torch.is_grad_enabled()
-    value, (reference_points, offsets, weights) = _promote(*inputs)
+    if any(tensor.dtype != dtype for tensor in inputs):
+        value, (reference_points, offsets, weights) = _promote(*inputs)
     output: Tensor = ops.ms_deform_attn_from_offsets(
         *(chosen, value, shapes, reference_points, offsets, weights),
         *(box_normalizer, softmax, wants_gradient),

@@ -8,7 +8,7 @@ around it. The operators differ only in where their points come from: `conv_poin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,35 +133,49 @@ class Reference(NamedTuple):
     def has_boxes(self) -> bool:
         return self.points.shape[-1] == 4
 
-    def box_unit(self, sizes: Tensor, points: int) -> Tensor | float:
-        """Pixels of an offset of 1, by the widths and heights of boxes, in levels [..., 2] of these
-        widths and heights with so many points."""
-        return sizes * 0.5 / points if self.box_normalizer == "points" else 0.5
+
+def reference_steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """How far it is from image to image, query to query and level to level in reference points of
+    this shape and these strides: 0 where they are the same for all."""
+    leading = zip(shape[:3], strides[:3], strict=True)
+    return [0 if size == 1 else stride for size, stride in leading]
+
+
+def attn_unit(size: Any, points: int, numbers: int, box_normalizer: str = "") -> Any:
+    """Pixels that an x or y of 1 is, in a level of this width or height; with boxes, by theirs.
+
+    Args:
+        size: a number, or a tensor of them.
+        points: P.
+        numbers: of a reference point; 0 for locations, which run from 0, the outer edge of the
+            level's first pixel, to 1, the outer edge of its last.
+    """
+    if numbers == 0:
+        return size
+    if numbers == 2:
+        return 1.0
+    return size * 0.5 / points if box_normalizer == "points" else 0.5
 
 
 def attn_map(
     heights: Tensor, widths: Tensor, points: int, reference: Reference | None = None
-) -> tuple[Tensor | float, Tensor | float]:
+) -> tuple[Any, Any]:
     """What makes pixels (x, y) of coordinates [..., L, P, 2]: a factor, and then a summand.
-
-    Without `reference`, coordinates are locations, which run from 0, the outer edge of a level's
-    first pixel, to 1, the outer edge of its last. With it they are offsets, from points that run
-    likewise: in pixels, or, from boxes, in what is half a box together.
 
     Args:
         heights, widths: of the levels, [L, 1].
         points: P.
-        reference: whose points are [..., L or 1, 2 or 4] for coordinates [..., G, L, P, 2].
+        reference: None for locations; its points are [..., L or 1, 2 or 4] for offsets
+            [..., G, L, P, 2].
     """
     sizes = torch.cat((widths, heights), 1)[:, None]
     if reference is None:
-        return sizes, -0.5
+        return attn_unit(sizes, points, 0), -0.5
     place = reference.points[..., None, :, None, :]
     sizes = sizes.to(place.dtype)
-    shift = place[..., :2] * sizes - 0.5
-    if not reference.has_boxes():
-        return 1.0, shift
-    return place[..., 2:] * reference.box_unit(sizes, points), shift
+    unit = attn_unit(sizes, points, place.shape[-1], reference.box_normalizer)
+    scale = place[..., 2:] * unit if reference.has_boxes() else unit
+    return scale, place[..., :2] * sizes - 0.5
 
 
 def attn_points(
@@ -180,7 +194,7 @@ def attn_reference_backward(
     sizes = torch.cat((widths, heights), 1).to(grad.dtype)
     grads = grad.sum((2, 4)) * sizes
     if reference.has_boxes():
-        unit = reference.box_unit(sizes, offsets.shape[4])
+        unit = attn_unit(sizes, offsets.shape[4], 4, reference.box_normalizer)
         grads = torch.cat((grads, (grad * offsets).sum((2, 4)) * unit), -1)
     return grads.sum_to_size(reference.points.shape)
 

@@ -680,13 +680,13 @@ ATTENTION = (
 
 
 OFFSETS = (
-    OffsetsCase("points", batch=2, depth=8),
-    OffsetsCase("softmax", softmax=True, batch=2, queries=3, depth=16, shared=(2,)),
+    OffsetsCase("points", batch=2, queries=3, depth=8),
+    OffsetsCase("softmax", softmax=True, batch=2, queries=2, depth=16, shared=(2,)),
     OffsetsCase("one_for_all", batch=2, shared=(0, 1, 2), flat=True, queries=3, per_level=3),
     OffsetsCase("boxes", boxes=True, softmax=True, batch=2, shapes=((8, 7), (4, 4), (2, 2))),
     OffsetsCase("boxes_of_queries", boxes=True, batch=2, shared=(0, 2), per_level=3, queries=3),
     OffsetsCase(
-        "boxes_by_size", boxes=True, box_normalizer="size", batch=2, shared=(1,), depth=17, groups=3
+        "boxes_by_size", boxes=True, box_normalizer="size", batch=2, shared=(1,), depth=3, groups=3
     ),
     OffsetsCase("one_box", boxes=True, box_normalizer="size", shared=(0, 1, 2), per_level=1),
     OffsetsCase("depth_32", groups=1, depth=32, queries=4, softmax=True, per_level=8),

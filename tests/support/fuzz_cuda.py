@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -85,9 +86,20 @@ def conv(rng: random.Random) -> cases.ConvCase:
 
 
 def attention(rng: random.Random) -> cases.AttnCase:
-    precise = rng.choice(((), (), (torch.float32, torch.float32)))
-    return cases.AttnCase(
+    if rng.random() < 0.5:
+        kind, numbers = cases.AttnCase, 2
+        settings: dict[str, Any] = {}
+    else:
+        kind, numbers = cases.OffsetsCase, 3
+        settings = {
+            "boxes": rng.random() < 0.5,
+            "box_normalizer": rng.choice(("points", "size")),
+            "shared": tuple(axis for axis in range(3) if rng.random() < 0.3),
+        }
+    precise = rng.choice(((), (), (torch.float32,) * numbers))
+    return kind(
         "",
+        **settings,
         groups=rng.choice((1, 2, 3, 8)),
         depth=rng.choice(DEPTHS),
         softmax=rng.random() < 0.6,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from support import cases, pairs
@@ -148,15 +147,6 @@ def finite(row: pairs.Row, case: cases.ConvCase) -> np.ndarray | None:
     return finite
 
 
-LOST = pytest.mark.xfail(
-    strict=True, reason="sums in integers do not notice logits that are not finite"
-)
-
-
-def loses_what_is_not_finite(row: pairs.Row) -> bool:
-    return row["deterministic"] and row["softmax"] and row["data"] == "endless_weights"
-
-
 def plain_tiles(**settings: Any) -> cases.ConvCase:
     """A call that the tile kernels take."""
     return _conv("plain", **settings)
@@ -218,13 +208,19 @@ def sorted_conv_cases() -> list[cases.ConvCase]:
 def sorted_cases() -> list[cases.AttnCase]:
     """Encoders: as many queries as pixels."""
 
-    def case(name: str, *shapes: tuple[int, int], **settings: object) -> cases.AttnCase:
+    def case(
+        name: str,
+        *shapes: tuple[int, int],
+        kind: type[cases.AttnCase] = cases.AttnCase,
+        **settings: object,
+    ) -> cases.AttnCase:
         shapes = shapes or ((9, 11), (5, 6))
         queries = sum(height * width for height, width in shapes)
         settings = {"batch": 2, "depth": 32, "softmax": True, "queries": queries, **settings}
-        return cases.AttnCase(name, shapes=shapes, **settings)  # type: ignore[arg-type]
+        return kind(name, shapes=shapes, **settings)  # type: ignore[arg-type]
 
     half, single = torch.float16, torch.float32
+    offsets = partial(case, kind=cases.OffsetsCase)
     detr = (13, 17), (7, 9), (4, 5), (2, 3)
     return [
         case("plain"),
@@ -247,4 +243,8 @@ def sorted_cases() -> list[cases.AttnCase]:
         case("sliced", layout="sliced", groups=4),
         case("permuted", layout="permuted"),
         case("expanded", layout="expanded", groups=1),
+        offsets("offsets", *detr, batch=1, shared=(0,), sigma=2.0),
+        offsets("boxes", boxes=True, layout="packed"),
+        offsets("boxes_by_size", boxes=True, box_normalizer="size", shared=(2,), softmax=False),
+        offsets("one_for_all", shared=(0, 1, 2), coordinates=(single, half, half), depth=16),
     ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...geometry import Reference, Window, sum_dtype
+from ...geometry import Reference, Window, attn_unit, reference_steps, sum_dtype
 from .. import AttnGrads, Call, cache_dir
 from .compile import CompileError, library
 from .records import CALL, DTYPES, POINT, PROBLEM, TENSORS, VIEW
@@ -233,12 +233,9 @@ def _attn_plan(
     views = _by_name([_heads_view(tensor) for tensor in tensors])
     numbers = 0
     if place is not None:
-        # What is the same for all does not move on.
-        numbers, steps = (
-            place[0][3],
-            [0 if size == 1 else stride for size, stride in zip(place[0], place[1], strict=True)],
-        )
-        views["reference"] = _heads_view((place[0], tuple(steps), place[2]))
+        shape, strides, dtype = place
+        numbers, steps = shape[3], reference_steps(shape, strides)
+        views["reference"] = _heads_view((shape, tuple(steps), dtype))
     problem = PROBLEM.pack(
         **views,
         images=batch,
@@ -254,16 +251,13 @@ def _attn_plan(
         shift=-0.5,
         reference_numbers=numbers,
     )
-    each = []
-    for height, width, start in levels:
-        scale_x, scale_y = {
-            0: (width, height),
-            2: (1.0, 1.0),
-            4: (0.5, 0.5) if normalizer == "size" else (width / 2 / points, height / 2 / points),
-        }[numbers]
-        each.append(
-            POINT.pack(scale_x=scale_x, scale_y=scale_y, height=height, width=width, start=start)
+    unit = partial(attn_unit, points=points, numbers=numbers, box_normalizer=normalizer)
+    each = [
+        POINT.pack(
+            scale_x=unit(width), scale_y=unit(height), height=height, width=width, start=start
         )
+        for height, width, start in levels
+    ]
     return _Plan(problem, b"".join(point * points for point in each))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Window, reference_steps
 from . import choice, compile
 from .choice import Layout
 from .launch import Number, starter
@@ -112,14 +112,7 @@ def attn_plan(
         return None
     tensors = value, coordinates, weights, place, grad
     chosen = choice.attn(*tensors, sizes, softmax, deterministic, _gpu(device))
-    # What is the same for all does not move on.
-    steps = (
-        [0, 0, 0]
-        if place is None
-        else [
-            0 if n == 1 else step for n, step in zip(place[0].shape, place[0].strides, strict=True)
-        ]
-    )
+    steps = [0, 0, 0] if place is None else reference_steps(place[0].shape, place[0].strides)
     numbers: dict[str, Number] = {
         "value_image": value.strides[0],
         "coordinates_image": coordinates.strides[0],

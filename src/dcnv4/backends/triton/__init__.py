@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Reference, Window, sum_dtype
+from ...geometry import Reference, Window, reference_steps, sum_dtype
 from .. import UNORDERED, AttnGrads, Call, set_triton_cache_dir, triton_cache_dir
 from ..folders import private, temporary, warn
 
@@ -90,9 +90,8 @@ class Heads(NamedTuple):
     levels: int
     points_per_level: int
     softmax: bool
-    reference: tuple[int, str, bool, bool, bool] | None = None
-    """Of reference points: how many numbers each has, what boxes are normalised by, and whether
-    images, queries and levels have their own."""
+    reference: tuple[int, str] | None = None
+    """Of reference points: how many numbers each has, and what boxes are normalised by."""
 
 
 def conv_forward(
@@ -194,14 +193,10 @@ def _run_attn(
     **others: Tensor,
 ) -> None:
     groups, levels, points = coordinates.shape[2:5]
-    heads = Heads(groups, levels, points, softmax)
-    place = None
+    heads, place = Heads(groups, levels, points, softmax), None
     if reference is not None:
         place = reference.points.contiguous()
-        # What is one of one is no other kernel.
-        own = (a == b for a, b in zip(place.shape, (*coordinates.shape[:2], levels), strict=False))
-        layout = place.shape[3], reference.box_normalizer, *own
-        heads = heads._replace(reference=layout)
+        heads = heads._replace(reference=(place.shape[3], reference.box_normalizer))
     tensors = {"value": value, "coordinates": coordinates, "weights": weights, **others}
     sizes = (*value.shape[:2], 1), (coordinates.shape[1], 1)
     _run(kernel, heads, *sizes, tensors, spatial_shapes, place)
@@ -231,7 +226,10 @@ def _run(
     for name, tensor in tensors.items():
         arguments[name], stride = (None, 0) if tensor is None else _pixels(tensor, leading)
         strides.append(stride)
-    index = _index(max(strides) * max(pixels, batch * height * width))
+    steps, numbers = [0, 0, 0], 0
+    if reference is not None:
+        steps, numbers = reference_steps(reference.shape, reference.stride()), reference.numel()
+    index = _index(max(max(strides) * max(pixels, batch * height * width), numbers))
     depth = value.shape[leading:].numel() // layer.groups
     launch, constants, order = _constants(
         *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides)),
@@ -240,6 +238,9 @@ def _run(
     arguments |= {
         "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
         "reference": reference,
+        "reference_image": steps[0],
+        "reference_query": steps[1],
+        "reference_level": steps[2],
         "height": height,
         "width": width,
         "rows": rows,
@@ -321,14 +322,8 @@ def _reference_constants(heads: Heads) -> dict[str, Any]:
     """What only an attention with reference points has."""
     if heads.reference is None:
         return {}
-    numbers, box_normalizer, of_images, of_queries, of_levels = heads.reference
-    return {
-        "REFERENCE_NUMBERS": numbers,
-        "BOX_SIZE": box_normalizer == "size",
-        "OF_IMAGES": of_images,
-        "OF_QUERIES": of_queries,
-        "OF_LEVELS": of_levels,
-    }
+    numbers, box_normalizer = heads.reference
+    return {"REFERENCE_NUMBERS": numbers, "BOX_BY_SIZE": box_normalizer == "size"}
 
 
 def _index(elements: int) -> str:

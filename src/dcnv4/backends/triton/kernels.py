@@ -32,6 +32,12 @@ def is_interpreted() -> bool:
     return not isinstance(forward, triton.JITFunction)
 
 
+SIZES = [
+    *("rows", "columns", "height", "width", "pixels"),
+    *("reference_image", "reference_query", "reference_level"),
+]
+"""What no kernel is compiled for."""
+
 OUTSIDE = tl.constexpr(float("inf"))
 """The coordinate of points of rows past the last: they read nothing and add nothing."""
 
@@ -296,40 +302,15 @@ def _level(shapes, level, start, height, width):
 
 
 @triton.jit
-def _reference(
-    reference,
-    pixel,
-    batch,
-    queries,
-    LEVELS: tl.constexpr,
-    REFERENCE_NUMBERS: tl.constexpr,
-    OF_IMAGES: tl.constexpr,
-    OF_QUERIES: tl.constexpr,
-    OF_LEVELS: tl.constexpr,
-):
-    """Where the reference points of every row begin, if images and queries have their own."""
-    place = batch
-    if OF_QUERIES:
-        place = pixel
-        if not OF_IMAGES:
-            place = pixel - batch * queries
-    elif not OF_IMAGES:
-        place = 0 * batch
-    return reference + place * (REFERENCE_NUMBERS * (LEVELS if OF_LEVELS else 1))
-
-
-@triton.jit
 def _map(
     reference,
-    level,
     exists,
     height,
     width,
     POINTS: tl.constexpr,
     SCALE: tl.constexpr,
     REFERENCE_NUMBERS: tl.constexpr,
-    BOX_SIZE: tl.constexpr,
-    OF_LEVELS: tl.constexpr,
+    BOX_BY_SIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """How many pixels an x and a y of 1 is, and what is added to it: `offset_scale` and nothing of
@@ -341,15 +322,13 @@ def _map(
         scale_x, shift_x = tl.full([], SCALE, ACC), tl.full([], 0, ACC)
         scale_y, shift_y = scale_x, shift_x
     elif REFERENCE_NUMBERS is not None:
-        if OF_LEVELS:
-            reference += level * REFERENCE_NUMBERS
         shift_x += scale_x * tl.load(reference, mask=exists, other=0.0).to(ACC)
         shift_y += scale_y * tl.load(reference + 1, mask=exists, other=0.0).to(ACC)
         if REFERENCE_NUMBERS == 2:
             scale_x = tl.full([], 1, ACC)
             scale_y = scale_x
         else:
-            if BOX_SIZE:
+            if BOX_BY_SIZE:
                 scale_x = tl.full([], 0.5, ACC)
                 scale_y = scale_x
             else:
@@ -389,7 +368,7 @@ def _point(
     return x, y
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     value,
     coordinates,
@@ -402,6 +381,9 @@ def forward(
     height,
     width,
     pixels,
+    reference_image,
+    reference_query,
+    reference_level,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -419,10 +401,7 @@ def forward(
     INDEX: tl.constexpr,
     WEIGHTS_STRIDE: tl.constexpr = None,
     REFERENCE_NUMBERS: tl.constexpr = None,
-    BOX_SIZE: tl.constexpr = None,
-    OF_IMAGES: tl.constexpr = None,
-    OF_QUERIES: tl.constexpr = None,
-    OF_LEVELS: tl.constexpr = None,
+    BOX_BY_SIZE: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -438,7 +417,8 @@ def forward(
     """Either operator of `value` [B, height, width, C] for `pixels` = B·rows·columns outputs.
 
     Of attention, `rows` are the queries and `height` the pixels of all levels; columns and width
-    are 1.
+    are 1. `reference_image` and the like are strides of the reference points, 0 where they are the
+    same for all.
     """
     COUNT: tl.constexpr = LEVELS * POINTS
     exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
@@ -455,17 +435,7 @@ def forward(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
     if reference is not None:
-        reference = _reference(
-            reference,
-            pixel,
-            batch,
-            rows,
-            LEVELS,
-            REFERENCE_NUMBERS,
-            OF_IMAGES,
-            OF_QUERIES,
-            OF_LEVELS,
-        )
+        reference += batch * reference_image + (pixel - batch * rows) * reference_query
     peak = tl.zeros([BLOCK], ACC)
     norm = peak
     if SOFTMAX:
@@ -476,15 +446,13 @@ def forward(
         level_h, level_w, end = _level(shapes, level, start, height, width)
         scale_x, scale_y, shift_x, shift_y = _map(
             reference,
-            level,
             exists,
             level_h,
             level_w,
             POINTS,
             SCALE,
             REFERENCE_NUMBERS,
-            BOX_SIZE,
-            OF_LEVELS,
+            BOX_BY_SIZE,
             ACC,
         )
         plane = image + start.to(INDEX) * VALUE_STRIDE
@@ -522,11 +490,13 @@ def forward(
                     INDEX,
                 )
         start = end
+        if reference is not None:
+            reference += reference_level
     to = output + _tile(pixel, group, OUTPUT_STRIDE, DEPTH, BLOCK_D)
     tl.store(to, total.to(output.dtype.element_ty), mask=exists[:, None] & channel[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     grad_output,
     value,
@@ -542,6 +512,9 @@ def backward(
     height,
     width,
     pixels,
+    reference_image,
+    reference_query,
+    reference_level,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -563,10 +536,7 @@ def backward(
     WEIGHTS_STRIDE: tl.constexpr = None,
     GRAD_WEIGHTS_STRIDE: tl.constexpr = None,
     REFERENCE_NUMBERS: tl.constexpr = None,
-    BOX_SIZE: tl.constexpr = None,
-    OF_IMAGES: tl.constexpr = None,
-    OF_QUERIES: tl.constexpr = None,
-    OF_LEVELS: tl.constexpr = None,
+    BOX_BY_SIZE: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -599,17 +569,7 @@ def backward(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
     if reference is not None:
-        reference = _reference(
-            reference,
-            pixel,
-            batch,
-            rows,
-            LEVELS,
-            REFERENCE_NUMBERS,
-            OF_IMAGES,
-            OF_QUERIES,
-            OF_LEVELS,
-        )
+        reference += batch * reference_image + (pixel - batch * rows) * reference_query
     at_output = grad_output + _tile(pixel, group, GRAD_OUTPUT_STRIDE, DEPTH, BLOCK_D)
     grad = tl.load(at_output, mask=exists[:, None] & channel[None, :], other=0.0).to(ACC)
     slot = tl.arange(0, BLOCK_K)
@@ -624,15 +584,13 @@ def backward(
         level_h, level_w, end = _level(shapes, level, start, height, width)
         scale_x, scale_y, shift_x, shift_y = _map(
             reference,
-            level,
             exists,
             level_h,
             level_w,
             POINTS,
             SCALE,
             REFERENCE_NUMBERS,
-            BOX_SIZE,
-            OF_LEVELS,
+            BOX_BY_SIZE,
             ACC,
         )
         plane = image + start.to(INDEX) * VALUE_STRIDE
@@ -676,6 +634,8 @@ def backward(
                 grads_y = _put(grads_y, slot, k, grad_y * scale_y)
                 grads_weight = _put(grads_weight, slot, k, grad_weight)
         start = end
+        if reference is not None:
+            reference += reference_level
     if SOFTMAX:
         logits = _logits(weights, exists, slot, COUNT, ACC)
         grads_weight = _softmax_backward(grads_weight, logits, peak, norm)
