@@ -44,16 +44,21 @@ DCNV4_DEVICE unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 }
-// A pair of small integers as halves.
-constexpr DCNV4_DEVICE unsigned half_bits(int number) {
-    const unsigned magnitude = number < 0 ? -number : number;
-    if (magnitude == 0) return 0;
-    int exponent = 0;
-    while (magnitude >> exponent > 1) ++exponent;
-    return (number < 0 ? 0x8000u : 0u) | (exponent + 15) << 10 |
-           (magnitude << 10 >> exponent & 0x3ff);
+DCNV4_DEVICE unsigned add_f16x2(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
 }
-constexpr DCNV4_DEVICE unsigned two_f16(int lower, int upper) {
+// A pair of numbers that halves hold, normal or 0.
+constexpr DCNV4_DEVICE unsigned half_bits(float number) {
+    float magnitude = number < 0 ? -number : number;
+    if (magnitude == 0) return 0;
+    int exponent = 15;
+    for (; magnitude >= 2; ++exponent) magnitude /= 2;
+    for (; magnitude < 1; --exponent) magnitude *= 2;
+    return (number < 0 ? 0x8000u : 0u) | exponent << 10 | (int(magnitude * 1024) & 0x3ff);
+}
+constexpr DCNV4_DEVICE unsigned two_f16(float lower, float upper) {
     return half_bits(lower) | half_bits(upper) << 16;
 }
 DCNV4_DEVICE unsigned cvt_f16x2_f32(float lower, float upper) {

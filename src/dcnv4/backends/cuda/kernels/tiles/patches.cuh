@@ -5,9 +5,9 @@
 
 namespace dcnv4 {
 
-// S as the patches of the pixels, four words a row of each.
+// S as the patches of the pixels, four words a row of each, and of wide ones a fifth behind all.
 struct Patches {
-    static constexpr int PLANE = PIXELS * 16;
+    static constexpr int FIFTHS = PIXELS * 16, PLANE = FIFTHS + (PAIRS > 4 ? PIXELS * 4 : 0);
     unsigned char bytes[PATCH_H * PLANE];
 
     // Words of a pixel. Without the XOR, columns two apart, of 64 bytes each, would share banks.
@@ -16,12 +16,15 @@ struct Patches {
     DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
         unsigned char* to = bytes + at(lane / 4, lane % 4);
 #pragma unroll
-        for (int row = 0; row < PATCH_H; ++row)
+        for (int row = 0; row < PATCH_H; ++row) {
             *(uint4*)(to + row * PLANE) = make_uint4(patch[row][0], patch[row][1], patch[row][2],
-                                                     PAIRS > 3 ? patch[row][PAIRS - 1] : 0);
+                                                     PAIRS > 3 ? patch[row][PAIRS > 3 ? 3 : 0] : 0);
+            if (PAIRS > 4)
+                *(unsigned*)(bytes + row * PLANE + FIFTHS + lane * 4) = patch[row][PAIRS - 1];
+        }
     }
 };
-static_assert(PAIRS == 3 || PAIRS == 4, "a patch must fit");
+static_assert(PAIRS >= 3 && PAIRS <= 5, "a patch must fit");
 
 // S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row
 // in two blocks of 8: for products that sum over pixels.
@@ -69,12 +72,22 @@ constexpr DCNV4_DEVICE bool reaches(int row, int m) {
     return row >= 2 * m && row <= 2 * m + PATCH_H;
 }
 
-// Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
-// have the exponent's highest bit.
-DCNV4_DEVICE bool is_near(unsigned offset) { return !(offset & 0x40004000u); }
+// Where point k is from its home, a pair of float16, and its scaled offset; and whether it is near
+// there: numbers from 2 on, infinity and NaN have the exponent's highest bit.
+DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
+    const unsigned rest = ptx::two_f16(rest_x(k), rest_y(k));
+    return rest ? ptx::add_f16x2(offset, rest) : offset;
+}
+DCNV4_DEVICE bool is_near(unsigned from_home) { return !(from_home & 0x40004000u); }
 static_assert(REACH == 2, "as is_near says");
 
+// A pair of columns, as far before.
+DCNV4_DEVICE unsigned before(unsigned columns, float rest) {
+    return rest != 0 ? ptx::add_f16x2(columns, ptx::two_f16(-rest, -rest)) : columns;
+}
+
 // The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
+// A rest is taken from columns and rows, which hold the difference, not added to an offset.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
     // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
@@ -90,7 +103,8 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
         for (int q = 0; q < PAIRS; ++q) patch[row][q] = 0;
 #pragma unroll
     for (int k = 0; k < POINTS; ++k) {
-        const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
+        const int i = column_of(k), j = row_of(k);
+        const float rest = rest_y(k);
         const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
         const unsigned weight =
             k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
@@ -98,10 +112,11 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
 #pragma unroll
         for (int r = 0; r <= REACH; ++r)
             rows[r] = ptx::mul_f16x2(
-                weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
+                weight,
+                ptx::hat_f16x2(ptx::two_f16(2 * r - REACH - rest, 2 * r + 1 - REACH - rest), y));
 #pragma unroll
         for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
-            const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
+            const unsigned column = ptx::hat_f16x2(before(columns[2 * q - i + 1], rest_x(k)), x);
 #pragma unroll
             for (int r = 0; r <= 2 * REACH; ++r) {
                 const unsigned row =
