@@ -38,6 +38,8 @@ _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
 """Occupancy of the tiles' forward, for strips of so many channels; 12 where patches are wide."""
+_PIXEL_STEPS = 256
+"""Steps of a pixel, of which tiles count whole ones."""
 _GATHERING_THREADS = 3 * MAX_THREADS
 """Threads of an SM which gather what tiles left over: more would spoil their L1."""
 
@@ -373,7 +375,10 @@ def why_not_tiles(
         (offset_mask.dtype == slices.dtype, "offset_mask in the value's dtype"),
         (max(window.kernel_size) <= 3, "a kernel of at most 3 x 3"),
         (window.stride == (1, 1), "a stride of 1"),
-        (_is_held(window.offset_scale), "offset_scale a power of two from 1/256 to 256"),
+        (
+            _is_held(window.offset_scale),
+            f"offset_scale a power of two from 1/{_PIXEL_STEPS} to {_PIXEL_STEPS}",
+        ),
         (scaled_extent(window) <= 4, "a scaled kernel of at most 5 x 5 pixels"),
         (slices.depth in (16, 32, 48, 64), "16, 32, 48 or 64 channels a group"),
         (slices.alignment == 16, "slices aligned to 16 bytes"),
@@ -385,8 +390,8 @@ def why_not_tiles(
 
 def _is_held(scale: float) -> bool:
     """Whether float16 holds an offset as exactly when it is scaled."""
-    mantissa, exponent = math.frexp(abs(scale))
-    return mantissa == 0.5 and -7 <= exponent <= 9
+    size = abs(scale)
+    return math.frexp(size)[0] == 0.5 and 1 / _PIXEL_STEPS <= size <= _PIXEL_STEPS
 
 
 def scaled_extent(window: Window) -> float:
@@ -435,7 +440,8 @@ def conv(
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
     macros |= {"AFTER_TILES": int(tiled), "SUMS_PIXEL": sums_pixel}
     if tiled:
-        macros["OFFSET_SCALE"] = str(window.offset_scale)
+        macros["SCALE_STEPS"] = round(window.offset_scale * _PIXEL_STEPS)
+        macros["PIXEL_STEPS"] = _PIXEL_STEPS
     if why_not[by_sorting] is None:
         block = sorting_block(slices)
         blocks, threads = batch * groups * block.blocks(rows, columns), block.threads

@@ -49,17 +49,20 @@ DCNV4_DEVICE unsigned add_f16x2(unsigned a, unsigned b) {
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
     return sum;
 }
-// A pair of numbers that halves hold, normal or 0.
-constexpr DCNV4_DEVICE unsigned half_bits(float number) {
-    float magnitude = number < 0 ? -number : number;
+// A pair of small integers as halves, divided by OF, a power of two.
+template <int OF>
+constexpr DCNV4_DEVICE unsigned half_bits(int number) {
+    const unsigned magnitude = number < 0 ? -number : number;
     if (magnitude == 0) return 0;
-    int exponent = 15;
-    for (; magnitude >= 2; ++exponent) magnitude /= 2;
-    for (; magnitude < 1; --exponent) magnitude *= 2;
-    return (number < 0 ? 0x8000u : 0u) | exponent << 10 | (int(magnitude * 1024) & 0x3ff);
+    int exponent = 0, divided = 0;
+    while (magnitude >> exponent > 1) ++exponent;
+    while (OF >> divided > 1) ++divided;
+    return (number < 0 ? 0x8000u : 0u) | (exponent - divided + 15) << 10 |
+           (magnitude << 10 >> exponent & 0x3ff);
 }
-constexpr DCNV4_DEVICE unsigned two_f16(float lower, float upper) {
-    return half_bits(lower) | half_bits(upper) << 16;
+template <int OF>
+constexpr DCNV4_DEVICE unsigned two_f16(int lower, int upper) {
+    return half_bits<OF>(lower) | half_bits<OF>(upper) << 16;
 }
 DCNV4_DEVICE unsigned cvt_f16x2_f32(float lower, float upper) {
     unsigned pair;

@@ -221,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
             const int i = column_of(k), j = row_of(k);
-            const Sum x = Number<float16>::get(&own.offsets[k], 0) + rest_x(k);
-            const Sum y = Number<float16>::get(&own.offsets[k], 1) + rest_y(k);
+            const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
+            const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
             const int whole_x = integer_below(x), whole_y = integer_below(y);
             const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
             const unsigned char* from = own_products + (j + REACH + whole_y) * Products::ROW +
@@ -237,8 +237,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
-                const Sum x = Number<float16>::get(&own.offsets[k], 0) + rest_x(k);
-                const Sum y = Number<float16>::get(&own.offsets[k], 1) + rest_y(k);
+                const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
+                const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
                 if (left + g + column_of(k) + REACH + x == -1 ||
                     top + t + row_of(k) + REACH + y == -1)
                     gradient[k] = {0, 0, 0};

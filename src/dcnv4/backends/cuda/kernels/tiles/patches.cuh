@@ -72,31 +72,36 @@ constexpr DCNV4_DEVICE bool reaches(int row, int m) {
     return row >= 2 * m && row <= 2 * m + PATCH_H;
 }
 
-// Where point k is from its home, a pair of float16, and its scaled offset; and whether it is near
-// there: numbers from 2 on, infinity and NaN have the exponent's highest bit.
-DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
-    const unsigned rest = ptx::two_f16(rest_x(k), rest_y(k));
-    return rest ? ptx::add_f16x2(offset, rest) : offset;
+// Where a point is from its home, with steps from there to its cell; `offset` is scaled.
+DCNV4_DEVICE Sum from_home(Sum offset, int steps) {
+    return steps ? offset + Sum(steps) / PIXEL_STEPS : offset;
 }
+// Both coordinates of point k, a pair of float16.
+DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
+    if (rest_x(k) == 0 && rest_y(k) == 0) return offset;
+    return ptx::add_f16x2(offset, ptx::two_f16<PIXEL_STEPS>(rest_x(k), rest_y(k)));
+}
+// Whether it is near: numbers from 2 on, infinity and NaN have the exponent's highest bit.
 DCNV4_DEVICE bool is_near(unsigned from_home) { return !(from_home & 0x40004000u); }
 static_assert(REACH == 2, "as is_near says");
 
-// A pair of columns, as far before.
-DCNV4_DEVICE unsigned before(unsigned columns, float rest) {
-    return rest != 0 ? ptx::add_f16x2(columns, ptx::two_f16(-rest, -rest)) : columns;
+// A row or column and the next, so many steps less.
+DCNV4_DEVICE unsigned pair_from(int first, int steps) {
+    return ptx::two_f16<PIXEL_STEPS>(first * PIXEL_STEPS - steps,
+                                     (first + 1) * PIXEL_STEPS - steps);
+}
+
+// Columns of the patch of a pixel in column c, so many after a point's first: the patch of an odd
+// pixel begins a column earlier.
+DCNV4_DEVICE unsigned columns_of(int c, int after, int steps) {
+    return c % 2 ? pair_from(after - REACH - 1, steps) : pair_from(after - REACH, steps);
 }
 
 // The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
-// A rest is taken from columns and rows, which hold the difference, not added to an offset.
+// The steps to a cell are taken from columns and rows, which hold the difference, not added to an
+// offset.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
-    // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
-    // begins a column earlier.
-    unsigned columns[2 * REACH + 3];
-#pragma unroll
-    for (int i = 0; i < 2 * REACH + 3; ++i)
-        columns[i] = c % 2 ? ptx::two_f16(i - 2 - REACH, i - 1 - REACH)
-                           : ptx::two_f16(i - 1 - REACH, i - REACH);
 #pragma unroll
     for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
@@ -104,7 +109,6 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
 #pragma unroll
     for (int k = 0; k < POINTS; ++k) {
         const int i = column_of(k), j = row_of(k);
-        const float rest = rest_y(k);
         const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
         const unsigned weight =
             k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
@@ -112,11 +116,12 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
 #pragma unroll
         for (int r = 0; r <= REACH; ++r)
             rows[r] = ptx::mul_f16x2(
-                weight,
-                ptx::hat_f16x2(ptx::two_f16(2 * r - REACH - rest, 2 * r + 1 - REACH - rest), y));
+                weight, ptx::hat_f16x2(pair_from(2 * r - REACH, rest_y(k)), y));
 #pragma unroll
-        for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
-            const unsigned column = ptx::hat_f16x2(before(columns[2 * q - i + 1], rest_x(k)), x);
+        for (int pair = 0; pair < REACH + 2; ++pair) {
+            const int q = i / 2 + pair;
+            if (q > (i + 2 * REACH + 1) / 2) break;
+            const unsigned column = ptx::hat_f16x2(columns_of(c, 2 * q - i, rest_x(k)), x);
 #pragma unroll
             for (int r = 0; r <= 2 * REACH; ++r) {
                 const unsigned row =

@@ -31,31 +31,33 @@
 
 namespace dcnv4 {
 
-// An undeformed cell lies at SCALE * grid from the window's centre; SCALE is a power of two, so that
-// float16 holds a scaled offset as exactly as the offset.
-constexpr float SCALE = OFFSET_SCALE;
-constexpr DCNV4_DEVICE int nearest(float x) {
-    const int whole = int(x);
-    return whole + (x - whole > 0.5f) - (whole - x > 0.5f);
+// The offset's scale is a power of two, so that float16 holds a scaled offset as exactly as the
+// offset. Cells lie at whole steps from the window's centre, of which a pixel has PIXEL_STEPS.
+constexpr float SCALE = float(SCALE_STEPS) / PIXEL_STEPS;
+constexpr DCNV4_DEVICE int steps_x(int cell) {
+    return SCALE_STEPS * (cell / KERNEL_H * DILATION_W - CENTER_W);
 }
-constexpr int FIRST = 0, LAST = CELLS - 1;
-constexpr DCNV4_DEVICE int home_x(int cell) { return nearest(SCALE * float(grid_x(cell))); }
-constexpr DCNV4_DEVICE int home_y(int cell) { return nearest(SCALE * float(grid_y(cell))); }
-// From a point's home to its cell.
-constexpr DCNV4_DEVICE float rest_x(int k) {
-    return SCALE * float(grid_x(cell_of(k))) - home_x(cell_of(k));
+constexpr DCNV4_DEVICE int steps_y(int cell) {
+    return SCALE_STEPS * (cell % KERNEL_H * DILATION_H - CENTER_H);
 }
-constexpr DCNV4_DEVICE float rest_y(int k) {
-    return SCALE * float(grid_y(cell_of(k))) - home_y(cell_of(k));
+constexpr DCNV4_DEVICE int nearest(int steps) {
+    constexpr int half = PIXEL_STEPS / 2 - 1;
+    return (steps + (steps < 0 ? -half : half)) / PIXEL_STEPS;
 }
 // Homes' columns and rows: the first of them, and how many.
-constexpr int HOME_W = SCALE < 0 ? home_x(LAST) : home_x(FIRST);
-constexpr int HOME_H = SCALE < 0 ? home_y(LAST) : home_y(FIRST);
-constexpr int HOMES_W = (SCALE < 0 ? home_x(FIRST) : home_x(LAST)) - HOME_W + 1;
-constexpr int HOMES_H = (SCALE < 0 ? home_y(FIRST) : home_y(LAST)) - HOME_H + 1;
-// A point's, counted from the first.
-constexpr DCNV4_DEVICE int column_of(int k) { return home_x(cell_of(k)) - HOME_W; }
-constexpr DCNV4_DEVICE int row_of(int k) { return home_y(cell_of(k)) - HOME_H; }
+constexpr int FIRST_CELL = SCALE_STEPS < 0 ? CELLS - 1 : 0, LAST_CELL = CELLS - 1 - FIRST_CELL;
+constexpr int HOME_W = nearest(steps_x(FIRST_CELL)), HOME_H = nearest(steps_y(FIRST_CELL));
+constexpr int HOMES_W = nearest(steps_x(LAST_CELL)) - HOME_W + 1;
+constexpr int HOMES_H = nearest(steps_y(LAST_CELL)) - HOME_H + 1;
+// A point's, counted from the first, and the steps from there to its cell.
+constexpr DCNV4_DEVICE int column_of(int k) { return nearest(steps_x(cell_of(k))) - HOME_W; }
+constexpr DCNV4_DEVICE int row_of(int k) { return nearest(steps_y(cell_of(k))) - HOME_H; }
+constexpr DCNV4_DEVICE int rest_x(int k) {
+    return steps_x(cell_of(k)) - PIXEL_STEPS * (column_of(k) + HOME_W);
+}
+constexpr DCNV4_DEVICE int rest_y(int k) {
+    return steps_y(cell_of(k)) - PIXEL_STEPS * (row_of(k) + HOME_H);
+}
 
 constexpr int PIXELS = TILE_W * TILE_H;
 constexpr int REACH = 2;
