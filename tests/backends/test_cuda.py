@@ -269,9 +269,18 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_not(depth) == "needs 16, 32, 48 or 64 channels a group"
     assert why_not(dtype=torch.float32) == "needs a value in half precision"
     assert why_not(extra=1) == "needs offset_mask's pixels on 8 bytes"
-    assert why_not(stride=2) == why_not(dilation=2) == "needs stride and dilation of 1"
+    assert why_not(stride=2) == "needs a stride of 1"
     assert why_not(kernel_size=5) == "needs a kernel of at most 3 x 3"
-    assert why_not(offset_scale=2.0) == "needs offset_scale of 1"
+    for scale in (0.25, 0.5, 2.0, -2.0):
+        assert why_not(offset_scale=scale) is None
+    assert why_not(dilation=2) is why_not(dilation=(4, 1), offset_scale=0.5) is None
+    for scale in (0.75, 0.0, 2.0**-9):
+        unit = "needs offset_scale a power of two from 1/256 to 256"
+        assert why_not(offset_scale=scale) == unit
+    wide = "needs a scaled kernel of at most 5 x 5 pixels"
+    assert why_not(offset_scale=-4.0) == why_not(dilation=(1, 3)) == wide
+    assert why_not(offset_scale=4.0, kernel_size=2) is None
+    assert why_not(offset_scale=64.0, kernel_size=1) is None
     monkeypatch.undo()
     assert why_not() == "needs 32768 slices"
 

@@ -37,7 +37,9 @@ _WARP = 32
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
-"""Occupancy of the tiles' forward, for strips of so many channels."""
+"""Occupancy of the tiles' forward, for strips of so many channels; 12 where patches are wide."""
+_PIXEL_STEPS = 256
+"""Steps of a pixel, of which tiles count whole ones."""
 _GATHERING_THREADS = 3 * MAX_THREADS
 """Threads of an SM which gather what tiles left over: more would spoil their L1."""
 
@@ -307,7 +309,9 @@ class Strips(NamedTuple):
         }
 
 
-def forward_strips(columns: int, tiles: int, channels: int, depth: int, sms: int) -> Strips:
+def forward_strips(
+    columns: int, tiles: int, channels: int, depth: int, wide: bool, sms: int
+) -> Strips:
     """Persistent blocks, as many as run at once, each of which goes on from strip to strip.
 
     Args:
@@ -315,11 +319,13 @@ def forward_strips(columns: int, tiles: int, channels: int, depth: int, sms: int
         tiles: of a column.
         channels: C.
         depth: D, channels of a group.
+        wide: whether the undeformed kernel is wider than 3 pixels.
     """
     strip_channels = 32 if depth % 32 == 0 else 16
     parts = channels // strip_channels
-    warps = next(n for n in (64 // strip_channels, 2, 1) if parts % n == 0)
-    per_sm = _WARPS_OF_AN_SM[strip_channels] // warps
+    most = 2 if wide else 64 // strip_channels
+    warps = next(n for n in (most, 2, 1) if parts % n == 0)
+    per_sm = _WARPS_OF_AN_SM[32 if wide else strip_channels] // warps
     shared = columns * parts // warps
     height = strip_height(shared, tiles, per_sm * sms)
     blocks = min(shared * -(-tiles // height), per_sm * sms)
@@ -368,14 +374,30 @@ def why_not_tiles(
         (slices.dtype in _HALVES, "a value in half precision"),
         (offset_mask.dtype == slices.dtype, "offset_mask in the value's dtype"),
         (max(window.kernel_size) <= 3, "a kernel of at most 3 x 3"),
-        (window.stride == window.dilation == (1, 1), "stride and dilation of 1"),
-        (window.offset_scale == 1, "offset_scale of 1"),
+        (window.stride == (1, 1), "a stride of 1"),
+        (
+            _is_held(window.offset_scale),
+            f"offset_scale a power of two from 1/{_PIXEL_STEPS} to {_PIXEL_STEPS}",
+        ),
+        (scaled_extent(window) <= 4, "a scaled kernel of at most 5 x 5 pixels"),
         (slices.depth in (16, 32, 48, 64), "16, 32, 48 or 64 channels a group"),
         (slices.alignment == 16, "slices aligned to 16 bytes"),
         (offset_mask.alignment(*offset_mask.pixels) >= 8, "offset_mask's pixels on 8 bytes"),
         (written.alignment(*written.pixels) >= 4, "pixels of offset_mask's gradient on 4 bytes"),
         (TILE_H * columns * stride < 1 << 31, "rows of a tile that lanes count in 32 bits"),
     )
+
+
+def _is_held(scale: float) -> bool:
+    """Whether float16 holds an offset as exactly when it is scaled."""
+    size = abs(scale)
+    return math.frexp(size)[0] == 0.5 and 1 / _PIXEL_STEPS <= size <= _PIXEL_STEPS
+
+
+def scaled_extent(window: Window) -> float:
+    """Pixels from the first to the last of undeformed points, along the longer axis."""
+    spans = (d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True))
+    return abs(window.offset_scale) * max(spans)
 
 
 def _unmet(*rules: tuple[bool, str]) -> str | None:
@@ -413,9 +435,13 @@ def conv(
     # Without tiles only the channels of a strip count, which are then a whole group.
     shared = *tiles, channels, depth
     forward_tiles = tiled and grad is None
-    strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
+    wide = scaled_extent(window) > 2
+    strips = forward_strips(*shared, wide, gpu.sms) if forward_tiles else backward_strips(*shared)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
     macros |= {"AFTER_TILES": int(tiled), "SUMS_PIXEL": sums_pixel}
+    if tiled:
+        macros["SCALE_STEPS"] = round(window.offset_scale * _PIXEL_STEPS)
+        macros["PIXEL_STEPS"] = _PIXEL_STEPS
     if why_not[by_sorting] is None:
         block = sorting_block(slices)
         blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
