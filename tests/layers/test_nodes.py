@@ -1,4 +1,4 @@
-"""Layers as one node of autograd: what they compute, when they are one, and what works all the same."""
+"""Layers as one node of autograd: what they compute, when they are one, what works all the same."""
 
 from __future__ import annotations
 
