@@ -50,8 +50,11 @@ def _backward(points: Callable[..., int]) -> Callable[..., int]:
 
 def _register(counter: ModuleType) -> None:
     """Teach PyTorch's counter, which calls a formula with the arguments, shapes for tensors."""
+    # The flat arguments of both convolutions begin with two others.
+    conv_points = lambda *arguments: _conv_points(arguments[2], arguments[8])  # noqa: E731
     for name, points in (
-        ("deform_conv", lambda *arguments: _conv_points(arguments[2], arguments[8])),
+        ("deform_conv", conv_points),
+        ("deform_conv_packed", conv_points),
         ("ms_deform_attn", lambda *arguments: prod(arguments[3][3:5])),
         ("ms_deform_attn_from_offsets", lambda *arguments: prod(arguments[4][3:5])),
     ):
@@ -75,6 +78,7 @@ def _fvcore_attn(coordinates: int, inputs: list[Any], outputs: list[Any]) -> int
 
 FVCORE: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "dcnv4::deform_conv": _fvcore_conv,
+    "dcnv4::deform_conv_packed": _fvcore_conv,
     "dcnv4::ms_deform_attn": partial(_fvcore_attn, 3),
     "dcnv4::ms_deform_attn_from_offsets": partial(_fvcore_attn, 4),
 }

@@ -10,7 +10,9 @@ from torch import Tensor
 from . import backends, ops
 from .arguments import (
     check_choice,
+    check_divides,
     check_flag,
+    check_integer,
     check_levels,
     check_reference_points,
     check_tensor,
@@ -19,7 +21,7 @@ from .arguments import (
 from .eager import exact_coordinates
 from .geometry import Window
 
-__all__ = ["deform_conv", "ms_deform_attn", "ms_deform_attn_from_offsets"]
+__all__ = ["deform_conv", "deform_conv_packed", "ms_deform_attn", "ms_deform_attn_from_offsets"]
 
 
 def deform_conv(
@@ -100,7 +102,21 @@ def windowed_conv(
     """`deform_conv` with settings that were checked before."""
     check_tensor("value", value, "[B, H, W, C]", (4,))
     check_tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
-    batch, height, width, channels = value.shape
+    check_sizes_of_conv(value.shape, offset_mask.shape, window)
+    deterministic = ops.must_be_deterministic(value, offset_mask)
+    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
+    dtype = value.dtype
+    if offset_mask.dtype != dtype:
+        value, (offset_mask,) = _promote(value, offset_mask)
+    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def check_sizes_of_conv(
+    value: tuple[int, ...], offset_mask: tuple[int, ...], window: Window
+) -> None:
+    """Check that shapes [B, H, W, C] and [B, Ho, Wo, M] are those of a `deform_conv`."""
+    batch, height, width, channels = value
     if channels % window.groups or channels == 0:
         raise ValueError(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
@@ -115,19 +131,83 @@ def windowed_conv(
         )
     shape = batch, max(rows, 0), max(columns, 0)
     channels_read = window.offset_mask_channels()
-    found = offset_mask.shape
-    if found[:3] != shape or found[3] < channels_read:
+    if offset_mask[:3] != shape or offset_mask[3] < channels_read:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
-            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(found)}"
+            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(offset_mask)}"
         )
-    deterministic = ops.must_be_deterministic(value, offset_mask)
-    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
-    dtype = value.dtype
-    if offset_mask.dtype != dtype:
-        value, (offset_mask,) = _promote(value, offset_mask)
-    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
-    return output if value.dtype == dtype else output.to(dtype)
+
+
+def deform_conv_packed(
+    packed: Tensor,
+    channels: int,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 4,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""`deform_conv` of a value and an offset_mask that lie beside each other in one tensor, as one
+    matrix product makes them.
+
+        deform_conv(packed[..., :channels], packed[..., channels:])
+
+    bit for bit; but the gradient is one tensor too, which is written as one.
+
+    Args:
+        packed: [B, H, W, >= channels + 3·groups·K]: value, then offset_mask; what lies behind
+            their channels is ignored. float64, float32, bfloat16 or float16.
+        channels: C, of the value.
+        kernel_size to backend: as in `deform_conv`. They must keep the size, Ho x Wo = H x W.
+
+    Returns:
+        [B, H, W, C] in the dtype of `packed`; under autocast as `deform_conv`, which does not
+        round the offset_mask.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `deform_conv`.
+
+    Note:
+        The CUDA backend's kernels for large calls in half precision want the value's channels and
+        those of `packed` to be multiples of 8; a layer's are.
+        Differentiable in `packed`, to any order.
+
+    Source: as `deform_conv`.
+    """
+    settings = window(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
+    )
+    return windowed_conv_packed(packed, channels, settings, backend)
+
+
+def windowed_conv_packed(
+    packed: Tensor, channels: int, window: Window, backend: str | None = None
+) -> Tensor:
+    """`deform_conv_packed` with settings that were checked before."""
+    check_tensor("packed", packed, "[B, H, W, >= C + 3*G*K]", (4,))
+    check_integer("channels", channels, 1)
+    check_divides("groups", window.groups, channels, f"the {channels} channels")
+    _, height, width, found = packed.shape
+    if found < (least := channels + window.offset_mask_channels()):
+        raise ValueError(
+            f"packed must be [B, H, W, >= C + 3*G*K] = [B, H, W, >= {least}]; "
+            f"got {list(packed.shape)}"
+        )
+    rows, columns = window.output_size(height, width)
+    if rows != height or columns != width:
+        raise ValueError(
+            f"kernel_size, stride, padding and dilation must keep the size = {height} x {width}; "
+            f"got {rows} x {columns}"
+        )
+    deterministic = ops.must_be_deterministic(packed)
+    chosen = backends.choose("deform_conv", packed.device, packed.dtype, deterministic, backend)
+    output: Tensor = ops.deform_conv_packed(chosen, packed, channels, window)
+    return output
 
 
 def ms_deform_attn(

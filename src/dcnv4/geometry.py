@@ -79,6 +79,12 @@ class Window(NamedTuple):
         return columns * sw - pw + cw, rows * sh - ph + ch
 
 
+def unpacked(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Views of `packed` [B, H, W, ...]: value, of so many channels, and offset_mask, the rest."""
+    value, offset_mask = packed.split((channels, packed.shape[3] - channels), 3)
+    return value, offset_mask
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of numbers of this dtype are made in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import geometry, ops
 from .backends import reference
-from .geometry import Reference, Window, sum_dtype
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 __all__ = ["export", "lower"]
 
@@ -166,6 +166,7 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
     attend = _ATTENTION[attention]
     table = {
         torch.ops.dcnv4.deform_conv.default: _deform_conv,
+        torch.ops.dcnv4.deform_conv_packed.default: _deform_conv_packed,
         torch.ops.dcnv4.ms_deform_attn.default: partial(_attention, attend),
         torch.ops.dcnv4.ms_deform_attn_from_offsets.default: partial(_from_offsets, attend),
     }
@@ -186,11 +187,20 @@ def _require_packages() -> None:
 
 
 def _deform_conv(*arguments: Any) -> Tensor:
+    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
+    return _lowered_conv(value, offset_mask, window)
+
+
+def _deform_conv_packed(*arguments: Any) -> Tensor:
+    _, packed, channels, window = ops.DeformConvPacked.unflatten(*arguments)
+    return _lowered_conv(*unpacked(packed, channels), window)
+
+
+def _lowered_conv(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     """A depthwise `DeformConv` of ones, whose mask is the weights.
 
     It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
     """
-    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
     (kh, kw), channels = window.kernel_size, value.shape[3]
     # The operator computes coordinates in its only dtype, which must hold them.
     dtype = _exact_dtype(value, offset_mask)

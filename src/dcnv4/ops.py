@@ -19,12 +19,14 @@ from .eager import (
     AUTOCAST_KEYS,
     Differentiable,
     as_autocast,
+    below_autograd,
     beside,
+    dtype_of_autocast,
     needs_grad,
     run,
     without_autocast,
 )
-from .geometry import Reference, Window, sum_dtype
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -76,13 +78,12 @@ class Operator:
 
     def __init__(self) -> None:
         name, results = self.name, ", ".join(["Tensor"] * len(self.inputs))
+        results = f"({results})" if self.inputs[1:] else results
         # Any strides do, so that Inductor need not keep those it traced.
         names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
         tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
         _library.define(f"{name}({self.schema}) -> Tensor", **tags)
-        _library.define(
-            f"{name}_backward(Tensor grad_output, {self.schema}) -> ({results})", **tags
-        )
+        _library.define(f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags)
         self.operator = getattr(torch.ops.dcnv4, name).default
         self.operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
         for key, forward, backward in (
@@ -102,39 +103,43 @@ class Operator:
         and at the end its output are split, None for an input that all parts read whole."""
         return [(0,) * (len(self.inputs) + 1)]
 
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        """The operator, and its call, that autocast makes of a call."""
+        return self, as_autocast(call, device, self.inputs)
+
     def dispatch(self, *call: Any) -> Tensor:
         """The output, by way of PyTorch's dispatcher."""
         output: Tensor = self.operator(*self.flatten(*call))
         return output
 
     def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = self.operator_backward(grad, *self.flatten(*call))
-        return grads
+        grads = self.operator_backward(grad, *self.flatten(*call))
+        return (grads,) if isinstance(grads, Tensor) else tuple(grads)
 
     def _compute(self, *flat: Any) -> Tensor:
         return self.forward(*self.unflatten(*flat))
 
-    def _compute_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    def _compute_backward(self, grad: Tensor, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         inputs = (call[i] for i in self.inputs)
         pairs = zip(inputs, self.backward(grad, *call), strict=True)
-        return tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs)
+        return _results(tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs))
 
     def _meta(self, *flat: Any) -> Tensor:
         call = self.unflatten(*flat)
         value: Tensor = call[1]
         return value.new_empty(self.output_shape(*call))
 
-    def _meta_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    def _meta_backward(self, grad: Tensor, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         tensors = (call[i] for i in self.inputs)
-        return tuple(t.new_empty(t.shape) for t in tensors)
+        return _results(tuple(t.new_empty(t.shape) for t in tensors))
 
     def _autograd(self, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         if not needs_grad(call, self.inputs):
-            return _below_autograd(self.operator, *flat)
-        forward = partial(_below_autograd, self.dispatch)
+            return below_autograd(self.operator, *flat)
+        forward = partial(below_autograd, self.dispatch)
         return Differentiable.apply(self, forward, *call)  # type: ignore[no-untyped-call]
 
     def _autograd_backward(self, grad: Tensor, *flat: Any) -> Any:
@@ -146,20 +151,17 @@ class Operator:
                     call[i] = call[i].detach().requires_grad_()
             wanted = [call[i] for i in self.inputs]
             output = self.differentiable(*call)
-            return torch.autograd.grad(output, wanted, grad, create_graph=True)
-        return _below_autograd(self.operator_backward, grad, *flat)
+            return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        return below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:
-        call = as_autocast(self.unflatten(*flat), device, self.inputs)
-        return without_autocast(device, self.dispatch, *call)
+        operator, call = self.under_autocast(device, *self.unflatten(*flat))
+        return without_autocast(device, operator.dispatch, *call)
 
 
-def _below_autograd(function: Callable[..., T], *arguments: Any) -> T:
-    guard = torch._C._AutoDispatchBelowAutograd()
-    try:
-        return function(*arguments)
-    finally:
-        del guard  # which an exception's frames would keep, and autograd off with it
+def _results(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """As PyTorch takes an operator's results: one of them by itself."""
+    return tensors if tensors[1:] else tensors[0]
 
 
 class DeformConv(Operator):
@@ -206,6 +208,56 @@ class DeformConv(Operator):
     @staticmethod
     def differentiable(backend: str, value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
         return reference.conv_forward(value, offset_mask, window, differentiable=True)
+
+
+class DeformConvPacked(Operator):
+    """A call: backend, packed, channels of the value, window."""
+
+    name = "deform_conv_packed"
+    schema = DeformConv.schema.replace(
+        "Tensor value, Tensor offset_mask", "Tensor packed, int channels"
+    )
+    inputs = (1,)
+
+    @staticmethod
+    def flatten(backend: str, packed: Tensor, channels: int, window: Window) -> tuple[Any, ...]:
+        return packed, channels, *window, backend
+
+    @staticmethod
+    def unflatten(packed: Tensor, channels: int, *settings: Any) -> tuple[Any, ...]:
+        backend, _, _, window = DeformConv.unflatten(packed, packed, *settings)
+        return backend, packed, channels, window
+
+    @staticmethod
+    def output_shape(
+        backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[int, ...]:
+        return *packed.shape[:3], channels
+
+    @staticmethod
+    def forward(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.forward(backend, *unpacked(packed, channels), window)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[Tensor]:
+        deterministic = _is_deterministic_backward("deform_conv", packed, backend)
+        gradient = packed.new_empty(packed.shape)
+        inputs, out = unpacked(packed, channels), unpacked(gradient, channels)
+        load(backend).conv_backward(grad, *inputs, window, deterministic, out)
+        return (gradient,)
+
+    @staticmethod
+    def differentiable(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.differentiable(backend, *unpacked(packed, channels), window)
+
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        backend, packed, channels, window = call
+        if packed.dtype in (torch.float64, dtype_of_autocast(device)):
+            return self, list(call)
+        # The value is rounded, the coordinates beside it are not.
+        return OPERATORS[0].under_autocast(device, backend, *unpacked(packed, channels), window)
 
 
 class _Attention(Operator):
@@ -377,8 +429,14 @@ def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> l
         return list(geometry.levels(shapes, device)[:2])
 
 
-OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn(), DeformAttnFromOffsets()
-deform_conv, ms_deform_attn, ms_deform_attn_from_offsets = (
+OPERATORS: tuple[Operator, ...]
+OPERATORS = DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = (
+    DeformConv(),
+    DeformAttn(),
+    DeformConvPacked(),
+    DeformAttnFromOffsets(),
+)
+deform_conv, ms_deform_attn, deform_conv_packed, ms_deform_attn_from_offsets = (
     partial(run, operator) for operator in OPERATORS
 )
 

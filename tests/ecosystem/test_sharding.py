@@ -84,6 +84,7 @@ IMAGES = (
     cases.ConvCase("four", batch=4, softmax=True, extra=2),
     cases.ConvCase("stride", batch=4, size=(5, 6), window={"stride": 2, "kernel_size": 2}),
     cases.ConvCase("three", batch=3),
+    cases.ConvCase("packed", batch=4, layout="packed"),
     cases.AttnCase("four", batch=4, softmax=True),
     cases.AttnCase("three", batch=3, queries=3),
     cases.OffsetsCase("four", batch=4, softmax=True, shared=(1, 2)),

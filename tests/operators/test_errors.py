@@ -14,10 +14,16 @@ from torch import Tensor
 import dcnv4
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, backends
 from dcnv4.checkpoints import DCNv3
-from dcnv4.functional import deform_conv, ms_deform_attn, ms_deform_attn_from_offsets
+from dcnv4.functional import (
+    deform_conv,
+    deform_conv_packed,
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+)
 
 CPU = torch.device("cpu")
 VALUE, FIELDS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 56)
+PACKED = torch.cat((VALUE, FIELDS), 3)
 LEVELS = torch.zeros(2, 10, 2, 4)
 LOCATIONS, WEIGHTS = torch.zeros(2, 3, 2, 2, 4, 2), torch.zeros(2, 3, 2, 2, 4)
 SHAPES = ((2, 3), (4, 1))
@@ -38,6 +44,10 @@ FLAGS = {
 
 def conv(value: Any = VALUE, offset_mask: Any = FIELDS, **settings: Any) -> Tensor:
     return deform_conv(value, offset_mask, **{"groups": 2, **settings})
+
+
+def packed(tensor: Any = PACKED, channels: Any = 8, **settings: Any) -> Tensor:
+    return deform_conv_packed(tensor, channels, **{"groups": 2, **settings})
 
 
 def attn(
@@ -105,6 +115,16 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "softmax_none": (TypeError, "softmax", lambda: conv(softmax=None)),
     "backend_unknown": (ValueError, "backend", lambda: conv(backend="opencl")),
+    "packed_none": (TypeError, "packed", lambda: packed(None)),
+    "packed_integer": (TypeError, "packed", lambda: packed(PACKED.long())),
+    "packed_3d": (ValueError, "packed", lambda: packed(PACKED[0])),
+    "packed_width": (ValueError, "packed", lambda: packed(PACKED[..., :61])),
+    "packed_channels": (ValueError, "groups", lambda: packed(channels=7)),
+    "packed_no_channels": (ValueError, "channels", lambda: packed(channels=0)),
+    "packed_channels_float": (TypeError, "channels", lambda: packed(channels=8.0)),
+    "packed_stride": (ValueError, "stride", lambda: packed(stride=2)),
+    "packed_padding": (ValueError, "padding", lambda: packed(padding=0)),
+    "packed_even": (ValueError, "kernel_size", lambda: packed(kernel_size=2)),
     "im2col_step": (TypeError, "im2col_step", lambda: conv(im2col_step=64)),
     # ms_deform_attn
     "levels_list": (TypeError, "value", lambda: attn([])),

@@ -27,6 +27,9 @@ SMALL: dict[str, cases.Case] = {
         softmax=True,
         window={"kernel_size": 2, "stride": 2, "offset_scale": 0.5, "remove_center": True},
     ),
+    "conv_packed": cases.ConvCase(
+        "gradcheck_packed", size=(2, 2), groups=1, depth=2, extra=1, layout="packed"
+    ),
     "attn": cases.AttnCase("gradcheck", shapes=((2, 3), (1, 2)), per_level=2, queries=2, depth=2),
     "attn_softmax_tensor": cases.AttnCase(
         "gradcheck_tensor",

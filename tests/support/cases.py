@@ -40,7 +40,8 @@ class Case:
     """A call of an operator.
 
     `layout`: "plain"; "sliced", value and coordinates are parts of wider tensors; "packed", the
-    same on whole 16 bytes, as a layer's one projection has them; "permuted", channels are not
+    same on whole 16 bytes, or of a convolution where they can be, parts of the same tensor, as a
+    layer's one projection has them; "permuted", channels are not
     innermost; "expanded", the output's gradient has strides of 0. `integer`: every point lies on a
     pixel centre. `coordinates`: dtypes of the arguments after value, instead of value's own.
     """
@@ -204,6 +205,12 @@ class ConvCase(Case):
         return rows, columns
 
     @property
+    def is_one_tensor(self) -> bool:
+        """Whether value and offset_mask are parts of what `deform_conv_packed` takes."""
+        keeps_size = self.output_size == self.size
+        return self.layout == "packed" and keeps_size and not self.coordinates
+
+    @property
     def points_per_group(self) -> int:
         k = self.window.get("kernel_size", 3)
         kh, kw = (k, k) if isinstance(k, int) else k
@@ -254,8 +261,11 @@ class ConvCase(Case):
         return value, offset_mask, grad
 
     def call(self, *inputs: Tensor, backend: str | None = None) -> Tensor:
-        settings = {**self.settings, "softmax": self.softmax}
-        return functional.deform_conv(*inputs, **settings, backend=backend)
+        settings = {**self.settings, "softmax": self.softmax, "backend": backend}
+        if not self.is_one_tensor:
+            return functional.deform_conv(*inputs, **settings)
+        packed, channels = torch.cat(inputs, 3), self.groups * self.depth
+        return functional.deform_conv_packed(packed, channels, **settings)
 
     def loops(self, *arrays: Array) -> tuple[Array, ...]:
         *inputs, grad = arrays
@@ -626,6 +636,10 @@ CONV = (
     ConvCase("sliced", batch=2, layout="sliced", depth=8, extra=2),
     ConvCase("permuted", batch=2, size=(3, 4), layout="permuted", depth=8),
     ConvCase("expanded", batch=2, size=(3, 4), layout="expanded", depth=8),
+    ConvCase("packed", batch=2, size=(1, 3), layout="packed", groups=1, depth=16, extra=2),
+    ConvCase("packed_odd", size=(3, 3), groups=3, depth=3, layout="packed", softmax=True, extra=1),
+    ConvCase("packed_pair", size=(3, 4), layout="packed", window={"remove_center": True}),
+    ConvCase("packed_empty", batch=0, layout="packed"),
     ConvCase("float_coordinates", coordinates=(torch.float32,), depth=16),
     ConvCase("half_coordinates", coordinates=(torch.float16,), softmax=True),
     ConvCase("double_coordinates", coordinates=(torch.float64,)),

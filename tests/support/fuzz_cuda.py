@@ -58,7 +58,9 @@ def drawn(rng: random.Random, slices: Slices) -> tuple[cases.Case, torch.dtype]:
         assert isinstance(case, cases.ConvCase)
         dtype = rng.choice((torch.float16, torch.bfloat16))
         kernel = rng.choice(((3, 3), (3, 3), (3, 3), (2, 2), (1, 3), (3, 2)))
-        fixed = {"kernel_size": kernel, "stride": (1, 1), "dilation": (1, 1), "offset_scale": 1.0}
+        dilation, scale = rng.choice(((1, 1.0), (1, 1.0), (1, 0.5), (1, 2.0), (2, 1.0), (2, -0.5)))
+        fixed = {"kernel_size": kernel, "stride": (1, 1), "dilation": (dilation, dilation)}
+        fixed["offset_scale"] = scale
         window = {**case.window, **fixed, "remove_center": rng.random() < 0.3}
         depth = rng.choice((16, 32, 48, 64))
         case = replace(case, depth=depth, window=window, coordinates=())

@@ -44,6 +44,10 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "2x2": {"window": {"kernel_size": 2}},
     "1x3": {"window": {"kernel_size": (1, 3), "padding": (0, 1)}, "groups": 3},
     "3x1": {"window": {"kernel_size": (3, 1), "padding": (1, 0)}},
+    "half_scale": {"window": {"offset_scale": 0.5}},
+    "double_scale": {"window": {"offset_scale": 2.0}},
+    "mirrored": {"window": {"offset_scale": -1.0, "dilation": (1, 2), "padding": (1, 2)}},
+    "quarter_scale": {"window": {"offset_scale": 0.25, "dilation": 3, "padding": 3}, "groups": 3},
 }
 SIZES = {
     "one_tile": (4, 8),
@@ -117,6 +121,8 @@ def leaves(row: pairs.Row) -> tuple[bool | None, bool | None]:
     """Whether forward and backward leave tiles of a call to the next kernel: those with too many
     far points, with weights that float16 does not hold or cannot add, or with what is not finite in
     what they multiply. None: where a tile has few points, either is right."""
+    if row["data"] == "whole_pixels" and row["window"] == "double_scale":
+        return (None, None)  # a distance of 2 pixels is far
     if row["data"] == "many_far":
         few_pixels = row["size"] in ("pixel", "row", "column")
         few_points = "kernel_size" in WINDOWS[row["window"]].get("window", {})
@@ -159,8 +165,9 @@ def not_tiled() -> list[cases.ConvCase]:
         _conv("odd_channels", groups=1, extra=1),
         _conv("channels_on_4_bytes", groups=2, extra=2),
         _conv("stride_2", window={"stride": 2}),
-        _conv("dilation", window={"dilation": (1, 2)}),
-        _conv("half_scale", window={"offset_scale": 0.5}),
+        _conv("dilation", window={"dilation": (1, 3)}),
+        _conv("scale_of_1.5", window={"offset_scale": 1.5}),
+        _conv("scale_of_4", window={"offset_scale": 4.0}),
         _conv("kernel_4", window={"kernel_size": (3, 4)}),
     ]
 

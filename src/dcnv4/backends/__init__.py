@@ -70,7 +70,8 @@ class Backend(Protocol):
     knows them, and otherwise an integer tensor [L, 2] on the value's device or the CPU. Attention's
     `coordinates` are locations or, where there is `reference`, offsets from it. `deterministic`:
     the call runs under deterministic algorithms, and `why_not` allows it. Results are contiguous,
-    or `out`; a gradient has the dtype and the shape of its input.
+    or `out`: tensors that the gradients are written into, columns of a contiguous one. A gradient
+    has the dtype and the shape of its input.
     """
 
     def why_not(self, call: Call) -> str | None: ...
@@ -90,6 +91,7 @@ class Backend(Protocol):
         offset_mask: Tensor,
         window: Window,
         deterministic: bool = False,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attn_forward(

@@ -48,16 +48,20 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     table = _table(value, value.shape[3] // window.groups)
     grad_table = torch.zeros_like(table)
-    grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    used = grad_mask.flatten(0, 2)[:, : window.offset_mask_channels()]
+    grad_mask = offset_mask.new_empty(offset_mask.shape) if out is None else out[1]
+    pixels, channels = grad_mask.flatten(0, 2), window.offset_mask_channels()
+    used = pixels[:, :channels]
+    pixels[:, channels:] = 0
     problem = _conv_problem(value, offset_mask, window)
     for part, grads, weights in _backward(problem, grad, table, grad_table):
         used[part] = geometry.conv_points_backward(*grads, weights, window).to(used.dtype)
-    return _untable(grad_table, value), grad_mask
+    grad_value = _untable(grad_table, value)
+    return grad_value if out is None else out[0].copy_(grad_value), grad_mask
 
 
 def attn_forward(

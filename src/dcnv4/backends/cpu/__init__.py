@@ -62,15 +62,15 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    grad_value = torch.empty(value.shape, dtype=value.dtype)
-    padded = offset_mask.shape[3] > window.offset_mask_channels()
-    new = torch.zeros if padded else torch.empty
-    grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
+    grads = out or (value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape))
+    if offset_mask.shape[3] > window.offset_mask_channels():
+        grads[1][..., window.offset_mask_channels() :] = 0
     grad = _inner(grad.to(value.dtype), 1)
-    _conv("dcnv4_backward", window, value, offset_mask, grad, grad_value, grad_mask)
-    return grad_value, grad_mask
+    _conv("dcnv4_backward", window, value, offset_mask, grad, *grads)
+    return grads
 
 
 def attn_forward(

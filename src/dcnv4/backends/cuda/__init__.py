@@ -72,24 +72,37 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
-    layouts = plans.layout(value), plans.layout(offset_mask), plans.layout(grad)
-    plan = plans.conv_plan(*layouts, window, deterministic, value.get_device())
+    grad_value, grad_mask = grads = out or (
+        _empty(value, value.shape, deterministic),
+        _empty(offset_mask, offset_mask.shape, deterministic),
+    )
+    layouts = plans.layout(grad), plans.layout(grad_value), plans.layout(grad_mask)
+    plan = plans.conv_plan(
+        plans.layout(value),
+        plans.layout(offset_mask),
+        layouts,
+        window,
+        deterministic,
+        value.get_device(),
+    )
     if plan is None:
-        return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
+        grad_value.zero_(), grad_mask.zero_()
+        return grads
     leftover = _leftover(plan, value, deterministic)
 
     inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
     run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
     if not deterministic:
-        return _summed(value, run), grad_mask
+        _sum(grad_value, run)
+        return grads
     points = window.points()
     held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
-    grad_value = _summed_in_any_order(value, grad, held, window.groups, points, run)
-    return grad_value, grad_mask
+    _sum_in_any_order(grad_value, grad, held, window.groups, points, run)
+    return grads
 
 
 def attn_forward(
@@ -149,6 +162,8 @@ def attn_backward(
     if plan is None:
         grad_value = value.new_empty(value.shape) if grad_value is None else grad_value
         return grad_value.zero_(), grad_coordinates.zero_(), grad_weights.zero_()
+    if grad_value is None:
+        grad_value = _empty(value, value.shape, deterministic)
 
     inputs = {"value": value, "coordinates": coordinates, "weights": weights, "grad": grad}
     run = partial(
@@ -157,12 +172,13 @@ def attn_backward(
         **{"grad_coordinates": grad_coordinates, "grad_weights": grad_weights},
         **{"reference": points, "shapes": shapes},
     )
-    if not deterministic:
-        return _summed(value, run, grad_value), grad_coordinates, grad_weights
-    count = coordinates.shape[3] * coordinates.shape[4]
-    held = None if softmax else (weights, 0, count)
-    summed = _summed_in_any_order(value, grad, held, value.shape[2], count, run, grad_value)
-    return summed, grad_coordinates, grad_weights
+    if deterministic:
+        count = coordinates.shape[3] * coordinates.shape[4]
+        held = None if softmax else (weights, 0, count)
+        _sum_in_any_order(grad_value, grad, held, value.shape[2], count, run)
+    else:
+        _sum(grad_value, run)
+    return grad_value, grad_coordinates, grad_weights
 
 
 def _place(reference: Reference | None) -> tuple[Tensor | None, tuple[Any, str] | None]:
@@ -199,58 +215,53 @@ def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor |
     return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _summed(value: Tensor, run: Callable[..., None], result: Tensor | None = None) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros: `result`, if it is given."""
-    dtype, device = sum_dtype(value.dtype), value.get_device()
-    if result is None:
-        result = _empty(value, value.shape, False)
-    sums = result if dtype == value.dtype else _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
+    """Write `grad_value`, which `run` adds to zeros."""
+    dtype, device = sum_dtype(grad_value.dtype), grad_value.get_device()
+    in_place = dtype == grad_value.dtype
+    sums = grad_value if in_place else _empty(grad_value, grad_value.shape, False, dtype)
+    if sums.is_contiguous():
+        plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+    else:
+        sums.zero_()
     run(grad_value=sums, fixed_point_scale=None)
-    if dtype == value.dtype:
-        return result
-    convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
-    convert.start(sums=sums, fixed_point_scale=None, result=result)
-    return result
+    if not in_place:
+        convert = plans.convert_sums_plan(1, plans.layout(grad_value), False, device)
+        convert.start(sums=sums, fixed_point_scale=None, result=grad_value)
 
 
-def _summed_in_any_order(
-    value: Tensor,
+def _sum_in_any_order(
+    grad_value: Tensor,
     grad: Tensor,
     weights: tuple[Tensor, int, int] | None,
     groups: int,
     points: int,
     run: Callable[..., None],
-    result: Tensor | None = None,
-) -> Tensor:
-    """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
+) -> None:
+    """Write `grad_value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
 
     Args:
-        value: [B, ...]
+        grad_value: [B, ...]
         grad: of the output, [B, ..., C].
         weights: the tensor that holds points' weights, where they begin among the numbers of a
             group, and how many numbers a group has; None where weights are at most 1.
         groups: G.
         points: of a slice.
         run: adds to integers.
-        result: where the gradient is written, if it is given.
     """
-    images, numbers, device = value.shape[0], value.numel(), value.get_device()
+    images, numbers, device = grad_value.shape[0], grad_value.numel(), grad_value.get_device()
     # The integers, then what fixed_point_scale.cu keeps and makes of each image.
-    sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
+    sums = _empty(grad_value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
     largest, scale = sums[numbers:], sums[numbers + images + 1 :]
-    if result is None:
-        result = _empty(value, value.shape, True)
     held, layout = None, None
     if weights is not None:
         held, layout = weights[0], (plans.layout(weights[0]), *weights[1:])
     choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
     choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
     run(grad_value=sums, fixed_point_scale=scale)
-    convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
-    convert.start(sums=sums, fixed_point_scale=scale, result=result)
-    return result
+    convert = plans.convert_sums_plan(images, plans.layout(grad_value), True, device)
+    convert.start(sums=sums, fixed_point_scale=scale, result=grad_value)
 
 
 def _sizes(

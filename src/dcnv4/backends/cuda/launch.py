@@ -41,11 +41,11 @@ ARGUMENTS = {
     const VALUE* value;              // [B, H, W, C]
     const OFFSET_MASK* offset_mask;  // [B, Ho, Wo, M]
     const VALUE* grad;               // [B, Ho, Wo, C]
-    TOTAL* grad_value;               // [B, H, W, C], contiguous, to be added to
-    OFFSET_MASK* grad_offset_mask;   // [B, Ho, Wo, M], contiguous
+    TOTAL* grad_value;               // [B, H, W, C], pixels SUMS_PIXEL apart, to be added to
+    OFFSET_MASK* grad_offset_mask;   // [B, Ho, Wo, M], pixels evenly spaced
     SUM* fixed_point_scale;          // [B] where sums are of integers
     unsigned char* leftover;         // [tiles, TILE_PARTS] after tiles, see leftover.cuh
-    long long grad_image, grad_pixel;
+    long long grad_image, grad_pixel, grad_offset_mask_pixel;
     long long offset_mask_channels;  // M
 {_CONV}""",
     "attn_forward": f"""
@@ -86,8 +86,9 @@ ARGUMENTS = {
     "convert_sums": """
     const TOTAL* sums;               // [B, count]
     const float* fixed_point_scale;  // [B] where sums are of integers
-    VALUE* result;                   // [B, count]
-    long long count;
+    VALUE* result;                   // as sums, or ROW of them together
+    long long result_row;            // stride of those
+    INDEX count;
     int blocks;                      // of an image
 """,
 }

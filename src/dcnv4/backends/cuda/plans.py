@@ -41,19 +41,20 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
 def conv_plan(
     value: Layout | tuple[Any, ...],
     offset_mask: Layout | tuple[Any, ...],
-    grad: Layout | tuple[Any, ...] | None,
+    grads: tuple[tuple[Any, ...], ...] | None,
     window: Window,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `deform_conv`; None where there is nothing to do."""
+    """Of `deform_conv`; None where there is nothing to do. `grads`: of the output, `value` and
+    `offset_mask`, of a backward."""
     value, offset_mask = Layout(*value), Layout(*offset_mask)
-    grad = None if grad is None else Layout(*grad)
+    gradients = None if grads is None else choice.ConvGradients(*(Layout(*g) for g in grads))
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
     if 0 in (batch, rows, columns, height, width):
         return None
-    chosen = choice.conv(value, offset_mask, grad, window, deterministic, _gpu(device))
+    chosen = choice.conv(value, offset_mask, gradients, window, deterministic, _gpu(device))
     value_image, value_pixel = value.pixels
     offset_mask_image, offset_mask_pixel = offset_mask.pixels
     numbers: dict[str, Number] = {
@@ -71,11 +72,12 @@ def conv_plan(
         "strip_tiles": chosen.strip_tiles,
         "strips": chosen.strips,
     }
-    if grad is not None:
-        grad_image, grad_pixel = grad.pixels
+    if gradients is not None:
+        grad_image, grad_pixel = gradients.output.pixels
         numbers |= {
             "grad_image": grad_image,
             "grad_pixel": grad_pixel,
+            "grad_offset_mask_pixel": gradients.offset_mask.pixels[1],
             "offset_mask_channels": offset_mask.shape[3],
         }
     start = _starter(chosen.kernels, numbers, device)
@@ -168,11 +170,16 @@ def fixed_point_scale_plan(
 
 @lru_cache(_PLANS)
 def convert_sums_plan(
-    images: int, count: int, dtype: torch.dtype, deterministic: bool, device: int
+    images: int, result: Layout | tuple[Any, ...], deterministic: bool, device: int
 ) -> Plan:
-    """Of convert_sums.cu; `count` numbers an image."""
-    kernel = choice.convert_sums(images, count, dtype, deterministic)
-    numbers: dict[str, Number] = {"count": count, "blocks": kernel.blocks // images}
+    """Of convert_sums.cu; `result` is [B, ..., C], which `images` are as one."""
+    result = Layout(*result)
+    kernel = choice.convert_sums(images, result, deterministic)
+    numbers: dict[str, Number] = {
+        "result_row": result.pixels[1],
+        "count": math.prod(result.shape) // images,
+        "blocks": kernel.blocks // images,
+    }
     return Plan(_starter((kernel,), numbers, device))
 
 

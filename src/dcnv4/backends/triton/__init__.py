@@ -109,18 +109,25 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
-    grad_offset_mask = offset_mask.new_empty(offset_mask.shape)
+    grads = out or (value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape))
+    grad_value, grad_offset_mask = grads
+    if (dtype := sum_dtype(value.dtype)) == value.dtype:
+        sums = grad_value.zero_()
+    else:
+        sums = torch.zeros(value.shape, dtype=dtype, device=value.device)
     _run_conv(
         *("backward", value, offset_mask, window),
         grad_output=grad,
-        grad_value=grad_value,
+        grad_value=sums,
         grad_coordinates=grad_offset_mask,
         grad_weights=None,
     )
-    return grad_value.to(value.dtype), grad_offset_mask
+    if sums is not grad_value:
+        grad_value.copy_(sums)
+    return grads
 
 
 def attn_forward(
@@ -210,8 +217,8 @@ def _run(
     """
     (batch, height, width), (rows, columns) = size, output_size
     pixels = batch * rows * columns
-    value = tensors["value"]
-    if value is None or pixels == 0:
+    value, coordinates = tensors["value"], tensors["coordinates"]
+    if value is None or coordinates is None or pixels == 0:
         return
     leading = 3 if spatial_shapes is None else 2
     arguments: dict[str, Any] = {}
@@ -225,7 +232,8 @@ def _run(
     index = _index(max(max(strides) * max(pixels, batch * height * width), numbers))
     depth = value.shape[leading:].numel() // layer.groups
     launch, constants, order = _constants(
-        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides))
+        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides)),
+        coordinates.shape[-1],
     )
     arguments |= {
         "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
@@ -254,9 +262,11 @@ def _constants(
     index: str,
     names: tuple[str, ...],
     strides: tuple[int, ...],
+    channels: int,
 ) -> tuple[Launch, tuple[Any, ...], tuple[str, ...]]:
     """The launch of a kernel on tensors of these strides, its constants, and the names of what
-    comes before them: in the order of its parameters, because dozens of names cost microseconds."""
+    comes before them: in the order of its parameters, because dozens of names cost microseconds.
+    `channels` are those of `offset_mask`."""
     tl = _kernels().tl
     if isinstance(layer, Window):
         levels, points, constants = None, layer.points(), _window_constants(layer)
@@ -270,6 +280,7 @@ def _constants(
     launch = preferred(layer.groups, depth, levels, points, itemsize, kernel == "backward")
     constants |= {f"{name.upper()}_STRIDE": n for name, n in zip(names, strides, strict=True)}
     constants |= {
+        "CHANNELS": channels,
         "GROUPS": layer.groups,
         "DEPTH": depth,
         "LEVELS": levels or 1,

@@ -525,6 +525,7 @@ def backward(
     GRAD_OUTPUT_STRIDE: tl.constexpr,
     GRAD_VALUE_STRIDE: tl.constexpr,
     GRAD_COORDINATES_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -655,6 +656,6 @@ def backward(
     tl.store(to, grads_weight.to(to.dtype.element_ty), mask=mask)
     if grad_weights is None:
         padding = exists & (group == GROUPS - 1)
-        for place in range(3 * GROUPS * COUNT, GRAD_COORDINATES_STRIDE):
+        for place in range(3 * GROUPS * COUNT, CHANNELS):
             to_padding = grad_coordinates + pixel * GRAD_COORDINATES_STRIDE + place
             tl.store(to_padding, 0.0, mask=padding)
