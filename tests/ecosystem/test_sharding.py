@@ -352,6 +352,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name: str, reports: Path) -> None:
     for rank in range(PROCESSES):

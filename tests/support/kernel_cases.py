@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from support import cases, pairs
@@ -152,15 +151,6 @@ def finite(row: pairs.Row, case: cases.ConvCase) -> np.ndarray | None:
     every_image = case.layout == "expanded" and row["data"] == "endless_gradient"
     finite[:: 1 if every_image else 2] = False
     return finite
-
-
-LOST = pytest.mark.xfail(
-    strict=True, reason="sums in integers do not notice logits that are not finite"
-)
-
-
-def loses_what_is_not_finite(row: pairs.Row) -> bool:
-    return row["deterministic"] and row["softmax"] and row["data"] == "endless_weights"
 
 
 def plain_tiles(**settings: Any) -> cases.ConvCase:

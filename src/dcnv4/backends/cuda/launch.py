@@ -42,7 +42,7 @@ ARGUMENTS = {
     const VALUE* grad;               // [B, Ho, Wo, C]
     TOTAL* grad_value;               // [B, H, W, C], pixels SUMS_PIXEL apart, to be added to
     OFFSET_MASK* grad_offset_mask;   // [B, Ho, Wo, M], pixels evenly spaced
-    const SUM* fixed_point_scale;    // [B] where sums are of integers
+    SUM* fixed_point_scale;          // [B] where sums are of integers
     unsigned char* leftover;         // [tiles, TILE_PARTS] after tiles, see leftover.cuh
     long long grad_image, grad_pixel, grad_offset_mask_pixel;
     long long offset_mask_channels;  // M
@@ -62,7 +62,7 @@ ARGUMENTS = {
     TOTAL* grad_value;             // [B, S, G, D], contiguous, to be added to
     LOCATIONS* grad_locations;     // as locations, contiguous
     WEIGHTS* grad_weights;         // as weights, contiguous
-    const SUM* fixed_point_scale;  // [B] where sums are of integers
+    SUM* fixed_point_scale;        // [B] where sums are of integers
     const long long* shapes;       // [L, 2] where only the device knows the sizes
     long long grad_image, grad_query;
 {_ATTN}""",

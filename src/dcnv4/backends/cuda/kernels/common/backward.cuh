@@ -5,9 +5,12 @@
 
 namespace dcnv4 {
 
-// What an image's sums are multiplied by where they are made of integers.
-DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image) {
-    return DETERMINISTIC ? a.fixed_point_scale[image] : Sum(1);
+// What an image's sums are multiplied by where they are made of integers. `share` is the most that
+// a weight of a softmax can be, NaN if its logits are not finite: then the image has no scale.
+DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image, Sum share = 1) {
+    if (!DETERMINISTIC) return 1;
+    if (SOFTMAX && !(share <= 1)) a.fixed_point_scale[image] = share;
+    return a.fixed_point_scale[image];
 }
 
 // What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
