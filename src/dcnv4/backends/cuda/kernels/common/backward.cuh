@@ -20,7 +20,7 @@ struct Operands {
     const VALUE* grad;   // the output's gradient
     Total* sums;         // of the value's gradient, at the first pixel
     Index number;        // of the image
-    static constexpr Index sums_bytes = GROUPS * DEPTH * sizeof(Total);  // from pixel to pixel
+    static constexpr Index sums_bytes = SUMS_PIXEL * sizeof(Total);  // from pixel to pixel
 };
 
 // Gives `points` the gradients of point k from the dot products of its corners with the output's
