@@ -126,8 +126,8 @@ def convert(
         _log.info("%s: %s is now %s", name, conv, layers[conv].extra_repr())
     if init != "kernel":
         warnings.warn(
-            f"the weights of {len(layers)} convolutions were dropped, and the model has to be "
-            f"trained: {_listed(chosen)}; init='kernel' keeps those of depthwise ones",
+            f"the weights of {_listed(chosen)} were dropped, and the model has to be trained; "
+            "init='kernel' keeps those of depthwise convolutions",
             stacklevel=2,
         )
     return {name: layers[conv] for name, conv in chosen.items()}

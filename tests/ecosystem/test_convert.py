@@ -315,7 +315,7 @@ def test_it_says_what_it_replaced(caplog: pytest.LogCaptureFixture) -> None:
     assert len(said) == 1
     assert said[0].filename == __file__
     assert str(said[0].message).startswith(
-        "the weights of 2 convolutions were dropped, and the model has to be trained: 1, 2; "
+        "the weights of 1, 2 were dropped, and the model has to be trained; "
     )
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(": Conv2d(8, 8, ")[0] for line in lines] == ["1", "2"]
