@@ -288,12 +288,19 @@ class Sums:
 
     def _rows(self, grad: Tensor) -> Tensor:
         """The sum [M] over the rows of a gradient [N, M]."""
-        exact = grad.dtype is not torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        if grad.device.type == "cpu" or not exact:
+        if grad.device.type == "cpu" or (grad.dtype is torch.float32 and _is_rounding()):
             return grad.sum(0).to(self.dtype)
         if self.ones is None or self.ones.shape[1] != grad.shape[0]:
             self.ones = grad.new_ones((1, grad.shape[0]))
         return multiplied(self.ones, grad, self.dtype)[0]
+
+
+def _is_rounding() -> bool:
+    """Whether PyTorch may round float32 numbers before a GPU multiplies them."""
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if chosen is None:  # before PyTorch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(chosen == "tf32")
 
 
 def multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
