@@ -383,7 +383,7 @@ def test_profilers_are_told_of_the_operator(name: str) -> None:
 
 
 def test_where_float32_is_rounded_before_it_is_multiplied() -> None:
-    """There bias gradients are sums, no products; both ways to ask PyTorch for it are understood."""
+    """There bias gradients are sums, no products; both ways to ask PyTorch for it are known."""
     code = """
 import torch
 from dcnv4.layers.projections import _is_rounding

@@ -197,7 +197,7 @@ class ConvLayer(Layer):
 
 @dataclass(frozen=True)
 class AttentionLayer(Layer):
-    """`FlashDeformAttn`, with an encoder's queries, a pixel each, or a decoder's; float32 inputs."""
+    """`FlashDeformAttn`, with an encoder's queries, a pixel each, or a decoder's."""
 
     batch: int
     levels: tuple[tuple[int, int], ...]
