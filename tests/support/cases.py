@@ -41,9 +41,9 @@ class Case:
 
     `layout`: "plain"; "sliced", value and coordinates are parts of wider tensors; "packed", the
     same on whole 16 bytes, or of a convolution where they can be, parts of the same tensor, as a
-    layer's one projection has them; "permuted", channels are not
-    innermost; "expanded", the output's gradient has strides of 0. `integer`: every point lies on a
-    pixel centre. `coordinates`: dtypes of the arguments after value, instead of value's own.
+    layer's one projection has them; "permuted", channels are not innermost; "expanded", the
+    output's gradient has strides of 0. `integer`: every point lies on a pixel centre.
+    `coordinates`: dtypes of the arguments after value, instead of value's own.
     """
 
     id: str
@@ -416,7 +416,8 @@ class OffsetsCase(AttnCase):
         _, offsets, at = rest
         scaled = offsets[at].reshape(-1, 2) * [point.scale for point in points]
         ends = np.array([(point.x, point.y) for point in points])
-        return np.abs(ends - scaled) + np.abs(scaled) + 1.0
+        # What is scaled is rounded once more, with its scale.
+        return np.abs(ends - scaled) + 1.25 * np.abs(scaled) + 0.5
 
     def summed(self, by_offsets: Sequence[Array], *inputs: Array) -> Iterator[Array]:
         """Of arrays that belong to the offsets' gradient, what their absolute values come to in

@@ -37,6 +37,11 @@ class Case:
         raise NotImplementedError
 
     @property
+    def words(self) -> str:
+        """The name for people who read a table."""
+        raise NotImplementedError
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
@@ -70,6 +75,13 @@ class Conv(Case):
         kernel = f"-k{self.kernel}" if self.kernel != 3 else ""
         spread = f"-spread{self.spread:g}" if self.spread != 0.5 else ""
         return f"conv-{shape}-{self.precision}{kernel}{spread}"
+
+    @property
+    def words(self) -> str:
+        kernel = f", {self.kernel} x {self.kernel} points" if self.kernel != 3 else ""
+        spread = f", spread {self.spread:g}" if self.spread != 0.5 else ""
+        image = f"{self.batch} x {self.height} x {self.width}"
+        return f"{image}, {self.groups} x {self.depth}, {_dtype(self.precision)}{kernel}{spread}"
 
     @property
     def window(self) -> Window:
@@ -127,6 +139,15 @@ class Attention(Case):
             what = f"decoder-{self.batch}x{self.queries}"
         exact = f"-{self.locations}-locations" if self.locations else ""
         return f"{what}-{self.precision}{exact}"
+
+    @property
+    def words(self) -> str:
+        height, width = self.levels[0]
+        what = f"Encoder, {self.batch} x {height} x {width}"
+        if self.queries is not None:
+            what = f"Decoder, {self.batch} x {self.queries} queries"
+        exact = f", {_dtype(self.locations)} locations" if self.locations else ""
+        return f"{what}, {_dtype(self.precision)}{exact}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """value [B, S, G, D], locations [B, Q, G, L, P, 2] and logits [B, Q, G, L, P]."""
@@ -189,6 +210,11 @@ class ConvLayer(Layer):
         shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
         return f"layer-{shape}-{self.precision}"
 
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.height} x {self.width} x {self.channels}"
+        return f"Layer, {image}, {_dtype(self.precision)}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """x [B, H, W, C]"""
         image = (self.batch, self.height, self.width, self.channels)
@@ -235,6 +261,10 @@ class AttentionLayer(Layer):
             return places.expand(self.batch, -1, -1)[:, :, None]
         generator = self.random(device)
         return torch.rand(self.batch, self.queries, 1, 2, device=device, generator=generator)
+
+
+def _dtype(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 def between_pixels(x: Tensor) -> Tensor:
