@@ -68,9 +68,9 @@ class Parameters(NamedTuple):
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for rows, (weight, bias) in zip(self.rows, gradients, strict=True):
-            weights += weight.split(rows) if rows[1:] else (weight,)
+            weights += weight.split_with_sizes(rows) if rows[1:] else (weight,)
             if bias is not None:
-                biases += bias.split(rows) if rows[1:] else (bias,)
+                biases += bias.split_with_sizes(rows) if rows[1:] else (bias,)
         return weights + biases
 
     def caller(self, tensors: Sequence[Tensor]) -> Call:
