@@ -329,7 +329,7 @@ class _AttnFormula(Formula):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
