@@ -267,6 +267,8 @@ def public() -> Iterator[tuple[str, str]]:
             continue
         if any(part.startswith("_") for part in parts):
             continue
+        if parts[0] == "models" and find_spec("timm") is None:
+            continue
         module = importlib.import_module(f"dcnv4.{name}" if name else "dcnv4")
         own = [
             key

@@ -1,7 +1,7 @@
 """Models in timm's registry, which importing this registers: FlashInternImage and InternImage.
 
-    import timm, dcnv4.models
-    model = timm.create_model("flash_internimage_t", pretrained=True)
+import timm, dcnv4.models
+model = timm.create_model("flash_internimage_t", pretrained=True)
 """
 
 try:

@@ -28,7 +28,7 @@ from ..checkpoints import as_named, state_of
 from ..eager import autocast_dtype, is_autocast
 from ..layers import DCNv3, DCNv4
 
-__all__ = ["InternImage"]  # and what timm registers
+__all__ = ["InternImage", "checkpoint_filter_fn"]  # and the models by their names
 
 _GROUP_CHANNELS = 16
 """D, channels of a group, in every published model."""
@@ -487,8 +487,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _entry(name: str) -> Callable[..., nn.Module]:
-    """What timm calls to make the model."""
+def _register(name: str) -> Callable[..., nn.Module]:
+    """The function that timm calls to make the model, which is in its registry then."""
 
     def create(pretrained: bool = False, **settings: Any) -> nn.Module:
         try:
@@ -511,8 +511,17 @@ def _entry(name: str) -> Callable[..., nn.Module]:
         return model
 
     create.__name__ = create.__qualname__ = name
-    registered: Callable[..., nn.Module] = register_model(create)
-    return registered
+    create.__doc__ = f"""`InternImage` as published under the name of {name}.
+
+    Args:
+        pretrained: load the published weights.
+        settings: of `InternImage`, and those that `timm.create_model` has for all models.
+    """
+    register_model(create)
+    return create
 
 
-globals().update({name: _entry(name) for name in _SETTINGS})
+for _name in _SETTINGS:
+    globals()[_name] = _register(_name)
+    if _name not in __all__:  # where timm has not put it
+        __all__.append(_name)
