@@ -1,4 +1,4 @@
-"""`dcnv4.models`: what the models compute, the weights that they load, and what timm asks of them."""
+"""`dcnv4.models`: what models compute, the weights they load, what timm and heads ask of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-timm = pytest.importorskip("timm", reason="needs timm: pip install timm")
 try:
-    from dcnv4.models import InternImage, parameter_groups
-except (ImportError, RuntimeError) as error:  # torchvision, of timm's, beside another PyTorch
-    pytest.skip(f"needs torchvision for torch {torch.__version__}: {error}", True)
+    import timm
+    from timm.models._manipulate import group_parameters
+    from timm.optim import create_optimizer_v2
 
-from timm.models._manipulate import group_parameters
-from timm.optim import create_optimizer_v2
+    from dcnv4.models import InternImage, parameter_groups
+except (ImportError, RuntimeError) as error:  # the latter of torchvision beside another PyTorch
+    pytest.skip(
+        f"needs timm, and torchvision for torch {torch.__version__}: {error}",
+        allow_module_level=True,
+    )
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published_names.json").read_text())
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -496,12 +499,12 @@ compiles = pytest.mark.skipif(VERSION < (2, 4), reason="whole graphs need torch 
 def test_one_graph_serves_every_batch_and_size(kind: str, amp: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = small(kind, depths=(1, 1, 1, 1))
+    model = small(kind, depths=(1, 1))
     randomise(model)
     compiled = torch.compile(
         copy.deepcopy(model), backend="aot_eager", fullgraph=True, dynamic=True
     )
-    for i, shape in enumerate([(2, 3, 64, 96), (3, 3, 96, 64), (5, 3, 61, 77)]):
+    for i, shape in enumerate([(2, 3, 48, 40), (3, 3, 40, 48), (5, 3, 37, 43)]):
         images = torch.randn(shape)
         results = []
         for each in (model, compiled):

@@ -12,6 +12,6 @@ except ImportError as error:
     ) from error
 
 from .internimage import InternImage
-from .parameter_groups import parameter_groups
+from .rates import parameter_groups
 
 __all__ = ["InternImage", "parameter_groups"]

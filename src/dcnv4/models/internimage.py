@@ -42,7 +42,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., C] from [..., C], times `scale` [C] where there is one."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if scale is not None:  # of C numbers, not of the map
             weight, bias = weight * scale, bias * scale
         if not is_autocast(device := x.device.type):
@@ -249,7 +250,7 @@ class InternImage(nn.Module):
             )
         self.num_features = width
         self.head_hidden_size = int(width * cls_scale)
-        self.conv_head = nn.Sequential(
+        self.conv_head: nn.Module = nn.Sequential(
             nn.Conv2d(width, self.head_hidden_size, 1, bias=False, **made),
             nn.Sequential(nn.BatchNorm2d(self.head_hidden_size, **made)),
             nn.GELU(),
@@ -300,18 +301,18 @@ class InternImage(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC; got {output_fmt!r}")
-        indices, last = feature_take_indices(len(self.levels), indices)
+        taken, last = feature_take_indices(len(self.levels), indices)
         if not (stop_early or intermediates_only):
             last = len(self.levels) - 1
         maps, x = [], self.patch_embed(x)
         for i, level in enumerate(self.levels):
             x = level(x)
             y = x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x
-            if i in indices:
+            if i in taken:
                 maps.append(y)
             if i == last:
                 break
-            x = level.downsample(x)
+            x = level.downsample(x)  # type: ignore[operator]
         return maps if intermediates_only else (y, maps)
 
     def prune_intermediate_layers(
@@ -333,7 +334,8 @@ class InternImage(nn.Module):
         return kept
 
     def get_classifier(self) -> nn.Module:
-        return self.head
+        classifier: nn.Module = self.head
+        return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make a new classifier of `num_classes`, none for 0, and pool otherwise if told so."""
@@ -353,7 +355,7 @@ class InternImage(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep blocks' inputs alone for the backward pass, which computes blocks again."""
         for level in self.levels:
-            level.grad_checkpointing = enable
+            level.grad_checkpointing = enable  # type: ignore[assignment]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters learn at one rate under layer decay: the original's groups.
@@ -393,8 +395,10 @@ def _initialize(linear: nn.Linear) -> None:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The weights that a published file has for the model, by the model's names.
 
-    Averaged ones are preferred where there are some; of a detector's or a segmenter's file, the
-    backbone is taken.
+    Args:
+        state_dict: what the file holds; averaged weights are preferred where there are some, and of
+            a detector or a segmenter the backbone is taken.
+        model: an `InternImage`.
 
     Raises:
         ValueError: the file's blocks have parameters that the model's have not.
