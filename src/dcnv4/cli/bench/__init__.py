@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ... import backends
 from . import cases, measure, report
-from .cases import Case, Layer
+from .cases import Case, Layer, Model
 from .peers import CONTESTANTS, Contestant, Expected, Job, Unable, describe
 from .report import Row
 
 _EPILOG = """\
 A result is checked before it is timed: output and gradients against the reference backend in
-float64 (a layer: against itself on the reference backend), by relative L2 error: 1e-4 for fp32,
+float64 (a layer or a model: against itself on the reference backend), by relative L2 error: 1e-4 for fp32,
 1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
 
 median, p20-p80  of single calls, in µs. On a GPU with a cold L2, by CUDA events; a call whose host
@@ -246,7 +246,7 @@ class _Bench:
 
     def _case(self, case: Case, contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
         directions = ["forward", "backward"]
-        if isinstance(case, Layer):
+        if isinstance(case, (Layer, Model)):
             directions = ["forward", "forward+backward"]
         elif self.device.type == "cpu":
             directions.append("forward+backward")

@@ -183,9 +183,41 @@ class Layer(Case):
         return (x.to(self.dtype),)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(device.type, self.dtype)
+        return _autocast(device, self)
+
+
+@dataclass(frozen=True)
+class Model(Case):
+    """A whole model of `dcnv4.models`, not in training, with float32 parameters as in `Layer`."""
+
+    model: str
+    batch: int
+    size: int = 224
+    precision: str = "fp32"
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "model"
+    checked: ClassVar[int] = 1
+    """The first images, which nothing behind them changes."""
+
+    @property
+    def name(self) -> str:
+        return f"model-{self.model}-{self.batch}x{self.size}-{self.precision}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W], channels_last."""
+        shape = (self.batch, 3, self.size, self.size)
+        images = torch.randn(shape, device=device, generator=self.random(device))
+        return (images.to(self.dtype, memory_format=torch.channels_last),)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return _autocast(device, self)
+
+
+def _autocast(device: torch.device, case: Case) -> AbstractContextManager[Any]:
+    if case.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, case.dtype)
 
 
 def between_pixels(x: Tensor) -> Tensor:
@@ -210,6 +242,16 @@ TINY: tuple[Case, ...] = (
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
 _HALF_DETR = ((50, 67), (25, 34), (13, 17), (7, 9))
+
+CUDA_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 64, 224, "fp16"),
+    Model("flash_internimage_b", 64, 224, "fp16"),
+    Model("flash_internimage_t", 2, 800, "fp16", note="a detector's images"),
+)
+CPU_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 1),
+    Model("flash_internimage_t", 1, 224, "bf16"),
+)
 
 # The most telling first: a plot shows as many as it has room for, a time limit cuts the last.
 CUDA: tuple[Case, ...] = (
@@ -241,6 +283,7 @@ CUDA: tuple[Case, ...] = (
     Conv(2, 31, 29, 5, 24, "fp16", note="odd"),
     Attention(2, _DETR, None, "bf16"),
     Attention(2, _DETR, None, "fp16", locations="fp32"),
+    *CUDA_MODELS,
     *TINY,
 )
 
@@ -265,6 +308,7 @@ CPU: tuple[Case, ...] = (
     Attention(1, _HALF_DETR, note="Deformable DETR encoder, half resolution"),
     Attention(1, _HALF_DETR, None, "bf16", locations="fp32"),
     Layer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    *CPU_MODELS,
     *TINY,
 )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...layers import DCNv4
-from .cases import TOLERANCE, Attention, Case, Conv, Layer
+from .cases import TOLERANCE, Attention, Case, Conv, Layer, Model
 
 
 class Unable(Exception):  # noqa: N818
@@ -96,7 +96,7 @@ class Contestant:
     def why_not(self, device: torch.device) -> str | None:
         """None where this can run anything on the device; otherwise the reason."""
         if self.kind == "backend":
-            op = "deform_conv" if self.op == "layer" else self.op
+            op = "deform_conv" if self.op in ("layer", "model") else self.op
             call = backends.Call(op, device, torch.float32)
             return backends.why_not(self.name.removeprefix("dcnv4 "), call)
         try:
@@ -157,9 +157,14 @@ def _enter_backend(name: str) -> None:
                 projection.weight.uniform_(-bound, bound, generator=generator)
         return _layer_job(case, inputs, module)
 
+    def model(case: Model, inputs: tuple[Tensor, ...]) -> Job:
+        usable("deform_conv", inputs)
+        return _model_job(case, inputs, case.model, backend=name)
+
     contestant(f"dcnv4 {name}", "deform_conv", "backend")(operator)
     contestant(f"dcnv4 {name}", "ms_deform_attn", "backend")(operator)
     contestant(f"dcnv4 {name}", "layer", "backend")(layer)
+    contestant(f"dcnv4 {name}", "model", "backend")(model)
 
 
 def _layer_job(
@@ -183,6 +188,30 @@ def _layer_job(
         lambda y: y.permute(0, 2, 3, 1),
         tuple(module.parameters()),
     )
+
+
+def _model_job(case: Model, inputs: tuple[Tensor, ...], name: str, **settings: Any) -> Job:
+    """A model of timm's registry, its offsets about half a pixel."""
+    try:
+        import timm
+
+        from ... import models  # noqa: F401, which registers ours
+    except (ImportError, RuntimeError) as error:
+        raise Unable(f"cannot: needs timm; {describe(error)}") from error
+    device = inputs[0].device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = timm.create_model(name, **settings).eval()
+        for layer in module.modules():
+            if isinstance(layer, DCNv4):
+                nn.init.normal_(layer.offset_mask.weight, 0, 0.5 / layer.channels**0.5)
+    module = module.to(device, memory_format=torch.channels_last)
+
+    def call(images: Tensor, *_: Tensor) -> Any:
+        with case.autocast(device):
+            return module(images)
+
+    return Job(inputs, call, parameters=tuple(module.parameters()))
 
 
 for _name in backends.NAMES:
@@ -408,18 +437,27 @@ def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
     return _layer_job(case, inputs, module, nchw=True)
 
 
+@contestant("ConvNeXt-T", "model", "yardstick", requires="timm")
+def _convnext(case: Model, inputs: tuple[Tensor, ...]) -> Job:
+    return _model_job(case, inputs, "convnext_tiny")
+
+
 class Expected:
     """What a case must give: the output, and the gradients of its inputs for one random gradient.
 
-    An operator's come from the reference backend in float64. A layer's come from the same layer
-    with the reference backend in the same dtypes, so that only the operator differs.
+    An operator's come from the reference backend in float64. A layer's or a model's come from the
+    same one with the reference backend in the same dtypes, so that only the operator differs; of a
+    model, those of the first images.
     """
 
     def __init__(self, case: Case, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(case, Layer):
+        batch = len(inputs[0])
+        if isinstance(case, (Layer, Model)):
             reference = next(
-                c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", "layer")
+                c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", case.op)
             )
+            if isinstance(case, Model):
+                inputs = tuple(t[: case.checked] for t in inputs)
             job = reference.make(case, inputs)
         else:
             assert isinstance(case, (Conv, Attention))
@@ -429,9 +467,10 @@ class Expected:
         self._tolerance = TOLERANCE[case.precision]
         self.output = output.detach()
         self.grad = torch.randn(
-            output.shape, device=output.device, generator=case.random(output.device)
+            (batch, *output.shape[1:]), device=output.device, generator=case.random(output.device)
         ).to(case.dtype)
-        grads = torch.autograd.grad(output, job.leaves, self.grad.to(output.dtype))
+        grad = self.grad[: len(output)].to(output.dtype)
+        grads = torch.autograd.grad(output, job.leaves, grad)
         self.gradients = job.gradients(grads)
 
     def output_error(self, job: Job, output: Tensor) -> float:
@@ -453,6 +492,7 @@ def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative L2 error; infinite for a wrong shape or anything not finite."""
     worst = 0.0
     for result, exact in zip(got, wanted, strict=True):
+        result = result[: len(exact)]
         if result.shape != exact.shape:
             return float("inf")
         exact = exact.double()
