@@ -193,9 +193,14 @@ def _skipped(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def _fitted(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The state with as many rows of `offset_mask` as `DCNv4` layers have, none of a DCNv3."""
+    """The state with as many rows of `offset_mask` as `DCNv4` layers have, none of a DCNv3, and
+    with today's names where a layer says what they were."""
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
+        former_names = getattr(layer, "_former_names", None)
+        for former, now in former_names(prefix).items() if former_names else ():
+            if former in state and now not in state:
+                state[now] = state.pop(former)
         if isinstance(layer, DCNv4):
             if f"{prefix}dw_conv.0.weight" in state:
                 raise ValueError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from . import ops
+from . import geometry, ops
 from .backends import reference
-from .geometry import Window, sum_dtype
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 __all__ = ["export", "lower"]
 
@@ -146,9 +147,12 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
     _require_torch()
     if attention not in _ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}; got {attention!r}")
+    attend = _ATTENTION[attention]
     table = {
         torch.ops.dcnv4.deform_conv.default: _deform_conv,
-        torch.ops.dcnv4.ms_deform_attn.default: _ATTENTION[attention],
+        torch.ops.dcnv4.deform_conv_packed.default: _deform_conv_packed,
+        torch.ops.dcnv4.ms_deform_attn.default: partial(_attention, attend),
+        torch.ops.dcnv4.ms_deform_attn_from_offsets.default: partial(_from_offsets, attend),
     }
     return program.run_decompositions(table)
 
@@ -167,11 +171,20 @@ def _require_packages() -> None:
 
 
 def _deform_conv(*arguments: Any) -> Tensor:
+    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
+    return _lowered_conv(value, offset_mask, window)
+
+
+def _deform_conv_packed(*arguments: Any) -> Tensor:
+    _, packed, channels, window = ops.DeformConvPacked.unflatten(*arguments)
+    return _lowered_conv(*unpacked(packed, channels), window)
+
+
+def _lowered_conv(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     """A depthwise `DeformConv` of ones, whose mask is the weights.
 
     It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
     """
-    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
     (kh, kw), channels = window.kernel_size, value.shape[3]
     # The operator computes coordinates in its only dtype, which must hold them.
     dtype = _exact_dtype(value, offset_mask)
@@ -234,25 +247,59 @@ def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
     return torch.promote_types(sum_dtype(value.dtype), coordinates.dtype)
 
 
-def _gather(*arguments: Any) -> Tensor:
-    _, value, shapes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
-    if not isinstance(shapes, Tensor):
-        # A tensor of numbers would be a constant, which a lowering cannot add to a program.
-        numbers = [size for pair in shapes for size in pair]
-        sizes = [torch.full((), n, dtype=torch.int64, device=value.device) for n in numbers]
-        shapes = torch.stack(sizes).view(-1, 2)
-    return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
+def _attention(attend: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    _, *call = ops.DeformAttn.unflatten(*arguments)
+    return attend(*call)
 
 
-def _grid_sample(*arguments: Any) -> Tensor:
-    _, value, sizes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
+def _from_offsets(attend: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    call = ops.DeformAttnFromOffsets.unflatten(*arguments)
+    _, value, shapes, points, offsets, weights, box_normalizer, softmax, _ = call
+    return attend(value, shapes, offsets, weights, softmax, Reference(points, box_normalizer))
+
+
+def _gather(
+    value: Tensor,
+    shapes: Any,
+    coordinates: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    place: Reference | None = None,
+) -> Tensor:
+    inputs = value, _sizes(shapes, value), coordinates, weights, softmax
+    return reference.attn_forward(*inputs, reference=place, differentiable=True)
+
+
+def _sizes(shapes: Any, beside: Tensor) -> Tensor:
+    """As a tensor that is no constant, which a lowering cannot add to a program."""
+    if isinstance(shapes, Tensor):
+        return shapes
+    numbers = [size for pair in shapes for size in pair]
+    sizes = [torch.full((), n, dtype=torch.int64, device=beside.device) for n in numbers]
+    return torch.stack(sizes).view(-1, 2)
+
+
+def _grid_sample(
+    value: Tensor,
+    sizes: Any,
+    coordinates: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    place: Reference | None = None,
+) -> Tensor:
     if isinstance(sizes, Tensor):
         raise ValueError(
             "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"
         )
-    dtype = _exact_dtype(value, locations)
+    dtype = _exact_dtype(value, coordinates)
+    locations = coordinates.to(dtype)
+    if place is not None:
+        place = place._replace(points=place.points.to(dtype))
+        heights, widths, _ = geometry.levels(_sizes(sizes, value), value.device)
+        x, y = geometry.attn_points(locations, heights, widths, place)
+        locations = torch.stack(((x + 0.5) / widths, (y + 0.5) / heights), -1)
     heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
-    grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
     weights = weights.to(dtype).flatten(3)
     weights = weights.softmax(-1) if softmax else weights
     levels = heads.split([height * width for height, width in sizes], -1)

@@ -25,7 +25,6 @@ from dcnv4.backends import cpu, reference
 from dcnv4.backends.cpu import compile as cpu_compile
 from dcnv4.backends.cpu import records
 from dcnv4.geometry import Window
-from support.tiers import one_in
 
 CALL = backends.Call("deform_conv", torch.device("cpu"), torch.float32)
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -378,7 +377,8 @@ def test_corners_around_any_pixel(tmp_path: Path, number: str) -> None:
     assert inside > 100
 
 
-@pytest.mark.parametrize("calls", one_in(2, [60, 400]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("calls", [60, 400])
 def test_random_calls_under_the_sanitizers(calls: int) -> None:
     command = [sys.executable, str(SUPPORT / "fuzz_cpu.py"), "--calls", str(calls), "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

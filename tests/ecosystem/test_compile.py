@@ -18,7 +18,11 @@ from support import cases
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CASES = pytest.mark.parametrize(
     "case",
-    [cases.CONV[2], cases.CONV[9], cases.ATTENTION[0], cases.AttnCase("tensor", tensor=True)],
+    [
+        *(cases.CONV[2], cases.CONV[9], cases.ConvCase("packed", layout="packed", extra=2)),
+        *(cases.ATTENTION[0], cases.AttnCase("tensor", tensor=True)),
+        *(cases.OFFSETS[0], cases.OffsetsCase("tensor", tensor=True, boxes=True, shared=(1,))),
+    ],
     ids=lambda case: f"{type(case).__name__}-{case.id}",
 )
 needs_compile = pytest.mark.skipif(

@@ -24,6 +24,16 @@ CASES = (
     cases.ConvCase("func_window", size=(4, 3), window={"kernel_size": (1, 3), "stride": 2}),
     cases.AttnCase("func_attn", batch=2, queries=2, shapes=((3, 2), (1, 2)), per_level=2, depth=2),
     cases.AttnCase("func_tensor", queries=2, shapes=((3, 2),), tensor=True, softmax=True, depth=2),
+    cases.OffsetsCase("func_offsets", batch=2, queries=2, shapes=((3, 2),), per_level=2, depth=2),
+    cases.OffsetsCase(
+        "func_boxes",
+        queries=2,
+        shapes=((2, 2),),
+        per_level=1,
+        boxes=True,
+        shared=(1,),
+        softmax=True,
+    ),
 )
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 # Whole Jacobians and Hessians take a backward for every element.

@@ -39,11 +39,14 @@ ARROWS = {
     "ops": {"geometry", "backends", "backends.reference", "eager"},
     "layers": {"layers.attention", "layers.conv", "layers.dcnv3"},
     "layers.base": {"geometry", "eager", "arguments", "initialization"},
+    "layers.projections": {"eager", "layers.base"},
     "layers.conv": {
-        *("geometry", "eager", "arguments", "initialization", "functional", "layers.base"),
+        *("geometry", "eager", "arguments", "initialization", "functional", "ops", "backends"),
+        *("layers.base", "layers.projections"),
     },
     "layers.attention": {
-        *("geometry", "eager", "arguments", "initialization", "functional", "layers.base"),
+        *("geometry", "eager", "arguments", "initialization", "functional", "ops", "backends"),
+        *("layers.base", "layers.projections"),
     },
     "layers.dcnv3": {"arguments", "initialization", "eager", "functional", "layers.base"},
     "modules": {"layers"},

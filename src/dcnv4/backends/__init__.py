@@ -12,13 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
-    from ..geometry import Window
+    from ..geometry import Reference, Window
 
 __all__ = ["NAMES", "Backend", "Call", "choose", "why_not"]
 
@@ -49,14 +48,22 @@ INCOMPLETE = "needs all files of this package, outside of an archive (install dc
 """What a backend says that does not find its kernels' sources."""
 
 
+AttnGrads = tuple[Tensor | None, Tensor, Tensor]
+"""Where a backward of attention writes the gradients of value, or None for a tensor of its own,
+coordinates and weights: rows (b, q) evenly spaced and in themselves contiguous, the value's as a
+whole."""
+
+
 class Backend(Protocol):
     """What the module of every backend offers; tensors may have any strides.
 
-    Coordinates (`offset_mask`, `locations`, `weights`) have the value's dtype, or float32 beside a
-    half-precision value. `spatial_shapes` is pairs (H, W) where the host knows them, and otherwise
-    an integer tensor [L, 2] on the value's device or the CPU. `deterministic`: the call runs under
-    deterministic algorithms, and `why_not` allows it. Results are contiguous; a gradient has the
-    dtype and the shape of its input.
+    Coordinates (`offset_mask`, `coordinates`, `weights`, those of `reference`) have the value's
+    dtype, or float32 beside a half-precision value. `spatial_shapes` is pairs (H, W) where the host
+    knows them, and otherwise an integer tensor [L, 2] on the value's device or the CPU. Attention's
+    `coordinates` are locations or, where there is `reference`, offsets from it. `deterministic`:
+    the call runs under deterministic algorithms, and `why_not` allows it. Results are contiguous,
+    or `out`: tensors that the gradients are written into, columns of a contiguous one. A gradient
+    has the dtype and the shape of its input.
     """
 
     def why_not(self, call: Call) -> str | None: ...
@@ -76,16 +83,18 @@ class Backend(Protocol):
         offset_mask: Tensor,
         window: Window,
         deterministic: bool = False,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attn_forward(
         self,
         value: Tensor,
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
-        locations: Tensor,
+        coordinates: Tensor,
         weights: Tensor,
         softmax: bool,
         deterministic: bool = False,
+        reference: Reference | None = None,
     ) -> Tensor: ...
 
     def attn_backward(
@@ -93,10 +102,12 @@ class Backend(Protocol):
         grad: Tensor,
         value: Tensor,
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
-        locations: Tensor,
+        coordinates: Tensor,
         weights: Tensor,
         softmax: bool,
         deterministic: bool = False,
+        reference: Reference | None = None,
+        out: AttnGrads | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

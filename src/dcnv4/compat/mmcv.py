@@ -356,14 +356,19 @@ class _Pack(_DeformConv2d):
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
         return nn.Conv2d(self.in_channels, numbers * points, *window)
 
+    def _former_names(self, prefix: str) -> dict[str, str]:
+        """What parameters are called now, by their names in mmcv's first version, in which they
+        lay beside the layer and not in it."""
+        kinds = ("weight", "bias")
+        return {f"{prefix[:-1]}_offset.{kind}": f"{prefix}conv_offset.{kind}" for kind in kinds}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # In mmcv's first version these parameters lay beside the layer, not in it. Only a loader
-        # that shows a layer the whole state finds them, as PyTorch's was at that time.
+        # `dcnv4.checkpoints.load` has done so before; PyTorch's own loader shows a layer no names
+        # outside it since 1.13.
         if (local_metadata.get("version") or 1) < self._version:
-            for kind in ("weight", "bias"):
-                former, name = f"{prefix[:-1]}_offset.{kind}", f"{prefix}conv_offset.{kind}"
+            for former, name in self._former_names(prefix).items():
                 if former in state_dict and name not in state_dict:
                     state_dict[name] = state_dict.pop(former)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
