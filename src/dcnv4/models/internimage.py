@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, create_classifier, trunc_normal_
+from timm.layers import DropPath, create_classifier, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints import as_named, state_of
 from ..eager import autocast_dtype, is_autocast
 from ..layers import DCNv3, DCNv4
+from .mlp import Mlp
 
 __all__ = ["InternImage", "checkpoint_filter_fn"]  # and the models by their names
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
         self.dcn = dcn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = _norm(channels, "0", made)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), bias=(True, mlp_fc2_bias), **made)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), mlp_fc2_bias, made)
         self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
             self.gamma1, self.gamma2 = (
