@@ -7,7 +7,7 @@ from .layers import DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 dcnv4 = DCNv4
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DCNv4",
     "DCNv4Conv2d",

@@ -19,7 +19,14 @@ __all__ = ["DCNv3", "DCNv3_pytorch", "Loaded", "load"]
 
 
 class Loaded(NamedTuple):
-    """What `load` did; its first two fields are those that `load_state_dict` returns."""
+    """What `load` did; its first two fields are those that `load_state_dict` returns.
+
+    Example:
+        >>> from dcnv4 import DCNv4, checkpoints
+        >>> report = checkpoints.load(DCNv4(64), DCNv4(64).state_dict(), skip="output_proj")
+        >>> report.skipped_keys
+        ['output_proj.bias', 'output_proj.weight']
+    """
 
     missing_keys: list[str]
     """Of the model, which the checkpoint has not."""
@@ -65,6 +72,13 @@ def load(
         TypeError, ValueError: an argument of the wrong kind; a `DCNv4` of the model meets the
             weights of a DCNv3.
         RuntimeError: names or shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4, checkpoints
+        >>> torch.save({"state_dict": DCNv4(64).state_dict()}, "layer.pth")
+        >>> checkpoints.load(DCNv4(64), "layer.pth").source
+        'state_dict'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")

@@ -59,6 +59,18 @@ def convert(
     Raises:
         ValueError: nothing was selected, or a selected convolution cannot be replaced; the model is
             then as it was.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import convert
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 32, 3, padding=1),
+        ...     torch.nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        ... )
+        >>> list(convert(model, "1", init="kernel"))
+        ['1']
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 32, 16, 16])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")

@@ -90,6 +90,16 @@ def thop_hooks(model: nn.Module) -> Iterator[None]:
     """While it lasts, `thop.profile(model, …)` counts the operators in the layers of `model`.
 
     thop counts their projections by itself.
+
+    Example:
+        >>> import thop
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d, flops
+        >>> layer, x = DCNv4Conv2d(3, 16, padding=1), torch.randn(1, 3, 8, 8)
+        >>> with flops.thop_hooks(layer):
+        ...     operations, parameters = thop.profile(layer, (x,), verbose=False)
+        >>> operations > 0
+        True
     """
 
     def count(layer: Any, inputs: Any, output: Tensor) -> None:

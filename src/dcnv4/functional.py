@@ -80,6 +80,15 @@ def deform_conv(
 
     Source: Xiong et al., Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for
     Vision Applications, CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import deform_conv
+        >>> value = torch.randn(2, 32, 48, 64)
+        >>> offsets, weights = torch.zeros(2, 32, 48, 4, 18), torch.full((2, 32, 48, 4, 9), 1 / 9)
+        >>> offset_mask = torch.cat((offsets, weights), -1).flatten(3)
+        >>> deform_conv(value, offset_mask, kernel_size=3, padding=1, groups=4).shape
+        torch.Size([2, 32, 48, 64])
     """
     settings = window(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
@@ -245,6 +254,15 @@ def ms_deform_attn(
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import ms_deform_attn
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> locations, logits = torch.rand(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn(value, shapes, locations, logits, softmax=True).shape
+        torch.Size([2, 100, 256])
     """
     shapes, weights = _check_attention(
         *("sampling_locations", value, spatial_shapes, sampling_locations, attention_weights),
@@ -302,15 +320,13 @@ def ms_deform_attn_from_offsets(
         and `attention_weights`, to any order.
 
     Example:
-        >>> value = torch.randn(2, 20 * 30 + 10 * 15, 8, 32)
-        >>> reference_points = torch.rand(2, 300, 1, 2)
-        >>> offsets = torch.randn(2, 300, 8, 2, 4, 2)
-        >>> logits = torch.randn(2, 300, 8, 2, 4)
-        >>> sizes = (20, 30), (10, 15)
-        >>> ms_deform_attn_from_offsets(
-        ...     value, sizes, reference_points, offsets, logits, softmax=True
-        ... ).shape
-        torch.Size([2, 300, 256])
+        >>> import torch
+        >>> from dcnv4.functional import ms_deform_attn_from_offsets
+        >>> shapes, points = [(32, 48), (16, 24)], torch.rand(2, 100, 2, 2)
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> offsets, logits = torch.randn(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn_from_offsets(value, shapes, points, offsets, logits, softmax=True).shape
+        torch.Size([2, 100, 256])
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159.
     """

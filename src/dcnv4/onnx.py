@@ -61,6 +61,14 @@ def export(
     Raises:
         ImportError: onnx or onnxscript is missing, or torch is older than 2.8.
         ValueError: an argument of the wrong range.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.onnx
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> program = dcnv4.onnx.export(model, (torch.randn(1, 3, 32, 48),), "model.onnx")
+        >>> sum(node.op_type == "DeformConv" for node in program.model.graph)
+        1
     """
     if opset_version < 19:
         raise ValueError(
@@ -143,6 +151,14 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
     Raises:
         ImportError: torch is older than 2.8.
         ValueError: an unknown `attention`, or level sizes that "grid_sample" cannot take.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.onnx
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> program = torch.export.export(model, (torch.randn(1, 3, 32, 48),))
+        >>> lowered = dcnv4.onnx.lower(program)
+        >>> onnx = torch.onnx.export(lowered, f="model.onnx", dynamo=True, verbose=False)
     """
     _require_torch()
     if attention not in _ATTENTION:

@@ -353,24 +353,15 @@ class DeformAttnFromOffsets(_Attention):
 
     @staticmethod
     def output_shape(
-        backend: str, value: Tensor, shapes: Any, reference_points: Tensor, *rest: Any
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
     ) -> tuple[int, ...]:
         return DeformAttn.output_shape(backend, value, shapes, *rest)
 
     @staticmethod
-    def forward(
-        backend: str,
-        value: Tensor,
-        shapes: Any,
-        reference_points: Tensor,
-        offsets: Tensor,
-        weights: Tensor,
-        box_normalizer: str,
-        softmax: bool,
-        reference_gradient: bool,
-    ) -> Tensor:
+    def forward(backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any) -> Tensor:
+        offsets, weights, box_normalizer, softmax, _ = rest
         deterministic = torch.are_deterministic_algorithms_enabled()
-        place = Reference(reference_points, box_normalizer)
+        place = Reference(points, box_normalizer)
         return load(backend).attn_forward(
             value, shapes, offsets, weights, softmax, deterministic, place
         )
@@ -381,16 +372,13 @@ class DeformAttnFromOffsets(_Attention):
         backend: str,
         value: Tensor,
         shapes: Any,
-        reference_points: Tensor,
-        offsets: Tensor,
-        weights: Tensor,
-        box_normalizer: str,
-        softmax: bool,
-        reference_gradient: bool,
+        points: Tensor,
+        *rest: Any,
         out: AttnGrads | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        offsets, weights, box_normalizer, softmax, reference_gradient = rest
         deterministic = _is_deterministic_backward("ms_deform_attn", value, backend)
-        place = Reference(reference_points, box_normalizer)
+        place = Reference(points, box_normalizer)
 
         def run(offsets: Tensor, place: Reference, out: AttnGrads | None) -> Any:
             others = weights, softmax, deterministic, place, out
@@ -403,33 +391,26 @@ class DeformAttnFromOffsets(_Attention):
         # From the gradients of offsets in pixels: those of the offsets may be rounded, and are none
         # in a box without size.
         exact = offsets.to(dtype := sum_dtype(value.dtype))
-        wide = place._replace(points=reference_points.to(dtype))
+        wide = place._replace(points=points.to(dtype))
         heights, widths = _levels(shapes, value.device)
-        scale: Tensor | float | None = None
+        scale = None
         if place.has_boxes():
             scale, _ = geometry.attn_map(heights, widths, offsets.shape[4], wide)
         pixels = exact if scale is None else exact * scale
         grads = (out[0], pixels.new_empty(pixels.shape), out[2]) if out else None
-        corners = place._replace(points=reference_points[..., :2])
-        grad_value, by_pixels, grad_weights = run(pixels, corners, grads)
+        centres = place._replace(points=points[..., :2])
+        grad_value, by_pixels, grad_weights = run(pixels, centres, grads)
         grad_offsets = by_pixels if scale is None else by_pixels * scale
         grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets.to(offsets.dtype)
         grad_points = geometry.attn_reference_backward(by_pixels, exact, wide, heights, widths)
-        return grad_value, grad_points.to(reference_points.dtype), grad_offsets, grad_weights
+        return grad_value, grad_points.to(points.dtype), grad_offsets, grad_weights
 
     @staticmethod
     def differentiable(
-        backend: str,
-        value: Tensor,
-        shapes: Any,
-        reference_points: Tensor,
-        offsets: Tensor,
-        weights: Tensor,
-        box_normalizer: str,
-        softmax: bool,
-        *rest: Any,
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
     ) -> Tensor:
-        place = Reference(reference_points, box_normalizer)
+        offsets, weights, box_normalizer, softmax, _ = rest
+        place = Reference(points, box_normalizer)
         inputs = value, shapes, offsets, weights, softmax
         return reference.attn_forward(*inputs, reference=place, differentiable=True)
 

@@ -63,6 +63,13 @@ def conv(
 
     Returns:
         The figure, with an axes for each group.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d, visualize
+        >>> layer, x = DCNv4Conv2d(3, 32, padding=1), torch.rand(1, 3, 24, 32)
+        >>> figure = visualize.conv(layer, x, pixel=(10, 16))
+        >>> figure.savefig("points.png")
     """
     told = layer.sampling_points(x, shape) if isinstance(layer, DCNv4) else layer.sampling_points(x)
     positions, weights = (tensor.double().cpu() for tensor in told)
@@ -133,6 +140,14 @@ def attention(
 
     Returns:
         The figure, with an axes for each level, in pixels of that level.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import FlashDeformAttn, visualize
+        >>> layer, shapes = FlashDeformAttn(d_model=64, n_levels=2, n_heads=4), [(32, 48), (16, 24)]
+        >>> queries, reference_points = torch.randn(1, 100, 64), torch.rand(1, 100, 2, 2)
+        >>> figure = visualize.attention(layer, queries, reference_points, shapes, index=7)
+        >>> figure.savefig("points.png")
     """
     locations, weights = layer.sampling_points(query, reference_points, input_spatial_shapes)
     shapes = torch.as_tensor(input_spatial_shapes).tolist()
@@ -201,6 +216,14 @@ def points(
         largest: the |weight| of the largest area. None: the largest of `weights`.
         colours: of weights from 0 on, and of those below.
         marker: as matplotlib names it.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from dcnv4 import visualize
+        >>> figure = Figure()
+        >>> visualize.points(figure.add_subplot(), torch.rand(9, 2), torch.randn(9))
+        >>> figure.savefig("points.png")
     """
     from matplotlib.patheffects import Normal, withStroke
 

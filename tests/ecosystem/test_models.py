@@ -554,9 +554,9 @@ class Pyramid(nn.Module):
         return found
 
 
-def loss_falls(model: nn.Module, loss_of: Callable[[], Tensor], steps: int = 3) -> None:
+def loss_falls(model: nn.Module, loss_of: Callable[[], Tensor], steps: int = 4) -> None:
     """And every parameter gets a finite gradient, of some number that is not zero in the model."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     losses = []
     for _ in range(steps):
         torch.manual_seed(1)  # what detectors sample

@@ -416,7 +416,8 @@ class OffsetsCase(AttnCase):
         _, offsets, at = rest
         scaled = offsets[at].reshape(-1, 2) * [point.scale for point in points]
         ends = np.array([(point.x, point.y) for point in points])
-        return np.abs(ends - scaled) + np.abs(scaled) + 1.0
+        # What is scaled is rounded once more, with its scale.
+        return np.abs(ends - scaled) + 1.25 * np.abs(scaled) + 0.5
 
     def summed(self, by_offsets: Sequence[Array], *inputs: Array) -> Iterator[Array]:
         """Of arrays that belong to the offsets' gradient, what their absolute values come to in

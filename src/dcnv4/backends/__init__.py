@@ -26,11 +26,19 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 
 
 class Call(NamedTuple):
-    """What a backend is asked to run."""
+    """What a backend is asked to run.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import backends
+        >>> backends.Call("deform_conv", torch.device("cpu"), torch.float32).deterministic
+        False
+    """
 
     op: str
     """`deform_conv` or `ms_deform_attn`."""
     device: torch.device
+    """Of the tensors."""
     dtype: torch.dtype
     """Of the value."""
     deterministic: bool = False
@@ -118,7 +126,15 @@ def load(name: str) -> Backend:
 
 
 def why_not(name: str, call: Call) -> str | None:
-    """None where backend `name` can run `call`; otherwise one sentence that says why not."""
+    """None where backend `name` can run `call`; otherwise one sentence that says why not.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import backends
+        >>> call = backends.Call("deform_conv", torch.device("cpu"), torch.float32)
+        >>> backends.why_not("cuda", call)
+        'needs tensors on a CUDA GPU; got cpu'
+    """
     try:
         return load(name).why_not(call)
     except Exception as error:  # of an installation that is broken in a way nobody thought of
@@ -136,13 +152,21 @@ def choose(
     """The name of the backend that runs a call.
 
     Args:
-        op, device, dtype, deterministic: what `Call` holds. Where PyTorch is only to warn, a
-            backend without a deterministic backward is taken, with a warning.
+        op, device, dtype: what `Call` holds.
+        deterministic: what `Call` holds. Where PyTorch is only to warn, a backend without a
+            deterministic backward is taken, with a warning.
         backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: the named backend cannot run the call. A named backend never falls back.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import backends
+        >>> cpu = torch.device("cpu")
+        >>> backends.choose("deform_conv", cpu, torch.float32, backend="reference")
+        'reference'
     """
     name = requested(device.type) if backend is None else known("backend", backend)
     if not deterministic or not torch.is_deterministic_algorithms_warn_only_enabled():

@@ -69,6 +69,16 @@ class FlashDeformAttn(Layer):
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; Xiong et al., CVPR 2024,
     arXiv:2401.06197. Checkpoints of Deformable DETR's MSDeformAttn load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import FlashDeformAttn
+        >>> attention = FlashDeformAttn(d_model=256, n_levels=2, n_heads=8, n_points=4)
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> pyramid = torch.randn(2, 32 * 48 + 16 * 24, 256)
+        >>> queries, reference_points = torch.randn(2, 100, 256), torch.rand(2, 100, 2, 2)
+        >>> attention(queries, reference_points, pyramid, shapes).shape
+        torch.Size([2, 100, 256])
     """
 
     # What layers that were saved whole before had not.
@@ -236,7 +246,7 @@ class FlashDeformAttn(Layer):
         reference_points: Tensor,
         input_spatial_shapes: Tensor | Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every query sums, and what each counts.
+        """Where the layer looks: the points that every query sums, and their weights.
 
         Args:
             query, reference_points, input_spatial_shapes: as `forward` takes them.

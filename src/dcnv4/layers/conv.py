@@ -372,6 +372,13 @@ class DCNv4(_DeformConv, OriginalNames):
 
     Source: Xiong et al., Efficient Deformable ConvNets, CVPR 2024, arXiv:2401.06197. Parameters
     are named as in its published checkpoints.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4
+        >>> layer = DCNv4(channels=64, kernel_size=3, group=4)
+        >>> layer(torch.randn(2, 32 * 48, 64), shape=(32, 48)).shape
+        torch.Size([2, 1536, 64])
     """
 
     @other_words(groups="group", padding="pad", bias="output_bias")
@@ -453,7 +460,7 @@ class DCNv4(_DeformConv, OriginalNames):
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every output pixel sums, and what each counts.
+        """Where the layer looks: the points that every output pixel sums, and their weights.
 
         Args:
             x, shape: as `forward` takes them.
@@ -522,6 +529,13 @@ class DCNv4Conv2d(_DeformConv):
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Source: as `DCNv4`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d
+        >>> layer = DCNv4Conv2d(3, 64, kernel_size=3, stride=2, padding=1)
+        >>> layer(torch.randn(2, 3, 32, 48)).shape
+        torch.Size([2, 64, 16, 24])
     """
 
     # What code that takes any convolution reads of it, and may change.

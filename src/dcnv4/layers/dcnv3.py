@@ -60,6 +60,13 @@ class DCNv3(WindowedLayer, OriginalNames):
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Source: Wang et al., InternImage, CVPR 2023, arXiv:2211.05778. Its checkpoints load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.checkpoints import DCNv3
+        >>> layer = DCNv3(channels=64, kernel_size=3, dw_kernel_size=5, group=4)
+        >>> layer(torch.randn(2, 14, 14, 64)).shape
+        torch.Size([2, 14, 14, 64])
     """
 
     @other_words(groups="group", padding="pad")

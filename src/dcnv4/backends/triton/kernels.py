@@ -332,7 +332,7 @@ def _map(
                 scale_x = tl.full([], 0.5, ACC)
                 scale_y = scale_x
             else:
-                scale_x, scale_y = scale_x * 0.5 / POINTS, scale_y * 0.5 / POINTS
+                scale_x, scale_y = scale_x * (0.5 / POINTS), scale_y * (0.5 / POINTS)
             scale_x *= tl.load(reference + 2, mask=exists, other=1.0).to(ACC)
             scale_y *= tl.load(reference + 3, mask=exists, other=1.0).to(ACC)
     return scale_x, scale_y, shift_x, shift_y

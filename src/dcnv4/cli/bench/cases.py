@@ -37,6 +37,11 @@ class Case:
         raise NotImplementedError
 
     @property
+    def words(self) -> str:
+        """The name for people who read a table."""
+        raise NotImplementedError
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
@@ -70,6 +75,13 @@ class Conv(Case):
         kernel = f"-k{self.kernel}" if self.kernel != 3 else ""
         spread = f"-spread{self.spread:g}" if self.spread != 0.5 else ""
         return f"conv-{shape}-{self.precision}{kernel}{spread}"
+
+    @property
+    def words(self) -> str:
+        kernel = f", {self.kernel} x {self.kernel} points" if self.kernel != 3 else ""
+        spread = f", spread {self.spread:g}" if self.spread != 0.5 else ""
+        image = f"{self.batch} x {self.height} x {self.width}"
+        return f"{image}, {self.groups} x {self.depth}, {_dtype(self.precision)}{kernel}{spread}"
 
     @property
     def window(self) -> Window:
@@ -128,6 +140,15 @@ class Attention(Case):
         exact = f"-{self.locations}-locations" if self.locations else ""
         return f"{what}-{self.precision}{exact}"
 
+    @property
+    def words(self) -> str:
+        height, width = self.levels[0]
+        what = f"Encoder, {self.batch} x {height} x {width}"
+        if self.queries is not None:
+            what = f"Decoder, {self.batch} x {self.queries} queries"
+        exact = f", {_dtype(self.locations)} locations" if self.locations else ""
+        return f"{what}, {_dtype(self.precision)}{exact}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """value [B, S, G, D], locations [B, Q, G, L, P, 2] and logits [B, Q, G, L, P]."""
         options: dict[str, Any] = {"device": device, "generator": self.random(device)}
@@ -176,6 +197,11 @@ class Layer(Case):
         shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
         return f"layer-{shape}-{self.precision}"
 
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.height} x {self.width} x {self.channels}"
+        return f"Layer, {image}, {_dtype(self.precision)}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """x [B, H, W, C]"""
         image = (self.batch, self.height, self.width, self.channels)
@@ -218,6 +244,10 @@ def _autocast(device: torch.device, case: Case) -> AbstractContextManager[Any]:
     if case.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, case.dtype)
+
+
+def _dtype(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 def between_pixels(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
     first, best = rows[0], best_peer(rows)
     title = [first.case, first.direction, *([first.note] if first.note else [])]
     if first.floor:
-        title.append(f"floor {_figures(first.floor)} µs")
+        title.append(f"floor {figures(first.floor)} µs")
     if len({row.problem for row in rows}) == 1 and first.problem:
         return f"{'  '.join(title)}\n  {first.problem}"
     names = max(24, *(len(row.contestant) + 2 for row in rows))
@@ -77,18 +77,18 @@ def table(rows: Sequence[Row]) -> str:
         if row.median is None:
             lines.append(f"  {label:<{names}}{row.problem}")
             continue
-        spread = f"{_figures(row.p20)}-{_figures(row.p80)}"
+        spread = f"{figures(row.p20)}-{figures(row.p80)}"
         versus = f"{best / row.median:.2f}" if best and row.kind != "yardstick" else "-"
         memory = "-" if row.memory is None else f"{row.memory / 1e6:.1f}"
         error = "-" if row.error is None else f"{row.error:.0e}"
         lines.append(
-            f"  {label:<{names}}{_figures(row.median):>10}{spread:>18}{_figures(row.least):>9}"
-            f"{_figures(row.ratio):>9}{versus:>9}{memory:>11}{_figures(row.host):>9}{error:>9}"
+            f"  {label:<{names}}{figures(row.median):>10}{spread:>18}{figures(row.least):>9}"
+            f"{figures(row.ratio):>9}{versus:>9}{memory:>11}{figures(row.host):>9}{error:>9}"
         )
     return "\n".join(lines)
 
 
-def _figures(number: float | None) -> str:
+def figures(number: float | None) -> str:
     """Three significant figures, never in exponents."""
     if number is None:
         return "-"
@@ -155,7 +155,7 @@ def compare(
 
 
 def _state(row: Row) -> str:
-    return row.problem or f"{_figures(row.median)} µs"
+    return row.problem or f"{figures(row.median)} µs"
 
 
 def _verdict(was: Row, now: Row, ratio: float) -> str:
@@ -276,7 +276,7 @@ def _draw(
             weight = "bold" if row.kind == "backend" else "normal"
             axis.barh(top + at, ratio, 0.84, color=colours[row.contestant])
             axis.annotate(
-                f" {_figures(ratio)}", (ratio, top + at), va="center", fontsize=9, weight=weight
+                f" {figures(ratio)}", (ratio, top + at), va="center", fontsize=9, weight=weight
             )
         top += height
     axis.set_ylim(top - 0.5, -0.8)

@@ -39,8 +39,8 @@ struct Map {
 // Those of a slice.
 struct AttnPoints {
     const Levels& levels;
-    const REFERENCE* reference;  // [L or 1, REFERENCE_NUMBERS]
-    Index reference_level;       // stride
+    const REFERENCE* reference;      // [L or 1, REFERENCE_NUMBERS]
+    Index reference_level;           // stride
     const COORDINATES* coordinates;  // [L, P, 2]
     const WEIGHTS* weights;          // [L, P]
 
@@ -64,11 +64,11 @@ struct AttnPoints {
             for (int j = 0; j < REFERENCE_VECTOR; ++j) place[i + j] = part[j];
         }
         const Sum sizes[2] = {Sum(levels.width[level]), Sum(levels.height[level])};
-        const Sum half = 0.5;
+        const Sum half = 0.5, share = half / LEVEL_POINTS;
         Map out;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const Sum unit = BOX_BY_SIZE ? half : sizes[i] * half / LEVEL_POINTS;
+            const Sum unit = BOX_BY_SIZE ? half : sizes[i] * share;
             out.scale[i] = REFERENCE_NUMBERS == 4   ? place[2 + i] * unit
                            : REFERENCE_NUMBERS == 2 ? Sum(1)
                                                     : sizes[i];
