@@ -188,6 +188,13 @@ class InternImage(nn.Module):
         device, dtype: of the parameters.
 
     Source: Xiong et al., CVPR 2024, arXiv:2401.06197; Wang et al., CVPR 2023, arXiv:2211.05778.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.models import InternImage
+        >>> model = InternImage(channels=16, depths=(1, 1, 2, 1), num_classes=10)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -403,6 +410,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
     Raises:
         ValueError: the file's blocks have parameters that the model's have not.
+
+    Example:
+        >>> from dcnv4.models.internimage import InternImage, checkpoint_filter_fn
+        >>> model = InternImage(channels=16, depths=(1, 1, 1, 1))
+        >>> file = {"model_ema": {f"module.{n}": t for n, t in model.state_dict().items()}}
+        >>> checkpoint_filter_fn(file, model).keys() == model.state_dict().keys()
+        True
     """
     own = model.state_dict()
     state, _ = as_named(state_of(state_dict)[0], own)
@@ -521,6 +535,12 @@ def _register(name: str) -> Callable[..., nn.Module]:
     Args:
         pretrained: load the published weights.
         settings: of `InternImage`, and those that `timm.create_model` has for all models.
+
+    Example:
+        >>> import timm, torch, dcnv4.models
+        >>> backbone = timm.create_model("{name}", depths=(1, 1, 1, 1), features_only=True)
+        >>> [each.shape[2:] for each in backbone(torch.randn(1, 3, 64, 96))][-1]
+        torch.Size([2, 3])
     """
     register_model(create)
     return create

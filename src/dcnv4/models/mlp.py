@@ -22,6 +22,8 @@ from ..layers.projections import (
     read,
 )
 
+__all__: list[str] = []  # a part of models
+
 
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))).

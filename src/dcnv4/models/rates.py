@@ -18,9 +18,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """timm's parameter groups, in which what predicts points and weights learns slower.
 
-    For timm's optimizers and schedules, which multiply learning rates by a group's `lr_scale`:
-
-        create_optimizer_v2(model, "adamw", lr=1e-4, param_group_fn=parameter_groups)
+    For timm's optimizers and schedules, which multiply learning rates by a group's `lr_scale`.
 
     Args:
         model: its `group_matcher` tells layers, its `no_weight_decay` what else is not decayed.
@@ -32,6 +30,14 @@ def parameter_groups(
 
     Returns:
         Groups of parameters with `weight_decay` and `lr_scale`.
+
+    Example:
+        >>> from timm.optim import create_optimizer_v2
+        >>> from dcnv4.models import InternImage, parameter_groups
+        >>> model = InternImage(channels=16, depths=(1, 1, 1, 1))
+        >>> optimizer = create_optimizer_v2(model, "adamw", lr=1.0, param_group_fn=parameter_groups)
+        >>> sorted({group["lr_scale"] for group in optimizer.param_groups})
+        [0.1, 1.0]
     """
     settings: dict[str, Any] = {
         "weight_decay": weight_decay,
