@@ -222,47 +222,33 @@ class InternImage(nn.Module):
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        dcn: dict[str, Any] = {
-            "offset_scale": offset_scale,
-            "dw_kernel_size": dw_kernel_size,
-            "backend": backend,
-            **made,
-        }
+        dcn: dict[str, Any] = {"offset_scale": offset_scale, "dw_kernel_size": dw_kernel_size}
         if layer is DCNv4:
             dcn |= {"output_bias": output_bias, "init": "zero"}
+        dcn |= {"backend": backend, **made}
+        block: dict[str, Any] = {
+            "mlp_ratio": mlp_ratio,
+            "mlp_fc2_bias": mlp_fc2_bias,
+            "post_norm": post_norm,
+            "layer_scale": layer_scale,
+            "made": made,
+        }
         self.patch_embed = Stem(in_chans, channels, made)
-        last = len(depths) - 1
         self.levels = nn.ModuleList()
         self.feature_info = []
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         for i, depth in enumerate(depths):
-            width = channels << i
-            before = sum(depths[:i])
-            blocks = [
-                Block(
-                    width,
-                    layer(width, group=width // _GROUP_CHANNELS, **dcn),
-                    mlp_ratio=mlp_ratio,
-                    mlp_fc2_bias=mlp_fc2_bias,
-                    post_norm=post_norm,
-                    layer_scale=layer_scale,
-                    drop_path=drop_path_rate * (before + j) / max(1, sum(depths) - 1),
-                    made=made,
-                )
-                for j in range(depth)
-            ]
-            self.levels.append(
-                Level(width, blocks, norm=not post_norm, downsample=i < last, made=made)
-            )
-            self.feature_info.append(
-                {"num_chs": width, "reduction": 4 << i, "module": f"levels.{i}"}
-            )
-        self.num_features = width
-        self.head_hidden_size = int(width * cls_scale)
-        self.conv_head: nn.Module = nn.Sequential(
-            nn.Conv2d(width, self.head_hidden_size, 1, bias=False, **made),
-            nn.Sequential(nn.BatchNorm2d(self.head_hidden_size, **made)),
-            nn.GELU(),
-        )
+            width, last = channels << i, i == len(depths) - 1
+            blocks = []
+            for _ in range(depth):
+                deformable = layer(width, group=width // _GROUP_CHANNELS, **dcn)
+                blocks.append(Block(width, deformable, drop_path=next(rates), **block))
+            level = Level(width, blocks, norm=not post_norm, downsample=not last, made=made)
+            self.levels.append(level)
+            where = {"num_chs": width, "reduction": 4 << i, "module": f"levels.{i}"}
+            self.feature_info.append(where)
+        self.num_features, self.head_hidden_size = width, int(width * cls_scale)
+        self.conv_head: nn.Module = _conv_head(width, self.head_hidden_size, made)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         for name, module in self.named_modules():
@@ -388,6 +374,15 @@ class InternImage(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Nothing beyond what timm leaves out for all models: biases, norms and scales."""
         return set()
+
+
+def _conv_head(channels: int, hidden: int, made: dict[str, Any]) -> nn.Sequential:
+    """What makes the last map ready to be pooled."""
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 1, bias=False, **made),
+        nn.Sequential(nn.BatchNorm2d(hidden, **made)),
+        nn.GELU(),
+    )
 
 
 def _initialize(linear: nn.Linear) -> None:
