@@ -177,6 +177,13 @@ def deform_conv_packed(
         those of `packed` to be multiples of 8; a layer's are.
         Differentiable in `packed`, to any order.
 
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import deform_conv_packed
+        >>> packed = torch.randn(2, 32, 48, 64 + 3 * 4 * 9)
+        >>> deform_conv_packed(packed, 64, kernel_size=3, padding=1, groups=4).shape
+        torch.Size([2, 32, 48, 64])
+
     Source: as `deform_conv`.
     """
     settings = window(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional
-from dcnv4.layers import DCNv3, attention
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional, ops
+from dcnv4.layers import DCNv3
 
 
 def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -416,13 +416,13 @@ def test_locations_are_never_rounded_to_half(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reference[0, :, 0, 0] - 0.5 / 128
     assert (output[0, :, 0] - wanted).abs().max() <= torch.finfo(torch.bfloat16).eps
     captured: list[torch.dtype] = []
-    original = attention.ms_deform_attn
+    original = ops.DeformAttnFromOffsets.forward
 
-    def spy(value: Tensor, shapes: Any, locations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        captured.append(locations.dtype)
-        return original(value, shapes, locations, *args, **kwargs)
+    def spy(*call: Any) -> Tensor:
+        captured.append(call[3].dtype)
+        return original(*call)
 
-    monkeypatch.setattr(attention, "ms_deform_attn", spy)
+    monkeypatch.setattr(ops.MS_DEFORM_ATTN_FROM_OFFSETS, "forward", spy)
     half = layer.bfloat16()
     half(torch.zeros(1, 2, 8).bfloat16(), reference, ramp.bfloat16(), ((1, 128),))
     assert captured == [torch.float32]

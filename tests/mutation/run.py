@@ -189,7 +189,8 @@ class Bench:
                     return entry("stale")
                 compiled += load(log)
                 if not passed and self.passes(stage, test, tree):
-                    broken = not test or any("error" in library for library in compiled)
+                    broken = any("error" in library for library in compiled)
+                    broken |= not test and number == 0  # it cannot even be imported
                     result = "timeout" if late else "uncompiled" if broken else "killed"
                     return entry(result, stage=number, test=test)
         return entry("survived" if self._differs(mutant, compiled, tree) else "unchanged")

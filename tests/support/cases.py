@@ -41,9 +41,9 @@ class Case:
 
     `layout`: "plain"; "sliced", value and coordinates are parts of wider tensors; "packed", the
     same on whole 16 bytes, or of a convolution where they can be, parts of the same tensor, as a
-    layer's one projection has them; "permuted", channels are not
-    innermost; "expanded", the output's gradient has strides of 0. `integer`: every point lies on a
-    pixel centre. `coordinates`: dtypes of the arguments after value, instead of value's own.
+    layer's one projection has them; "permuted", channels are not innermost; "expanded", the
+    output's gradient has strides of 0. `integer`: every point lies on a pixel centre.
+    `coordinates`: dtypes of the arguments after value, instead of value's own.
     """
 
     id: str

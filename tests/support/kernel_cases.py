@@ -62,7 +62,7 @@ DATA: dict[str, dict[str, Any]] = {
     "zero_offsets": {"sigma": 0.0, "integer": True},
     "whole_pixels": {"integer": True, "outside": (-1, 0, 1, 1, -1, 0, 1), "every": 1},
     "near": {"sigma": 0.4},
-    "few_far": {"sigma": 0.4, "outside": (5.5, -3.25, 40.5), "every": 101},
+    "few_far": {"sigma": 0.4, "outside": (5.25, -3.25, 40.25), "every": 101},
     "many_far": {"sigma": 3.0},
     "endless_offsets": {"sigma": 0.4, "outside": (*_BAD, 1e30), "every": 89},
     "endless_value": {"sigma": 0.4, "spoilt": ("value", _BAD)},

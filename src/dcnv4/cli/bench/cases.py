@@ -179,9 +179,21 @@ class Attention(Case):
         return call
 
 
-@dataclass(frozen=True)
 class Layer(Case):
-    """A whole `DCNv4` layer with float32 parameters, under autocast where the dtype is a half."""
+    """A whole layer with float32 parameters, under autocast where the dtype is a half."""
+
+    operator: ClassVar[str]
+    """The one inside."""
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+
+@dataclass(frozen=True)
+class ConvLayer(Layer):
+    """`DCNv4`; its input is float32 under autocast, as a normalisation leaves it."""
 
     batch: int
     height: int
@@ -191,6 +203,7 @@ class Layer(Case):
     note: str = ""
     quick: bool = False
     op: ClassVar[str] = "layer"
+    operator: ClassVar[str] = "deform_conv"
 
     @property
     def name(self) -> str:
@@ -205,16 +218,54 @@ class Layer(Case):
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """x [B, H, W, C]"""
         image = (self.batch, self.height, self.width, self.channels)
-        x = torch.randn(image, device=device, generator=self.random(device))
-        return (x.to(self.dtype),)
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return _autocast(device, self)
+        return (torch.randn(image, device=device, generator=self.random(device)),)
 
 
 @dataclass(frozen=True)
-class Model(Case):
-    """A whole model of `dcnv4.models`, not in training, with float32 parameters as in `Layer`."""
+class AttentionLayer(Layer):
+    """`FlashDeformAttn` on float32 inputs, with the queries of an encoder, a pixel each, or decoder."""
+
+    batch: int
+    levels: tuple[tuple[int, int], ...]
+    queries: int | None = None
+    precision: str = "fp32"
+    channels: int = 256
+    heads: int = 8
+    points: int = 4
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "attention layer"
+    operator: ClassVar[str] = "ms_deform_attn"
+
+    @property
+    def name(self) -> str:
+        height, width = self.levels[0]
+        what = f"encoder-{self.batch}x{height}x{width}"
+        if self.queries is not None:
+            what = f"decoder-{self.batch}x{self.queries}"
+        return f"layer-{what}-{self.precision}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """query [B, Q, C] and the levels' pixels [B, S, C]."""
+        options: dict[str, Any] = {"device": device, "generator": self.random(device)}
+        pixels = sum(height * width for height, width in self.levels)
+        queries = pixels if self.queries is None else self.queries
+        return tuple(
+            torch.randn(self.batch, n, self.channels, **options) for n in (queries, pixels)
+        )
+
+    def reference_points(self, device: torch.device) -> Tensor:
+        """[B, Q, 1, 2]"""
+        if self.queries is None:
+            places = torch.cat([_centers(height, width, device) for height, width in self.levels])
+            return places.expand(self.batch, -1, -1)[:, :, None]
+        generator = self.random(device)
+        return torch.rand(self.batch, self.queries, 1, 2, device=device, generator=generator)
+
+
+@dataclass(frozen=True)
+class Model(Layer):
+    """A whole model of `dcnv4.models` that is not in training."""
 
     model: str
     batch: int
@@ -223,27 +274,24 @@ class Model(Case):
     note: str = ""
     quick: bool = False
     op: ClassVar[str] = "model"
+    operator: ClassVar[str] = "deform_conv"
     checked: ClassVar[int] = 1
-    """The first images, which nothing behind them changes."""
+    """The first images, which those behind them do not change."""
 
     @property
     def name(self) -> str:
         return f"model-{self.model}-{self.batch}x{self.size}-{self.precision}"
+
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.size} x {self.size}"
+        return f"{self.model}, {image}, {_dtype(self.precision)}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W], channels_last."""
         shape = (self.batch, 3, self.size, self.size)
         images = torch.randn(shape, device=device, generator=self.random(device))
         return (images.to(self.dtype, memory_format=torch.channels_last),)
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return _autocast(device, self)
-
-
-def _autocast(device: torch.device, case: Case) -> AbstractContextManager[Any]:
-    if case.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, case.dtype)
 
 
 def _dtype(precision: str) -> str:
@@ -267,6 +315,8 @@ _COST = "what a call itself costs"
 TINY: tuple[Case, ...] = (
     Conv(1, 2, 2, 1, 16, note=_COST, quick=True),
     Attention(1, ((2, 2),), heads=1, depth=16, note=_COST, quick=True),
+    ConvLayer(1, 2, 2, 16, "bf16", note=_COST, quick=True),
+    AttentionLayer(1, ((2, 2),), None, "bf16", 16, heads=1, note=_COST, quick=True),
 )
 """Next to no work: the time of their calls is measured in each way to call."""
 
@@ -289,7 +339,8 @@ CUDA: tuple[Case, ...] = (
     Conv(64, 56, 56, 4, 16, "fp16", spread=8, quick=True),
     Attention(2, _DETR, None, "fp16", note="Deformable DETR encoder", quick=True),
     Attention(8, _DETR, 300, "fp16", note="Deformable DETR decoder", quick=True),
-    Layer(64, 56, 56, 64, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    ConvLayer(64, 56, 56, 64, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    AttentionLayer(2, _DETR, None, "fp16", note="Deformable DETR encoder", quick=True),
     Conv(64, 28, 28, 8, 16, "fp16", note="FlashInternImage-T/224 stage 2"),
     Conv(64, 14, 14, 16, 16, "fp16", note="FlashInternImage-T/224 stage 3"),
     Conv(64, 7, 7, 32, 16, "fp16", note="FlashInternImage-T/224 stage 4"),
@@ -305,7 +356,12 @@ CUDA: tuple[Case, ...] = (
     Conv(64, 56, 56, 4, 32, "fp16"),
     Conv(64, 56, 56, 7, 16, "fp16", note="FlashInternImage-B/224 stage 1"),
     Conv(16, 100, 160, 8, 64, "fp16"),
-    Layer(64, 14, 14, 256, "fp16", note="FlashInternImage-T/224 stage 3"),
+    ConvLayer(64, 28, 28, 128, "fp16", note="FlashInternImage-T/224 stage 2"),
+    ConvLayer(64, 14, 14, 256, "fp16", note="FlashInternImage-T/224 stage 3"),
+    ConvLayer(64, 7, 7, 512, "fp16", note="FlashInternImage-T/224 stage 4"),
+    ConvLayer(1, 200, 320, 64, "fp16", note="FlashInternImage-T/800x1280 stage 1"),
+    ConvLayer(64, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    AttentionLayer(8, _DETR, 300, "fp16", note="Deformable DETR decoder"),
     Conv(16, 56, 56, 4, 16, "fp16", kernel=5),
     Conv(16, 56, 56, 4, 16, "fp16", kernel=7),
     Conv(1, 14, 14, 4, 16, "fp16", note="small"),
@@ -320,7 +376,7 @@ CUDA: tuple[Case, ...] = (
 CPU: tuple[Case, ...] = (
     Conv(1, 56, 56, 4, 16, note="FlashInternImage-T/224 stage 1", quick=True),
     Attention(1, _HALF_DETR, 300, note="Deformable DETR decoder", quick=True),
-    Layer(1, 56, 56, 64, note="FlashInternImage-T/224 stage 1", quick=True),
+    ConvLayer(1, 56, 56, 64, note="FlashInternImage-T/224 stage 1", quick=True),
     Conv(4, 28, 28, 8, 16, note="FlashInternImage-T/224 stage 2"),
     Conv(4, 14, 14, 16, 16, note="FlashInternImage-T/224 stage 3"),
     Conv(4, 7, 7, 32, 16, note="FlashInternImage-T/224 stage 4"),
@@ -337,7 +393,9 @@ CPU: tuple[Case, ...] = (
     Conv(3, 17, 23, 3, 5, note="odd"),
     Attention(1, _HALF_DETR, note="Deformable DETR encoder, half resolution"),
     Attention(1, _HALF_DETR, None, "bf16", locations="fp32"),
-    Layer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    ConvLayer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    ConvLayer(4, 14, 14, 256, note="FlashInternImage-T/224 stage 3"),
+    AttentionLayer(1, _HALF_DETR, 300, note="Deformable DETR decoder"),
     *CPU_MODELS,
     *TINY,
 )

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import backends
-from ...layers import DCNv4
-from .cases import TOLERANCE, Attention, Case, Conv, Layer, Model
+from ...layers import DCNv4, FlashDeformAttn
+from .cases import TOLERANCE, Attention, AttentionLayer, Case, Conv, ConvLayer, Layer, Model
 
 
 class Unable(Exception):  # noqa: N818
@@ -96,7 +96,8 @@ class Contestant:
     def why_not(self, device: torch.device) -> str | None:
         """None where this can run anything on the device; otherwise the reason."""
         if self.kind == "backend":
-            op = "deform_conv" if self.op in ("layer", "model") else self.op
+            layers = (ConvLayer, AttentionLayer, Model)
+            op = next((c.operator for c in layers if c.op == self.op), self.op)
             call = backends.Call(op, device, torch.float32)
             return backends.why_not(self.name.removeprefix("dcnv4 "), call)
         try:
@@ -143,8 +144,8 @@ def _enter_backend(name: str) -> None:
         usable(case.op, inputs)
         return Job(inputs, case.operator(name))
 
-    def layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
-        usable("deform_conv", inputs)
+    def layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.operator, inputs)
         module = DCNv4(case.channels, group=case.channels // 16, backend=name)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -157,27 +158,50 @@ def _enter_backend(name: str) -> None:
                 projection.weight.uniform_(-bound, bound, generator=generator)
         return _layer_job(case, inputs, module)
 
+    def attention_layer(case: AttentionLayer, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.operator, inputs)
+        sizes = case.channels, len(case.levels), case.heads, case.points
+        module = FlashDeformAttn(*sizes, backend=name)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # Offsets vary by 2 pixels, logits by 1.
+            for linear, spread in ((module.sampling_offsets, 2), (module.attention_weights, 1)):
+                deviation = spread / case.channels**0.5
+                linear.weight.normal_(0, deviation, generator=generator)
+            for projection in (module.value_proj, module.output_proj):
+                bound = (3 / case.channels) ** 0.5
+                projection.weight.uniform_(-bound, bound, generator=generator)
+        places = case.reference_points(inputs[0].device)
+        return _layer_job(case, inputs, module, others=(places, case.levels))
+
     def model(case: Model, inputs: tuple[Tensor, ...]) -> Job:
-        usable("deform_conv", inputs)
+        usable(case.operator, inputs)
         return _model_job(case, inputs, case.model, backend=name)
 
     contestant(f"dcnv4 {name}", "deform_conv", "backend")(operator)
     contestant(f"dcnv4 {name}", "ms_deform_attn", "backend")(operator)
     contestant(f"dcnv4 {name}", "layer", "backend")(layer)
+    contestant(f"dcnv4 {name}", "attention layer", "backend")(attention_layer)
     contestant(f"dcnv4 {name}", "model", "backend")(model)
 
 
 def _layer_job(
-    case: Layer, inputs: tuple[Tensor, ...], module: nn.Module, nchw: bool = False
+    case: Layer,
+    inputs: tuple[Tensor, ...],
+    module: nn.Module,
+    nchw: bool = False,
+    others: tuple[Any, ...] = (),
 ) -> Job:
+    """`others`: arguments of the module, one between the inputs and those behind them."""
     device = inputs[0].device
     module = module.to(device)
     if nchw:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def call(x: Tensor, *_: Tensor) -> Any:
+    def call(*leaves: Tensor) -> Any:
+        first, *rest = leaves[: len(inputs)]
         with case.autocast(device):
-            return module(x)
+            return module(first, *others[:1], *rest, *others[1:])
 
     if not nchw:
         return Job(inputs, call, parameters=tuple(module.parameters()))
@@ -425,13 +449,13 @@ def _depthwise(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
 
 
 @contestant("Conv2d 3x3", "layer", "yardstick")
-def _conv2d_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+def _conv2d_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
     module = nn.Conv2d(case.channels, case.channels, 3, padding=1)
     return _layer_job(case, inputs, module, nchw=True)
 
 
 @contestant("depthwise + pointwise", "layer", "yardstick")
-def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+def _separable_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
     channels = case.channels
     module = nn.Sequential(
         nn.Conv2d(channels, channels, 1),
@@ -439,6 +463,11 @@ def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
         nn.Conv2d(channels, channels, 1),
     )
     return _layer_job(case, inputs, module, nchw=True)
+
+
+@contestant("Linear", "layer", "yardstick")
+def _linear_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
+    return _layer_job(case, inputs, nn.Linear(case.channels, case.channels))
 
 
 @contestant("ConvNeXt-T", "model", "yardstick", requires="timm")
@@ -456,7 +485,7 @@ class Expected:
 
     def __init__(self, case: Case, inputs: tuple[Tensor, ...]) -> None:
         batch = len(inputs[0])
-        if isinstance(case, (Layer, Model)):
+        if isinstance(case, Layer):
             reference = next(
                 c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", case.op)
             )

@@ -1,11 +1,11 @@
 // Tiles of output pixels as small dense products on tensor cores.
 //
 // A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel
-// (column, row) in lane 4 * column + row. Offsets are small: where both coordinates of a point are
-// less than REACH pixels from its HOME, the pixel nearest to its cell of the undeformed kernel, it
-// is NEAR, and all corners that near points sample lie in a window of
-// WINDOW_W x WINDOW_H pixels, the tile and its halo. Let S, of [window positions, pixels], hold at
-// every corner its share of the point's weight. Then
+// (column, row) in lane 4 * column + row. Offsets are small: a point is NEAR if it is less than
+// REACH pixels, in x and in y, from its HOME, the pixel nearest to its cell of the undeformed
+// kernel. All corners that near points sample lie in a window of WINDOW_W x WINDOW_H pixels, the
+// tile and its halo. Let S, of [window positions, pixels], hold at every corner its share of the
+// point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
