@@ -59,7 +59,8 @@ def check_levels(
         check_sizes("spatial_shapes", spatial_shapes, levels)
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
             raise ValueError(
-                f"spatial_shapes must be on {device} or the CPU; got {spatial_shapes.device}"
+                "spatial_shapes must be on the CPU"
+                f"{'' if device.type == 'cpu' else f' or {device}'}; got {spatial_shapes.device}"
             )
         if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
             return spatial_shapes

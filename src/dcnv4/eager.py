@@ -253,8 +253,7 @@ def as_leaf(owner: type[Module], layer: Module, *arguments: Any, **named: Any) -
 
 
 @cache
-def _has_autocast(device: str) -> bool:
-    """Whether this PyTorch knows autocast on this kind of device."""
+def _knows_autocast(device: str) -> bool:
     try:
         torch.is_autocast_enabled(device)
     except RuntimeError:
@@ -262,7 +261,12 @@ def _has_autocast(device: str) -> bool:
     return True
 
 
-# Constant, so that a tracer need not look inside.
+def _has_autocast(device: str) -> bool:
+    """Whether this PyTorch knows autocast on this kind of device."""
+    return _knows_autocast(device)
+
+
+# Constant, so that a tracer need not look inside, where it would warn of the cache.
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -120,6 +120,7 @@ def check_sizes_of_conv(
     if channels % window.groups or channels == 0:
         raise ValueError(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
+            f"{_channels_first(value, offset_mask, window)}"
         )
     rows, columns = window.output_size(height, width)
     # Not `min` of both: a graph would be compiled for tall maps and another for wide ones.
@@ -135,6 +136,7 @@ def check_sizes_of_conv(
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
             f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(offset_mask)}"
+            f"{_channels_first(value, offset_mask, window)}"
         )
 
 
@@ -215,6 +217,15 @@ def windowed_conv_packed(
     chosen = backends.choose("deform_conv", packed.device, packed.dtype, deterministic, backend)
     output: Tensor = ops.deform_conv_packed(chosen, packed, channels, window)
     return output
+
+
+def _channels_first(value: Sequence[int], offset_mask: Sequence[int], window: Window) -> str:
+    """What to say of a value that fits the offset_mask only as [B, C, H, W]."""
+    last, first = (window.output_size(value[i], value[i + 1]) for i in (1, 2))
+    given = tuple(offset_mask[1:3])
+    if last == given or first not in (given, tuple(offset_mask[2:])):
+        return ""
+    return f"; value = {list(value)} seems to be [B, C, H, W]: permute(0, 2, 3, 1) it"
 
 
 def ms_deform_attn(

@@ -104,6 +104,32 @@ def test_without_a_compiler(tmp_path: Path, environment: dict[str, str], reason:
     assert_falls_back(result, reason)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", ["needs a C++ compiler (apt install g++, "]),
+        ("import logging; logging.getLogger('dcnv4').setLevel(logging.ERROR)", []),
+        ("import os; os.environ['DCNV4_BACKEND'] = 'reference'", []),
+    ],
+    ids=["at first", "not to be heard", "asked for"],
+)
+def test_slow_calls_are_announced_once(tmp_path: Path, setting: str, expected: list[str]) -> None:
+    script = f"""
+        {setting}
+        import torch
+        from dcnv4 import functional
+        value, offset_mask = torch.randn(1, 6, 6, 8), torch.randn(1, 6, 6, 56)
+        for dtype in (torch.float32, torch.float64):
+            functional.deform_conv(value.to(dtype), offset_mask.to(dtype), groups=2)
+    """
+    process = start(script, DCNV4_CACHE_DIR=str(tmp_path), CXX="/nowhere/c++")
+    said = process.communicate(timeout=300)[1]
+    lines = [line for line in said.splitlines() if "dcnv4" in line]
+    for line, words in zip(lines, expected, strict=True):
+        assert line.startswith("dcnv4 runs 12 times slower forward and 30 times backward, ")
+        assert words in line
+
+
 @pytest.mark.usefixtures("usable")
 def test_compiler_that_rejects_the_kernels(tmp_path: Path) -> None:
     compiler = tmp_path / "picky"

@@ -572,3 +572,16 @@ def test_autocast_casts_the_input_once(layer: torch.nn.Module) -> None:
         layer(x)
     casts = [e for e in profile.events() if e.name == "aten::_to_copy"]
     assert sum(math.prod(e.input_shapes[0]) == x.numel() for e in casts) == 1
+
+
+@pytest.mark.parametrize("name", ["convert", "functional", "visualize", "DCNv4Conv2d"])
+def test_the_class_says_what_the_package_has(name: str) -> None:
+    """`from dcnv4 import dcnv4` hides the package behind the class of the same name."""
+    with pytest.raises(AttributeError, match=f"import dcnv4`, .* to use dcnv4.{name}$"):
+        getattr(dcnv4.dcnv4, name)
+    assert not hasattr(DCNv4, name)
+    layer = DCNv4(8)
+    assert not hasattr(layer, name)
+    layer.add_module(name, nn.Identity())
+    assert getattr(pickle.loads(pickle.dumps(layer)), name) is not None
+    assert type(getattr(copy.deepcopy(layer), name)) is nn.Identity

@@ -360,6 +360,61 @@ def test_malformed(case: str) -> None:
     assert "\n" not in message
 
 
+SMALL = torch.zeros(1, 64, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: DCNv4Conv2d(64, 64, 7, padding=0)(SMALL),
+        lambda: DCNv4(64, 7, pad=0)(SMALL.permute(0, 2, 3, 1)),
+        lambda: DCNv3(64, 7, pad=0)(SMALL.permute(0, 2, 3, 1)),
+        lambda: DCNv4Conv2d(64, 64, 5, 2, without_pointwise=True)(SMALL[0]),
+    ],
+    ids=["DCNv4Conv2d", "DCNv4", "DCNv3", "stride"],
+)
+def test_a_map_smaller_than_the_kernel(call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match="kernel_size must fit the padded image = 4 x 4; got "):
+        call()
+
+
+@pytest.mark.parametrize("channels", [14, 16], ids=["channels do not divide", "size does not fit"])
+def test_channels_first(channels: int) -> None:
+    hint = rf"; value = \[1, 64, 14, {channels}\] seems to be \[B, C, H, W\]: permute"
+    value = torch.zeros(1, 64, 14, channels)
+    masks = torch.zeros(1, 14, channels, 108), torch.zeros(1, 108, 14, channels)
+    for offset_mask in masks:
+        with pytest.raises(ValueError, match=hint):
+            deform_conv(value, offset_mask)
+    with pytest.raises(ValueError, match=r"got \[1, 14, 14, 9\]$"):
+        deform_conv(torch.zeros(1, 14, 14, 16), torch.zeros(1, 14, 14, 9))
+
+
+HALVES: dict[str, Callable[[], Tensor]] = {
+    "DCNv4Conv2d": lambda: DCNv4Conv2d(8, 8, padding=1)(torch.zeros(1, 8, 4, 4).half()),
+    "without pointwise": lambda: DCNv4(8, without_pointwise=True)(torch.zeros(1, 16, 8).half()),
+    "depthwise": lambda: DCNv4(8, dw_kernel_size=3)(torch.zeros(1, 16, 8).half()),
+    "DCNv3": lambda: DCNv3(8)(torch.zeros(1, 4, 4, 8).half()),
+    "query": lambda: attend(query=torch.zeros(2, 3, 8).half()),
+    "input_flatten": lambda: attend(input_flatten=torch.zeros(2, 10, 8).half()),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_halves_given_to_a_layer_of_floats(case: str) -> None:
+    name = case if case in ("query", "input_flatten") else "x"
+    message = f"{name} must be torch.float32, as the layer's parameters are, .*; got torch.float16"
+    with pytest.raises(TypeError, match=message):
+        HALVES[case]()
+
+
+def test_halves_are_left_to_whoever_casts_them() -> None:
+    """A hook that casts what its module reads."""
+    layer = DCNv4(8, without_pointwise=True)
+    layer.offset_mask.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    assert layer(torch.zeros(1, 16, 8).half()).dtype == torch.float16
+
+
 def test_the_calls_that_are_changed_are_right() -> None:
     assert conv().shape == (2, 4, 5, 8)
     assert attn().shape == (2, 3, 8)

@@ -60,7 +60,7 @@ ARROWS = {
     "models.internimage": {"checkpoints", "eager", "layers", "models.mlp"},
     "models.mlp": {"eager", "layers.projections"},
     "models.rates": set(),
-    "visualize": {"layers"},
+    "visualize": {"arguments", "layers"},
     "onnx": {"geometry", "ops", "backends", "backends.reference"},
     "compat": {f"compat.{name}" for name in COMPAT},
     "compat.deformable_detr": {"eager", "functional", "layers"},

@@ -148,7 +148,7 @@ def test_what_fails_says_why_and_ends_nothing(
 
 def test_the_time_limit_leaves_out_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    assert run("--limit", "0", "--backends", "reference", "--json", str(file)) == 0
+    assert run("--limit", "1e-9", "--backends", "reference", "--json", str(file)) == 0
     assert {row.problem for row in rows_of(file).values()} == {"not run: over --limit"}
 
 
@@ -230,9 +230,29 @@ def test_impossible_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (("--compare", str(tmp_path / "none.json")), "No such file"),
         (("--json", str(tmp_path / "none" / "x.json")), "must be in a folder that exists"),
         (("--device", "abacus"), "--device must be cuda or cpu; got abacus"),
+        (("--peers", "grid,nosuch"), ", or be none; got nosuch"),
     ):
         assert run(*words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert run("--plot", "foo.txt") == 2
+    said = capsys.readouterr()
+    assert ".svg" in said.err
+    assert said.err.strip().endswith("; got foo.txt")
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("option", ["--budget", "--limit"])
+@pytest.mark.parametrize("given", ["-1", "0", "nan", "soon"])
+def test_seconds_are_positive(option: str, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(option, given)
+    assert f"argument {option}: must be a number > 0; got {given}" in capsys.readouterr().err
 
 
 def test_cases_are_chosen_by_name_word_or_glob(
@@ -244,6 +264,7 @@ def test_cases_are_chosen_by_name_word_or_glob(
     spread = {c.name for c in cases.choose(CPU, ["spread", "*-k5"], False)}
     assert spread == {f"{name}-spread2", f"{name}-spread8", f"{name}-k5"}
     assert all(c.quick for c in cases.choose(CPU, [], True))
+    assert [c.name for c in cases.choose(CPU, [f"{name}-k5"], True)] == [f"{name}-k5"]
     assert run("--list") == 0
     assert "grid_sample" in capsys.readouterr().out
     for device in (cases.CPU, cases.CUDA):

@@ -84,6 +84,7 @@ def result(finished: list[tuple[int, str]]) -> tuple[int, int, float]:
     """The first and the last step and the loss, of processes that must have succeeded."""
     for status, text in finished:
         assert status == 0, text
+        assert "Grad strides do not match" not in text
     found = re.search(r"steps (\d+) to (\d+), loss ([\d.]+)", finished[0][1])
     assert found, finished[0][1]
     return int(found[1]), int(found[2]), float(found[3])
@@ -109,7 +110,10 @@ def test_a_killed_run_goes_on(tmp_path: Path, expected: float) -> None:
     assert finished[0][0] != 0, finished[0][1]
     assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
 
-    first, last, loss = result(start(2, *killed))
+    finished = start(2, *killed)
+    assert f"Resumes after step 3, from {tmp_path / 'step_3'}." in finished[0][1]
+    assert "Resumes" not in finished[1][1]
+    first, last, loss = result(finished)
     assert (first, last) == (3, STEPS)
     assert loss == pytest.approx(expected, rel=1e-6)
 

@@ -29,7 +29,7 @@ from ..eager import as_leaf, autocast_dtype, compute, has_interested
 from ..functional import ms_deform_attn_from_offsets
 from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
-from .base import Layer, width_read
+from .base import Layer, check_dtype, width_read
 from .projections import (
     Call,
     Formula,
@@ -178,6 +178,8 @@ class FlashDeformAttn(Layer):
                 inputs = [prepared(t, formula.dtype) for t in (query, input_flatten)]
                 given = query, input_flatten, reference_points
                 return formula.run(given, (*inputs, reference_points))
+        check_dtype("query", query, self.sampling_offsets)
+        check_dtype("input_flatten", input_flatten, self.value_proj)
         return self._attend(
             *(query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask),
         )

@@ -21,7 +21,7 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..eager import beside, is_traced
+from ..eager import beside, is_autocast, is_traced
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
 
@@ -94,6 +94,17 @@ def width_read(module: nn.Module, found: int) -> int:
         return module.weight.shape[1]
     width: int = getattr(module, "in_features", getattr(module, "in_channels", found))
     return width
+
+
+def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
+    """Refuse in words what the product of a Linear that reads x would refuse."""
+    if type(reader) is not nn.Linear or reader.weight.dtype == x.dtype:
+        return
+    if not is_traced(x) and not is_autocast(x.device.type) and are_bare((reader,)):
+        raise TypeError(
+            f"{name} must be {reader.weight.dtype}, as the layer's parameters are, or come under "
+            f"autocast; got {x.dtype}"
+        )
 
 
 # Initialization.
@@ -205,7 +216,8 @@ class WindowedLayer(Layer):
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
         column, row = self.window.origins(
-            *(beside(torch.arange(n, device=x.device), x) for n in (rows, columns))
+            # None where the window does not fit, which the operator refuses.
+            *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))
         )
         return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
 

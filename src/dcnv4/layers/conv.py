@@ -30,6 +30,7 @@ from ..initialization import Initializer, average
 from .base import (
     OriginalNames,
     WindowedLayer,
+    check_dtype,
     original_window,
     other_words,
     pair,
@@ -121,6 +122,7 @@ class _DeformConv(WindowedLayer):
             formula = self._formula(dtype, x, layout)
             if formula is not None:
                 return formula.run((x,), (pixels,))
+        check_dtype("x", pixels, self.offset_mask)
         return layout.leave(self._deform(layout.enter(pixels)))
 
     def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:

@@ -23,6 +23,7 @@ from ..initialization import Initializer
 from .base import (
     OriginalNames,
     WindowedLayer,
+    check_dtype,
     is_readable,
     original_window,
     other_words,
@@ -155,6 +156,7 @@ class DCNv3(WindowedLayer, OriginalNames):
         check_tensor("x", x, "[B, H, W, C]", (4,))
         if x.shape[-1] != (width := width_read(self.input_proj, x.shape[-1])):
             raise ValueError(f"x must be [B, H, W, C = {width}]; got {list(x.shape)}")
+        check_dtype("x", x, self.input_proj)
         return self._at_centers(self.dw_conv(x.permute(0, 3, 1, 2)))
 
     def _predict(self, features: Tensor) -> Tensor:

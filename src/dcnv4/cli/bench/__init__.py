@@ -79,17 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="globs or parts of the names of peers and yardsticks; 'none' for none",
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases, shorter timing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="shorter timing, and few cases unless --cases names them",
+    )
     parser.add_argument(
         "--budget",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         help="for timing one contestant in one direction; default 0.5 (0.1 with --quick)",
     )
     parser.add_argument(
         "--limit",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         default=float("inf"),
         help="start no contestant after this much time; what was left out is said",
     )
@@ -101,6 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be a number > 0; got {text}")
+    return seconds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,12 +133,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--backends must be of {', '.join(backends.NAMES)}; got {', '.join(unknown)}"
             )
+        _check_peers(device, args.peers)
         old = report.load(args.compare) if args.compare else None
         for file in filter(None, (args.json, args.plot)):
             if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
                 raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
         if args.plot:
-            report.require_matplotlib()
+            report.check_plot(args.plot)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"dcnv4 bench: {error}", file=sys.stderr)
         return 2
@@ -198,6 +213,17 @@ def _contestants(
         else:
             missing[contestant.requires or contestant.name] = reason
     return able, missing
+
+
+def _check_peers(device: torch.device, patterns: Sequence[str]) -> None:
+    names = dict.fromkeys(
+        c.name for c in CONTESTANTS if c.kind != "backend" and c.device in (None, device.type)
+    )
+    for pattern in patterns:
+        if pattern != "none" and not any(cases.matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"--peers must match one of {', '.join(names)}, or be none; got {pattern}"
+            )
 
 
 def _environment(device: torch.device, bandwidth: float, missing: dict[str, str]) -> dict[str, str]:

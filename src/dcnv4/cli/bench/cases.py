@@ -402,19 +402,17 @@ CPU: tuple[Case, ...] = (
 
 
 def choose(device: torch.device, patterns: Sequence[str], quick: bool) -> list[Case]:
-    """The device's cases that a pattern names, or whose name or note one matches; all without."""
+    """The device's cases that a pattern names, or whose name or note one matches; all without, or
+    all quick ones."""
     cases = CUDA if device.type == "cuda" else CPU
     named = [case for case in cases if case.name in patterns]
     loose = [pattern for pattern in patterns if pattern not in {case.name for case in named}]
     return [
         case
         for case in cases
-        if (case.quick or not quick)
-        and (
-            not patterns
-            or case in named
-            or (loose and (matches(case.name, loose) or matches(case.note, loose)))
-        )
+        if (not patterns and (case.quick or not quick))
+        or case in named
+        or (loose and (matches(case.name, loose) or matches(case.note, loose)))
     ]
 
 
