@@ -34,6 +34,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
+# What the site's environment need not have.
+autodoc_mock_imports = ["timm"]
+
 # Headings get the anchors that they have on GitHub, and formulas are written as there.
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]

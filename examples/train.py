@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,18 +276,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+@contextlib.contextmanager
+def processes(wanted: str) -> Iterator[torch.device]:
+    """The device of this process, which can talk to torchrun's others meanwhile."""
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    many = "RANK" in os.environ
-    if many:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    with contextlib.ExitStack() as stack:
-        if many:
-            stack.callback(dist.destroy_process_group)
+    if "RANK" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with processes(args.device) as device:
         torch.manual_seed(args.seed)
         data, held_out = load_data(args.data)
         model = Classifier(args.size, args.channels, args.depth).to(device)
@@ -296,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
             for block in model.blocks:
                 block.compile(fullgraph=True)
         steps = args.epochs * (len(data) // world_size() // args.batch)
-        model = distribute(model, args.sharding if many else "none", device)
+        model = distribute(model, args.sharding if dist.is_initialized() else "none", device)
         training = Training(model, args.rate, steps, device)
         torch.manual_seed(args.seed + rank())
         if args.checkpoints and (found := checkpoints(args.checkpoints)):

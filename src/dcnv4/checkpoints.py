@@ -82,9 +82,9 @@ def load(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    state, source = _state(_read(checkpoint, weights_only), ema)
+    state, source = state_of(_read(checkpoint, weights_only), ema)
     own = model.state_dict()
-    state, left = _as_named(state, own)
+    state, left = as_named(state, own)
     skipped = _skipped([skip] if isinstance(skip, str) else skip, [*own, *state, *left])
     state = _fitted(model, {name: state[name] for name in state if name not in skipped})
     if not strict:
@@ -138,7 +138,7 @@ _AVERAGED = ("state_dict_ema", "model_ema")
 _PLACES = ("state_dict", "model", "module")
 
 
-def _state(checkpoint: Any, ema: bool) -> tuple[dict[str, Any], str]:
+def state_of(checkpoint: Any, ema: bool = True) -> tuple[dict[str, Any], str]:
     """The tensors by name, out of what they were saved in, and the keys that led there."""
     if not isinstance(checkpoint, Mapping):
         raise TypeError(
@@ -147,7 +147,7 @@ def _state(checkpoint: Any, ema: bool) -> tuple[dict[str, Any], str]:
         )
     for key in (*(_AVERAGED if ema else ()), *_PLACES):
         if isinstance(checkpoint.get(key), Mapping):
-            state, inner = _state(checkpoint[key], ema)
+            state, inner = state_of(checkpoint[key], ema)
             return state, f"{key}.{inner}" if inner else key
     if checkpoint and not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(
@@ -161,7 +161,7 @@ _WRAPPERS = ("module.", "model.", "backbone.")
 _COMPILED = "_orig_mod."  # anywhere in a name
 
 
-def _as_named(state: Mapping[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def as_named(state: Mapping[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The state by the names that the model has for it, and the names that lie elsewhere.
 
     Of all that wrappers may have put before the names of both, what fits most names.

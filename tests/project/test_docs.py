@@ -307,6 +307,15 @@ def test_install_page_mends_every_reason() -> None:
     assert not {reason for reason in reasons if reason not in page}
 
 
+@cache
+def has_timm() -> bool:
+    try:
+        importlib.import_module("timm")
+    except (ImportError, RuntimeError):  # the latter of torchvision beside another PyTorch
+        return False
+    return True
+
+
 def public() -> Iterator[tuple[str, str]]:
     """Every public name, with its module."""
     names = [
@@ -318,6 +327,8 @@ def public() -> Iterator[tuple[str, str]]:
         if parts[0] in INTERNAL or (parts[0] == "backends" and len(parts) > 1):
             continue
         if any(part.startswith("_") for part in parts):
+            continue
+        if parts[0] == "models" and not has_timm():
             continue
         module = importlib.import_module(f"dcnv4.{name}" if name else "dcnv4")
         own = [

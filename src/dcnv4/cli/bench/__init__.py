@@ -29,8 +29,8 @@ from .report import Row
 
 _EPILOG = """\
 A result is checked before it is timed: output and gradients against the reference backend in
-float64 (a layer: against itself on the reference backend), by relative L2 error: 1e-4 for fp32,
-1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
+float64 (a layer or a model: against itself on the reference backend), by relative L2 error: 1e-4
+for fp32, 1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
 
 median, p20-p80  of single calls, in µs. On a GPU with a cold L2, by CUDA events; a call whose host
                  time exceeds its device time shows the host's. On a CPU by the wall clock.

@@ -223,7 +223,7 @@ class ConvLayer(Layer):
 
 @dataclass(frozen=True)
 class AttentionLayer(Layer):
-    """`FlashDeformAttn` on float32 inputs, with the queries of an encoder, a pixel each, or decoder."""
+    """`FlashDeformAttn`, with an encoder's queries, a pixel each, or a decoder's."""
 
     batch: int
     levels: tuple[tuple[int, int], ...]
@@ -263,6 +263,37 @@ class AttentionLayer(Layer):
         return torch.rand(self.batch, self.queries, 1, 2, device=device, generator=generator)
 
 
+@dataclass(frozen=True)
+class Model(Layer):
+    """A whole model of `dcnv4.models` that is not in training."""
+
+    model: str
+    batch: int
+    size: int = 224
+    precision: str = "fp32"
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "model"
+    operator: ClassVar[str] = "deform_conv"
+    checked: ClassVar[int] = 1
+    """The first images, which those behind them do not change."""
+
+    @property
+    def name(self) -> str:
+        return f"model-{self.model}-{self.batch}x{self.size}-{self.precision}"
+
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.size} x {self.size}"
+        return f"{self.model}, {image}, {_dtype(self.precision)}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W], channels_last."""
+        shape = (self.batch, 3, self.size, self.size)
+        images = torch.randn(shape, device=device, generator=self.random(device))
+        return (images.to(self.dtype, memory_format=torch.channels_last),)
+
+
 def _dtype(precision: str) -> str:
     return str(DTYPES[precision]).removeprefix("torch.")
 
@@ -291,6 +322,16 @@ TINY: tuple[Case, ...] = (
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
 _HALF_DETR = ((50, 67), (25, 34), (13, 17), (7, 9))
+
+CUDA_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 64, 224, "fp16"),
+    Model("flash_internimage_b", 64, 224, "fp16"),
+    Model("flash_internimage_t", 2, 800, "fp16", note="a detector's images"),
+)
+CPU_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 1),
+    Model("flash_internimage_t", 1, 224, "bf16"),
+)
 
 # The most telling first: a plot shows as many as it has room for, a time limit cuts the last.
 CUDA: tuple[Case, ...] = (
@@ -328,6 +369,7 @@ CUDA: tuple[Case, ...] = (
     Conv(2, 31, 29, 5, 24, "fp16", note="odd"),
     Attention(2, _DETR, None, "bf16"),
     Attention(2, _DETR, None, "fp16", locations="fp32"),
+    *CUDA_MODELS,
     *TINY,
 )
 
@@ -354,6 +396,7 @@ CPU: tuple[Case, ...] = (
     ConvLayer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
     ConvLayer(4, 14, 14, 256, note="FlashInternImage-T/224 stage 3"),
     AttentionLayer(1, _HALF_DETR, 300, note="Deformable DETR decoder"),
+    *CPU_MODELS,
     *TINY,
 )
 
