@@ -38,6 +38,6 @@ class _OfThePackage:
 
 for _name in (
     *("DCNv4Conv2d", "FlashDeformAttn", "backends", "checkpoints", "compat", "convert", "flops"),
-    *("functional", "integrations", "onnx", "visualize"),
+    *("functional", "integrations", "models", "onnx", "visualize"),
 ):
     setattr(DCNv4, _name, _OfThePackage(_name))

@@ -29,7 +29,7 @@ LOCATIONS, WEIGHTS = torch.zeros(2, 3, 2, 2, 4, 2), torch.zeros(2, 3, 2, 2, 4)
 SHAPES = ((2, 3), (4, 1))
 POINTS = torch.zeros(2, 3, 2, 2)
 ARRAY = np.zeros(3, np.float32)
-MODEL = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+MODEL = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3))
 FLAGS = {
     DCNv4: (
         *("center_feature_scale", "remove_center", "output_bias", "without_pointwise", "softmax"),

@@ -279,11 +279,11 @@ def error(pictures: Tensor, scenes: Tensor) -> float:
 def report(results: dict[str, Result], photos: Photos) -> str:
     """What came out, as a table."""
     untouched = error(photos.test_inputs[:, :3], photos.test_scenes)
-    lines = [f"{'':24}{'test error of 255':>18}{'parameters':>12}{'training':>11}"]
+    lines = [f"{'':26}{'test error of 255':>18}{'parameters':>12}{'training':>11}"]
     for name, result in results.items():
         seconds = f"{result.seconds:.1f} s"
-        lines.append(f"{name:24}{result.errors[-1]:>18.1f}{result.parameters:>12,}{seconds:>11}")
-    return "\n".join((*lines, f"{'as the lens shows it':24}{untouched:>18.1f}"))
+        lines.append(f"{name:26}{result.errors[-1]:>18.1f}{result.parameters:>12,}{seconds:>11}")
+    return "\n".join((*lines, f"{'as the lens shows it':26}{untouched:>18.1f}"))
 
 
 def compare(
