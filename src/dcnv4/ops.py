@@ -429,13 +429,13 @@ def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> l
         return list(geometry.levels(shapes, device)[:2])
 
 
-OPERATORS: tuple[Operator, ...]
-OPERATORS = DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = (
+OPERATORS: tuple[Operator, Operator, Operator, Operator] = (
     DeformConv(),
     DeformAttn(),
     DeformConvPacked(),
     DeformAttnFromOffsets(),
 )
+DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = OPERATORS
 deform_conv, ms_deform_attn, deform_conv_packed, ms_deform_attn_from_offsets = (
     partial(run, operator) for operator in OPERATORS
 )

@@ -329,7 +329,7 @@ class _AttnFormula(Formula):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
@@ -340,7 +340,7 @@ class _AttnFormula(Formula):
         grad_value, grad_reference, *_ = ops.DeformAttnFromOffsets.backward(
             *(grad_y, self.backend, value, self.levels, reference, *self._split(predicted)),
             *(self.box_normalizer, True, needed[2]),
-            (None, *self._split(grad_predicted)),
+            out=(None, *self._split(grad_predicted)),
         )
         if self.mask is not None:
             grad_value = grad_value.view(*value.shape[:2], -1).masked_fill_(self.mask, 0.0)

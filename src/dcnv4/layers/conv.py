@@ -244,15 +244,17 @@ class _ConvFormula(Formula):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
-        (x,), y, last = inputs, kept[0], len(weights) - 1
+        (x,), y, last = inputs, kept.pop(0), len(weights) - 1
         grad = grad if self.layout.channels_last else self.layout.as_map(grad)
         grad = grad.reshape(-1, grad.shape[-1])
         of_last = [] if sums is None else [sums.of(last, grad, y.view(-1, y.shape[3]))]
-        grad_y = torch.mm(grad, weights[last]).view(y.shape)
+        shape = y.shape
+        del y
+        grad_y = torch.mm(grad, weights[last]).view(shape)
         rows = x.view(-1, x.shape[-1])
         step = self._packed_backward if last == 1 else self._depthwise_backward
         grad_x, made = step(grad_y, rows, weights, kept, sums, needed[0])
@@ -272,7 +274,7 @@ class _ConvFormula(Formula):
         sums: Sums | None,
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
-        call = self.backend, kept[1], self.channels, self.window
+        call = self.backend, kept[0], self.channels, self.window
         (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
         grad = grad.view(-1, grad.shape[3])
         grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None
@@ -287,7 +289,7 @@ class _ConvFormula(Formula):
         sums: Sums | None,
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
-        _, seen, value, predicted = kept
+        seen, value, predicted = kept
         call = self.backend, value, predicted, self.window
         grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)

@@ -68,9 +68,9 @@ class Parameters(NamedTuple):
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for rows, (weight, bias) in zip(self.rows, gradients, strict=True):
-            weights += weight.split(rows) if rows[1:] else (weight,)
+            weights += weight.split_with_sizes(rows) if rows[1:] else (weight,)
             if bias is not None:
-                biases += bias.split(rows) if rows[1:] else (bias,)
+                biases += bias.split_with_sizes(rows) if rows[1:] else (bias,)
         return weights + biases
 
     def caller(self, tensors: Sequence[Tensor]) -> Call:
@@ -167,12 +167,12 @@ class Formula:
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
         """The gradients of the inputs that need one and, where there are `sums` to make them with,
-        those of the weights."""
+        those of the weights. What is taken out of `kept` is freed."""
         raise NotImplementedError
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
@@ -203,15 +203,15 @@ class Formula:
         grad: Tensor,
         inputs: Sequence[Tensor],
         tensors: Sequence[Tensor],
-        behind: Sequence[Tensor],
+        kept: list[Tensor],
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients of the inputs and of the parameters."""
+        """Gradients of the inputs and of the parameters; `kept` begins with the weights."""
         count, products = len(inputs), len(self.parameters.rows)
+        weights = kept[:products]
+        del kept[:products]
         sums = Sums(tensors[0].dtype, self.parameters.places) if any(needed[count:]) else None
-        grads, made = self.backward(
-            *(grad, inputs, behind[:products], behind[products:], sums, needed)
-        )
+        grads, made = self.backward(grad, inputs, weights, kept, sums, needed)
         if sums is None:
             return [*grads, *[None] * len(tensors)]
         found = zip(self.parameters.split(made), needed[count:], strict=True)
@@ -245,16 +245,19 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         formula: Formula = ctx.formula
-        count, saved, needed = len(formula.wide), ctx.saved_tensors, ctx.needs_input_grad
-        behind = count + len(formula.parameters.tensors)
-        inputs, tensors = saved[:count], saved[count:behind]
+        count, saved, needed = len(formula.wide), list(ctx.saved_tensors), ctx.needs_input_grad
+        # What the backward has done with shall make room, unless the graph is run once more.
+        getattr(ctx, "maybe_clear_saved_tensors", bool)()
+        inputs, saved = saved[:count], saved[count:]
+        tensors = saved[: len(formula.parameters.tensors)]
+        del saved[: len(tensors)]
         through, needed = needed[1 : 1 + count], needed[1 + count :]
         if torch.is_grad_enabled() or has_interested((grad,), (0,)):
             grads = formula._differentiated(grad, inputs, tensors, needed)
             return None, *[None] * count, *grads
         grads = below(
             *(grad.device.type, formula._backward),
-            *(grad, inputs, tensors, saved[behind:], needed),
+            *(grad, inputs, tensors, saved, needed),
         )
         # To the source past what made the input of it, which would cast the gradient once more.
         sources: list[Tensor | None] = [None] * count
@@ -288,12 +291,19 @@ class Sums:
 
     def _rows(self, grad: Tensor) -> Tensor:
         """The sum [M] over the rows of a gradient [N, M]."""
-        exact = grad.dtype is not torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        if grad.device.type == "cpu" or not exact:
+        if grad.device.type == "cpu" or (grad.dtype is torch.float32 and _is_rounding()):
             return grad.sum(0).to(self.dtype)
         if self.ones is None or self.ones.shape[1] != grad.shape[0]:
             self.ones = grad.new_ones((1, grad.shape[0]))
         return multiplied(self.ones, grad, self.dtype)[0]
+
+
+def _is_rounding() -> bool:
+    """Whether PyTorch may round float32 numbers before a GPU multiplies them."""
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if chosen is None:  # before PyTorch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(chosen == "tf32")
 
 
 def multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

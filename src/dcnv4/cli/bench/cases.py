@@ -223,7 +223,7 @@ class ConvLayer(Layer):
 
 @dataclass(frozen=True)
 class AttentionLayer(Layer):
-    """`FlashDeformAttn` on float32 inputs, with the queries of an encoder, a pixel each, or decoder."""
+    """`FlashDeformAttn`, with an encoder's queries, a pixel each, or a decoder's."""
 
     batch: int
     levels: tuple[tuple[int, int], ...]
