@@ -82,13 +82,16 @@ class _MlpFormula(Formula):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
-        x, hidden, grad = (t.reshape(-1, t.shape[-1]) for t in (inputs[0], kept[0], grad))
+        x, grad = (t.reshape(-1, t.shape[-1]) for t in (inputs[0], grad))
+        hidden = kept.pop()
+        hidden = hidden.view(-1, hidden.shape[-1])
         last = [] if sums is None else [sums.of(1, grad, F.gelu(hidden))]
         grad_hidden = torch.ops.aten.gelu_backward(torch.mm(grad, weights[1]), hidden)
+        del hidden
         first = [] if sums is None else [sums.of(0, grad_hidden, x)]
         if not needed[0]:
             return (None,), first + last
