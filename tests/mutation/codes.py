@@ -56,8 +56,11 @@ def _preprocess(
         folder: where it may be written.
     """
     command = [part.replace("{tree}", str(tree)) for part in entry["command"]]
+    folder.mkdir(exist_ok=True)
+    for header, text in entry["headers"].items():
+        (folder / Path(header).name).write_text(text, encoding="utf-8")
+        command = [part.replace(f"-I{Path(header).parent}", f"-I{folder}") for part in command]
     if source is not None:
-        folder.mkdir(exist_ok=True)
         command[-1] = str(folder / Path(command[-1]).name)
         Path(command[-1]).write_text(source, encoding="utf-8")
     command = ["-O2" if part == "-O0" else part for part in command]

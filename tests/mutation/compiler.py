@@ -77,9 +77,17 @@ def main(arguments: list[str]) -> int:
     place = arguments.index("-o")
     command, target = arguments[:place] + arguments[place + 2 :], arguments[place + 1]
     source = Path(command[-1])
+    folders = [Path(argument[2:]) for argument in command if argument.startswith("-I")]
     entry = {
         "command": [argument.replace(str(tree), "{tree}") for argument in command],
         "source": None if source.is_relative_to(tree) else source.read_text(encoding="utf-8"),
+        # What was written for this compilation alone, and will be gone.
+        "headers": {
+            str(header): header.read_text(encoding="utf-8")
+            for folder in folders
+            if not folder.is_relative_to(tree)
+            for header in folder.glob("*.h")
+        },
     }
     try:
         text, entry["files"] = preprocess(command, tree)
