@@ -77,7 +77,7 @@ def test_conv_draws_the_points_of_a_pixel(name: str, tmp_path: Any) -> None:
     for axes in visualize.conv(layer, x, (2, 3), **arguments).axes:
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert (left + right, bottom + top) == pytest.approx((2 * column, 2 * row))
-        assert right - left == bottom - top
+        assert right - left == pytest.approx(bottom - top)
         assert reach < (right - left) / 2 < 1.5 * reach + 1
 
 

@@ -55,7 +55,8 @@ def surface(what: Any, built: list[Any]) -> Surface:
     for container in (layer._parameters, layer._buffers, layer._modules):
         names |= set(container)
     common = set(dir(nn.Module())) - {"forward"}
-    kept = sorted(n for n in names - common if not n.startswith(("__", "_abc_")))
+    told = (n for n in names - common if not n.startswith(("__", "_abc_")))
+    kept = sorted(n for n in told if hasattr(layer, n))
     return {
         "arguments": arguments(what.__init__),
         "forward": arguments(what.forward),

@@ -245,6 +245,14 @@ class AttentionLayer(Layer):
             what = f"decoder-{self.batch}x{self.queries}"
         return f"layer-{what}-{self.precision}"
 
+    @property
+    def words(self) -> str:
+        height, width = self.levels[0]
+        what = f"an encoder, {self.batch} x {height} x {width}"
+        if self.queries is not None:
+            what = f"a decoder, {self.batch} x {self.queries} queries"
+        return f"Layer of {what}, {_dtype(self.precision)}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """query [B, Q, C] and the levels' pixels [B, S, C]."""
         options: dict[str, Any] = {"device": device, "generator": self.random(device)}
