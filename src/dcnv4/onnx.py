@@ -1,4 +1,4 @@
-"""Export to ONNX: deformable convolution as the standard `DeformConv`, attention as gathers.
+"""Export to ONNX: the operators as gathers and products, or as standard operators of their kind.
 
 `lower` rewrites an exported program, `export` goes all the way from a model to a file.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import ops
-from .backends import reference
-from .geometry import Window, sum_dtype
+from .export import decompositions
+from .geometry import sum_dtype
 
 __all__ = ["export", "lower"]
 
@@ -32,8 +32,9 @@ def export(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
+    deform_conv: str = "gather",
     attention: str = "gather",
-    opset_version: int = 20,
+    opset_version: int | None = None,
     verbose: bool = False,
     **options: Any,
 ) -> Any:
@@ -48,9 +49,11 @@ def export(
             any size.
         dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
             input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
-        attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
-            `GridSample` per level; the level sizes must then be numbers in the model.
-        opset_version: of the standard opset; at least 19, the first with `DeformConv`.
+        deform_conv: "gather": deform_conv as index arithmetic, `Gather` and `MatMul`. "DeformConv":
+            as that operator, which fewer runtimes have.
+        attention: "gather": ms_deform_attn likewise. "grid_sample": a `GridSample` per level; the
+            level sizes must then be numbers in the model.
+        opset_version: of the standard opset; None for the lowest: 18, and 19 with `DeformConv`.
         verbose: print the exporter's progress.
         options: more keywords of `torch.onnx.export`, such as `input_names`.
 
@@ -61,10 +64,7 @@ def export(
         ImportError: onnx or onnxscript is missing, or torch is older than 2.8.
         ValueError: an argument of the wrong range.
     """
-    if opset_version < 19:
-        raise ValueError(
-            f"opset_version must be >= 19, the first with DeformConv; got {opset_version}"
-        )
+    opset_version = _opset(opset_version, deform_conv)
     _require_torch()
     _require_packages()
     if dynamic_axes is not None:
@@ -76,15 +76,58 @@ def export(
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)
         )
-    return torch.onnx.export(
-        lower(program, attention=attention),
-        f=path,
+    saving = {save: options.pop(own) for own, save in _SAVING.items() if own in options}
+    written: Any = torch.onnx.export(
+        lower(program, deform_conv=deform_conv, attention=attention),
         dynamo=True,
         opset_version=opset_version,
         dynamic_shapes=tree_map(_dimension_name, dynamic_shapes),
         verbose=verbose,
         **options,
     )
+    _forget_sizes(written)
+    if path is not None:
+        written.save(path, **{"external_data": True, **saving})
+    return written
+
+
+# What writes the file, by PyTorch's names, and by those of its program.
+_SAVING = {
+    "export_params": "include_initializers",
+    "keep_initializers_as_inputs": "keep_initializers_as_inputs",
+    "external_data": "external_data",
+}
+
+
+def _opset(version: int | None, deform_conv: str) -> int:
+    """The version that is written."""
+    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    if deform_conv == "DeformConv":
+        if version is not None and version < 19:
+            raise ValueError(
+                f"opset_version must be >= 19, the first with DeformConv; got {version}; "
+                'deform_conv="gather" needs 18'
+            )
+        return version or 19
+    if version is not None and version < 18:
+        raise ValueError(
+            "opset_version must be >= 18, the lowest that PyTorch's new exporter writes; got "
+            f"{version}; torch.onnx.export(..., dynamo=False) writes 16"
+        )
+    return version or 18
+
+
+def _forget_sizes(program: Any) -> None:
+    """Drop what is noted of the sizes of intermediate results.
+
+    ONNX Runtime keeps a buffer for results of the same noted size until the last of them was used:
+    without the notes, a portable layer takes half the memory. They can be inferred.
+    """
+    outputs = set(program.model.graph.outputs)
+    for node in program.model.graph:
+        for result in node.outputs:
+            if result not in outputs:
+                result.shape = None
 
 
 def _from_axes(
@@ -127,35 +170,46 @@ def _dimension_name(size: Any) -> Any:
     return size.__name__ if isinstance(size, torch.export.Dim) else size
 
 
-def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -> Any:
+def lower(
+    program: torch.export.ExportedProgram,
+    *,
+    deform_conv: str = "gather",
+    attention: str = "gather",
+) -> Any:
     """An exported program in which this package's operators are those that ONNX has.
 
     `torch.onnx.export(lowered, …, dynamo=True)` takes it as it is.
 
     Args:
         program: from `torch.export.export`.
-        attention: as in `export`.
+        deform_conv, attention: as in `export`.
 
     Returns:
-        The `torch.export.ExportedProgram`; it is not meant to be run in PyTorch.
+        The `torch.export.ExportedProgram`; with `DeformConv` it is not meant to be run in PyTorch.
 
     Raises:
         ImportError: torch is older than 2.8.
-        ValueError: an unknown `attention`, or level sizes that "grid_sample" cannot take.
+        ValueError: an unknown `deform_conv` or `attention`, or level sizes that "grid_sample"
+            cannot take.
     """
     _require_torch()
-    if attention not in _ATTENTION:
-        raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}; got {attention!r}")
-    table = {
-        torch.ops.dcnv4.deform_conv.default: _deform_conv,
-        torch.ops.dcnv4.ms_deform_attn.default: _ATTENTION[attention],
-    }
+    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    _check("attention", attention, _ATTENTION)
+    table = decompositions() | _DEFORM_CONV[deform_conv] | _ATTENTION[attention]
     return program.run_decompositions(table)
+
+
+def _check(name: str, choice: str, choices: Mapping[str, Any]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {choice!r}")
 
 
 def _require_torch() -> None:
     if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
-        raise ImportError(f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}")
+        raise ImportError(
+            f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}; "
+            "torch.onnx.export(..., dynamo=False) does without"
+        )
 
 
 def _require_packages() -> None:
@@ -187,7 +241,8 @@ def _deform_conv(*arguments: Any) -> Tensor:
         fraction, exponent = math.frexp(window.offset_scale)
         digits = torch.full((), int(fraction * 2**53), dtype=torch.int64, device=value.device)
         scale = digits.to(dtype) * 2.0 ** (exponent - 53)
-        offsets = scale * offsets + (scale - 1) * _cells(window, offsets)
+        cells = window._replace(remove_center=False).cells_beside(offsets)
+        offsets = scale * offsets + (scale - 1) * cells.unflatten(0, (kw, kh))
     output: Tensor = torch.onnx.ops.symbolic(
         "DeformConv",
         (
@@ -219,29 +274,8 @@ def _with_zero(points: Tensor, index: int, dim: int) -> Tensor:
     return torch.cat((before, zero, after), dim)
 
 
-def _cells(window: Window, like: Tensor) -> Tensor:
-    """(x, y) of the undeformed points from the window's centre, [kw, kh, 2]."""
-    y, x = (
-        torch.arange(size, dtype=like.dtype, device=like.device) * step - center
-        for size, step, center in zip(
-            window.kernel_size, window.dilation, window.center(), strict=True
-        )
-    )
-    return torch.stack(torch.broadcast_tensors(x[:, None], y), -1)
-
-
 def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
     return torch.promote_types(sum_dtype(value.dtype), coordinates.dtype)
-
-
-def _gather(*arguments: Any) -> Tensor:
-    _, value, shapes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
-    if not isinstance(shapes, Tensor):
-        # A tensor of numbers would be a constant, which a lowering cannot add to a program.
-        numbers = [size for pair in shapes for size in pair]
-        sizes = [torch.full((), n, dtype=torch.int64, device=value.device) for n in numbers]
-        shapes = torch.stack(sizes).view(-1, 2)
-    return reference.attn_forward(value, shapes, locations, weights, softmax, differentiable=True)
 
 
 def _grid_sample(*arguments: Any) -> Tensor:
@@ -265,4 +299,12 @@ def _grid_sample(*arguments: Any) -> Tensor:
     return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
-_ATTENTION = {"gather": _gather, "grid_sample": _grid_sample}
+# What is made of an operator other than what any runtime knows.
+_DEFORM_CONV: dict[str, dict[Any, Callable[..., Tensor]]] = {
+    "gather": {},
+    "DeformConv": {torch.ops.dcnv4.deform_conv.default: _deform_conv},
+}
+_ATTENTION: dict[str, dict[Any, Callable[..., Tensor]]] = {
+    "gather": {},
+    "grid_sample": {torch.ops.dcnv4.ms_deform_attn.default: _grid_sample},
+}

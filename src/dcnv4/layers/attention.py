@@ -145,7 +145,7 @@ class FlashDeformAttn(Layer):
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         output = ms_deform_attn(
-            value.unflatten(-1, (logits.shape[2], -1)),
+            value.view(*value.shape[:2], logits.shape[2], -1),
             input_spatial_shapes,
             locations,
             logits,
@@ -193,7 +193,9 @@ class FlashDeformAttn(Layer):
         check_sizes("input_spatial_shapes", shapes, self.n_levels)
         # As many heads as the projection has offsets for.
         points = (-1, self.n_levels, self.n_points)
-        offsets = _wide(self.sampling_offsets(query)).unflatten(-1, (*points, 2))
+        # Not `unflatten`, after which PyTorch's old exporter takes sizes for constants.
+        rows = query.shape[:2]
+        offsets = _wide(self.sampling_offsets(query)).view(*rows, *points, 2)
         boxes = _wide(reference_points)[:, :, None, :, None]
         if given[3] == 2 or self.use_4D_normalizer:
             offsets = offsets / self._sizes(shapes, offsets)
@@ -201,7 +203,7 @@ class FlashDeformAttn(Layer):
             offsets = offsets * (1 / self.n_points)
         if given[3] == 4:
             offsets = offsets * (boxes[..., 2:] * 0.5)
-        return boxes[..., :2] + offsets, self.attention_weights(query).unflatten(-1, points)
+        return boxes[..., :2] + offsets, self.attention_weights(query).view(*rows, *points)
 
     def extra_repr(self) -> str:
         settings = {name: getattr(self, name) for name in ("n_levels", "n_heads", "n_points")}

@@ -161,7 +161,11 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def _interleave(self, offset: Tensor, mask: Tensor, dim: int) -> Tensor:
         """A group's 2K of `offset`, then its K of `mask`, group after group, along `dim` < 0."""
-        parts = [part.unflatten(dim, (self.window.groups, -1)) for part in (offset, mask)]
+        # Not `unflatten`, after which PyTorch's old exporter takes sizes for constants.
+        parts = [
+            part.reshape(*part.shape[:dim], self.window.groups, -1, *part.shape[dim:][1:])
+            for part in (offset, mask)
+        ]
         return torch.cat(parts, dim).flatten(dim - 1, dim)
 
     def extra_repr(self) -> str:
