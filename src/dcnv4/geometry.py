@@ -189,7 +189,7 @@ def _around(x: Tensor, origin: Tensor | int, size: Tensor | int) -> tuple[Tensor
 
 def _beside_pairs(number: Tensor | int) -> Tensor | int:
     """What points [...] have in common, as it stands beside [..., 2]."""
-    return number[..., None] if isinstance(number, Tensor) else number
+    return number[..., None] if isinstance(number, Tensor) and number.dim() else number
 
 
 def coefficients(weights: Tensor, fraction_x: Tensor, fraction_y: Tensor) -> Tensor:

@@ -210,3 +210,23 @@ def test_yolo_converted_trains_and_fuses(monkeypatch: pytest.MonkeyPatch) -> Non
             block.forward = block.forward_fuse
         fused = model.fuse(verbose=False)(images)[0]
     torch.testing.assert_close(fused, found, rtol=1e-3, atol=1e-3)
+
+
+def test_ultralytics_exports_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own exporter, which takes PyTorch's old one, for any batch and size of image."""
+    needed("ultralytics")
+    onnxruntime = needed("onnxruntime")
+    from ultralytics import YOLO
+
+    monkeypatch.setenv("YOLO_AUTOINSTALL", "false")
+    monkeypatch.chdir(tmp_path)
+    yolo = YOLO("yolov8n.yaml")
+    assert dcnv4.convert(yolo.model, names="model.8.*", kind="dense")
+    path = yolo.export(format="onnx", imgsz=64, simplify=False, opset=16, dynamic=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((1, 3, 64, 64), (2, 3, 96, 64)):
+        image = torch.rand(size)
+        with torch.no_grad():
+            expected = yolo.model.eval()(image)[0]
+        (found,) = session.run(None, {"images": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)

@@ -129,7 +129,7 @@ class _Points(NamedTuple):
         """Some of a group's points each."""
 
         def cut(of_points: Any) -> Any:
-            if isinstance(of_points, Tensor) and of_points.shape[-1] == sum(sizes):
+            if isinstance(of_points, Tensor) and of_points.shape[-1:] == (sum(sizes),):
                 return of_points.split(sizes, -1)
             return [of_points] * len(sizes)
 
