@@ -129,7 +129,7 @@ def levels(
         sizes = [size for pair in spatial_shapes for size in pair]
         filled = [torch.full((), size, dtype=torch.int64, device=device) for size in sizes]
         shapes = torch.stack(filled).view(-1, 2)
-    areas = shapes[:, 0] * shapes[:, 1]
+    areas = shapes.prod(1)
     return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
 
 
@@ -183,7 +183,8 @@ def _around(x: Tensor, origin: Tensor | int, size: Tensor | int) -> tuple[Tensor
     floor = x.detach().floor()
     before, fraction = origin + floor.int(), x - floor
     pixels = torch.stack((before, before + 1), -1)
-    inside = near & ((before >= 0) | (fraction > 0))
+    # Not `|`, which the converter to Core ML does not know.
+    inside = near & torch.logical_or(before >= 0, fraction > 0)
     return pixels, fraction, inside[..., None] & (pixels >= 0) & (pixels < _beside_pairs(size))
 
 

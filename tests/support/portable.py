@@ -138,7 +138,7 @@ LAYERS = {
     "FlashDeformAttn": Portable(Attention, queries, ANY),
 }
 MODELS = {
-    "deformable_detr": Portable(Detector, images, ((1, 64, 64),)),
+    "deformable_detr": Portable(Detector, images, ((1, 96, 128),)),
     "flash_intern_image_t": Portable(classifier, images, ((1, 32, 32),)),
 }
 NEEDS = {

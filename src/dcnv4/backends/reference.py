@@ -195,7 +195,8 @@ def _attn_problem(
     integers = _integers(batch * length * groups, flat_locations.shape[0])
     heights, widths, starts = geometry.levels(spatial_shapes, value.device)
     # Shapes on an accelerator are not checked on the host: a wrong one must not read elsewhere.
-    fits = (heights <= length) & (widths <= length) & (starts + heights * widths <= length)
+    areas = torch.cat((heights, widths), 1).prod(1, keepdim=True)
+    fits = (heights <= length) & (widths <= length) & (starts + areas <= length)
     of_levels = torch.where(fits, heights, 0), widths, starts
     of_points = [sizes.to(integers).expand(-1, locations.shape[4]).flatten() for sizes in of_levels]
 

@@ -220,7 +220,7 @@ class FlashDeformAttn(Layer):
         if traced:
             shapes = traced_levels(shapes)
         if isinstance(shapes, Tensor):
-            return beside(shapes.flip(-1)[:, None].to(*place), offsets)
+            return beside(shapes[:, [1, 0]][:, None].to(*place), offsets)
         sizes = tuple((width, height) for height, width in shapes)
         return beside(_make_sizes(sizes, *place), offsets) if traced else _kept_sizes(sizes, *place)
 

@@ -31,6 +31,7 @@ from .base import (
     original_window,
     other_words,
     pair,
+    same_padding,
     width_read,
 )
 
@@ -76,7 +77,7 @@ class _DeformConv(WindowedLayer):
                 in_channels,
                 in_channels,
                 dw_kernel_size,
-                padding="same",
+                padding=same_padding(dw_kernel_size),
                 groups=in_channels,
                 **factory,
             )

@@ -26,6 +26,7 @@ from .base import (
     is_readable,
     original_window,
     other_words,
+    same_padding,
     width_read,
 )
 
@@ -108,8 +109,9 @@ class DCNv3(WindowedLayer, OriginalNames):
             self.dw_kernel_size = self.kernel_size
         else:
             self.dw_kernel_size = check_integer("dw_kernel_size", dw_kernel_size, 1)
+        padding = same_padding(self.dw_kernel_size)
         depthwise = nn.Conv2d(
-            channels, channels, self.dw_kernel_size, padding="same", groups=channels, **made
+            channels, channels, self.dw_kernel_size, padding=padding, groups=channels, **made
         )
         norm = _norm(norm_layer, channels, made)
         activation = _ACTIVATIONS[check_choice("act_layer", act_layer, tuple(_ACTIVATIONS))]
