@@ -246,27 +246,31 @@ def _forward(problem: _Problem, table: Tensor, differentiable: bool) -> Tensor:
         limited = (problem.points(part).corners() for part in problem.parts(_limit(table)))
         return torch.cat([_sum_rows(table, some.rows, some.coefficients()) for some in limited])
     points = problem.points(slice(0, problem.pixels))
-    groups, count = points.weights.shape[1:]
+    # Numbers, where a trace would have them as tensors.
+    groups, count = (int(size) for size in points.weights.shape[1:])
     # Parts of a number that no size of the image changes: a third of the points at most, and of
     # these so many groups that three rows are gathered for one of the output.
     by_group = min(groups, -(-4 * count // 9))
     by_point = min(count, max(3, -(-4 * count // (3 * by_group))))
     some_groups = _sizes(groups, by_group)
     sums = []
-    for some in points.split(_sizes(count, by_point)):
+    some_points = _sizes(count, by_point)
+    for size, some in zip(some_points, points.split(some_points), strict=True):
         corners = some.corners()
         parts = zip(
             corners.rows.split(some_groups, 1),
             corners.coefficients().split(some_groups, 1),
+            some_groups,
             strict=True,
         )
-        sums.append(torch.cat([_products(table, *part) for part in parts], 1))
+        sums.append(torch.cat([_products(table, *part, 4 * size) for part in parts], 1))
     return reduce(torch.add, sums)
 
 
-def _products(table: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
+def _products(
+    table: Tensor, rows: Tensor, coefficients: Tensor, groups: int, corners: int
+) -> Tensor:
     """As `_sum_rows`, of operations that autograd and exporters know."""
-    groups, corners = rows.shape[1:]
     gathered = F.embedding(rows.reshape(-1, corners), table)
     products = torch.bmm(coefficients.reshape(-1, 1, corners), gathered)
     return products.view(-1, groups, table.shape[1])
@@ -280,7 +284,7 @@ def _sizes(count: int, parts: int) -> list[int]:
 def _sum_rows(table: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
     """The rows [n, G, 4R] of the table, each as often as its coefficient says: [n, G, D]."""
     if table.device.type != "cpu":
-        return _products(table, rows, coefficients)
+        return _products(table, rows, coefficients, *rows.shape[1:])
     count, groups, corners = rows.shape
     rows, coefficients = rows.view(-1, corners), coefficients.view(-1, corners)
     sums = F.embedding_bag(rows, table, per_sample_weights=coefficients, mode="sum")
