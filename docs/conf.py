@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.writers.html5 import HTML5Translator
 
 import dcnv4
 
@@ -16,7 +18,13 @@ author = "The dcnv4 authors"
 copyright = f"2026, {author}"
 version = release = dcnv4.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dcnv4 {release}"
@@ -26,8 +34,14 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
-# Headings get the anchors that they have on GitHub.
+# What the site's environment need not have.
+autodoc_mock_imports = ["timm"]
+
+# Headings get the anchors that they have on GitHub, and formulas are written as there.
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .go"  # what is copied has no prompts and no output
 
 # A name between single backticks in a docstring links to what it names, where that is on the site.
 default_role = "py:obj"
@@ -49,8 +63,8 @@ nitpick_ignore_regex = [
 def as_in_markdown(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """In docstrings, an indented block after a blank line is code, * and | are themselves, and
-    `a to b:` names the arguments from one to the other."""
+    """In docstrings, an indented block after a blank line is code, as is what follows `>>>`; * and
+    | are themselves, and `a to b:` names the arguments from one to the other."""
     code = False
     result: list[str] = []
     for before, line in zip(["", "", *lines], lines, strict=False):
@@ -59,7 +73,8 @@ def as_in_markdown(
             result += ["::", ""]
         line = re.sub(r"^( +\w+) to (\w+: )", r"\1…\2", line)
         code = bool(starts) or (code and (not line or line.startswith("    ")))
-        result.append(line if code else re.sub(r"[*|]", r"\\\g<0>", line))
+        as_it_is = code or line.lstrip().startswith((">>> ", "... "))
+        result.append(line if as_it_is else re.sub(r"[*|]", r"\\\g<0>", line))
     lines[:] = result
 
 
@@ -81,7 +96,17 @@ def where_it_is_written(app: Sphinx, module: str, name: str) -> str | None:
     return module if name in exported else None
 
 
+def write_formula(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Formulas are MathML, which browsers draw by themselves: no script, no network."""
+    formula = tex2mathml(node.astext())
+    if isinstance(node, nodes.math_block):
+        formula = formula.replace("<math ", '<math display="block" ', 1)
+    writer.body.append(formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.connect("autodoc-process-docstring", as_in_markdown, priority=400)  # before napoleon
     app.connect("missing-reference", in_the_package)
     app.connect("viewcode-follow-imported", where_it_is_written)

@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,50 +245,73 @@ def accuracy(training: Training, data: TensorDataset, amp: bool) -> float:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=("digits", "synthetic"), default="digits")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--data", choices=("digits", "synthetic"), default="digits", help="what to learn"
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the images")
     parser.add_argument("--batch", type=int, default=32, help="images a process and step")
     parser.add_argument("--size", type=int, default=8, help="pixels to which images are enlarged")
-    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=32, help="of every block")
     parser.add_argument("--depth", type=int, default=3, help="blocks")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda if there is one",
+    )
     parser.add_argument(
         "--sharding", choices=("ddp", "fsdp"), default="ddp", help="how processes share the model"
     )
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile every block")
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="to keep them in and resume from"
+    )
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+@contextlib.contextmanager
+def processes(wanted: str) -> Iterator[torch.device]:
+    """The device of this process, which can talk to torchrun's others meanwhile."""
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    many = "RANK" in os.environ
-    if many:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    with contextlib.ExitStack() as stack:
-        if many:
-            stack.callback(dist.destroy_process_group)
+    if "RANK" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with processes(args.device) as device:
         torch.manual_seed(args.seed)
         data, held_out = load_data(args.data)
         model = Classifier(args.size, args.channels, args.depth).to(device)
+        # As the gradients of its convolutions come: DistributedDataParallel wants one layout.
+        model = model.to(memory_format=torch.channels_last)
         if args.compile:
             for block in model.blocks:
                 block.compile(fullgraph=True)
         steps = args.epochs * (len(data) // world_size() // args.batch)
-        model = distribute(model, args.sharding if many else "none", device)
+        model = distribute(model, args.sharding if dist.is_initialized() else "none", device)
         training = Training(model, args.rate, steps, device)
         torch.manual_seed(args.seed + rank())
         if args.checkpoints and (found := checkpoints(args.checkpoints)):
             training.restore(found[-1])
+            if rank() == 0:
+                print(f"Resumes after step {training.step}, from {found[-1]}.")
         first = training.step
         loss, speed = train(training, data, args)
         share = accuracy(training, held_out, args.amp)

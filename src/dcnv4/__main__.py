@@ -12,7 +12,7 @@ from . import __version__
 
 COMMANDS = {
     "info": "what runs here: versions, devices, backends and why others do not run",
-    "demo": "train a digit classifier on the CPU and draw where its layers look",
+    "demo": "train a network on the CPU to undo a fisheye lens, and draw where its layers look",
     "bench": "check and time both operators on this machine",
 }
 
@@ -44,7 +44,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dcnv4 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
         if name in words:  # only what is asked for is imported
             import_module(f"{__package__}.cli.{name}").add_arguments(command)
     return parser

@@ -59,7 +59,8 @@ def check_levels(
         check_sizes("spatial_shapes", spatial_shapes, levels)
         if spatial_shapes.device.type != "cpu" and spatial_shapes.device != device:
             raise ValueError(
-                f"spatial_shapes must be on {device} or the CPU; got {spatial_shapes.device}"
+                "spatial_shapes must be on the CPU"
+                f"{'' if device.type == 'cpu' else f' or {device}'}; got {spatial_shapes.device}"
             )
         if spatial_shapes.device.type != "cpu" or is_traced(spatial_shapes):
             return spatial_shapes
@@ -95,6 +96,22 @@ def check_sizes(name: str, spatial_shapes: Tensor | Sequence[Sequence[int]], lev
     if len(pairs) != levels:
         raise ValueError(f"{rule}; got {len(pairs)}")
     return pairs
+
+
+def check_reference_points(
+    reference_points: Any, whole: tuple[int, int, int], value: Tensor | None = None
+) -> None:
+    """Check that they are points or boxes for (B, Q, L); on the value's device, if it is given."""
+    layout = "[B, Q, L, 2 or 4]"
+    check_tensor("reference_points", reference_points, layout, (4,), value)
+    given = reference_points.shape
+    # `in` would not ask a tracer whether its sizes are these.
+    fits = all(one == all_ or one == 1 for one, all_ in zip(given[:3], whole, strict=True))
+    if not fits or (given[3] != 2 and given[3] != 4):
+        raise ValueError(
+            f"reference_points must be {layout} = {[*whole, 2]} or {[*whole, 4]}, or 1 in place of "
+            f"B, Q or L; got {list(given)}"
+        )
 
 
 def check_shape(shape: Any) -> None:

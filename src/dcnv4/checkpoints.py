@@ -19,7 +19,14 @@ __all__ = ["DCNv3", "DCNv3_pytorch", "Loaded", "load"]
 
 
 class Loaded(NamedTuple):
-    """What `load` did; its first two fields are those that `load_state_dict` returns."""
+    """What `load` did; its first two fields are those that `load_state_dict` returns.
+
+    Example:
+        >>> from dcnv4 import DCNv4, checkpoints
+        >>> report = checkpoints.load(DCNv4(64), DCNv4(64).state_dict(), skip="output_proj")
+        >>> report.skipped_keys
+        ['output_proj.bias', 'output_proj.weight']
+    """
 
     missing_keys: list[str]
     """Of the model, which the checkpoint has not."""
@@ -65,12 +72,19 @@ def load(
         TypeError, ValueError: an argument of the wrong kind; a `DCNv4` of the model meets the
             weights of a DCNv3.
         RuntimeError: names or shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4, checkpoints
+        >>> torch.save({"state_dict": DCNv4(64).state_dict()}, "layer.pth")
+        >>> checkpoints.load(DCNv4(64), "layer.pth").source
+        'state_dict'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    state, source = _state(_read(checkpoint, weights_only), ema)
+    state, source = state_of(_read(checkpoint, weights_only), ema)
     own = model.state_dict()
-    state, left = _as_named(state, own)
+    state, left = as_named(state, own)
     skipped = _skipped([skip] if isinstance(skip, str) else skip, [*own, *state, *left])
     state = _fitted(model, {name: state[name] for name in state if name not in skipped})
     if not strict:
@@ -124,7 +138,7 @@ _AVERAGED = ("state_dict_ema", "model_ema")
 _PLACES = ("state_dict", "model", "module")
 
 
-def _state(checkpoint: Any, ema: bool) -> tuple[dict[str, Any], str]:
+def state_of(checkpoint: Any, ema: bool = True) -> tuple[dict[str, Any], str]:
     """The tensors by name, out of what they were saved in, and the keys that led there."""
     if not isinstance(checkpoint, Mapping):
         raise TypeError(
@@ -133,7 +147,7 @@ def _state(checkpoint: Any, ema: bool) -> tuple[dict[str, Any], str]:
         )
     for key in (*(_AVERAGED if ema else ()), *_PLACES):
         if isinstance(checkpoint.get(key), Mapping):
-            state, inner = _state(checkpoint[key], ema)
+            state, inner = state_of(checkpoint[key], ema)
             return state, f"{key}.{inner}" if inner else key
     if checkpoint and not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(
@@ -147,7 +161,7 @@ _WRAPPERS = ("module.", "model.", "backbone.")
 _COMPILED = "_orig_mod."  # anywhere in a name
 
 
-def _as_named(state: Mapping[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def as_named(state: Mapping[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The state by the names that the model has for it, and the names that lie elsewhere.
 
     Of all that wrappers may have put before the names of both, what fits most names.
@@ -193,9 +207,14 @@ def _skipped(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def _fitted(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The state with as many rows of `offset_mask` as `DCNv4` layers have, none of a DCNv3."""
+    """The state with as many rows of `offset_mask` as `DCNv4` layers have, none of a DCNv3, and
+    with today's names where a layer says what they were."""
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
+        former_names = getattr(layer, "_former_names", None)
+        for former, now in former_names(prefix).items() if former_names else ():
+            if former in state and now not in state:
+                state[now] = state.pop(former)
         if isinstance(layer, DCNv4):
             if f"{prefix}dw_conv.0.weight" in state:
                 raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +15,11 @@ from .arguments import check_choice, check_pair
 from .layers import DCNv4Conv2d
 
 __all__ = ["convert"]
+
+_log = logging.getLogger(__name__)
+
+_KEPT = "stride", "padding", "dilation", "bias", "in_channels", "out_channels", "device", "dtype"
+"""What a new layer has of its convolution."""
 
 _KINDS: dict[str, Callable[[nn.Conv2d], bool]] = {
     "any": lambda conv: True,
@@ -35,8 +42,11 @@ def convert(
     """Replace convolutions inside `model`, in place, by `DCNv4Conv2d` of the same channels.
 
     Stride, dilation, output size, dtype, device and training mode stay as they are, and so does the
-    bias, which `without_pointwise` drops. Convolutions of 1 x 1, which look at nothing around a
-    pixel, are left alone.
+    bias, which `without_pointwise` drops. Two kinds are left alone: convolutions of 1 x 1, which
+    look at nothing around a pixel; and a stem, the model's first convolution where it reads at most
+    4 channels, too few to tell where to look, unless `names` holds its own name.
+
+    What was replaced is logged by `logging.getLogger("dcnv4.conversion")` at level INFO.
 
     Args:
         model: contains the convolutions.
@@ -57,8 +67,24 @@ def convert(
         The new layers by name. A convolution that has several names becomes one layer.
 
     Raises:
-        ValueError: nothing was selected, or a selected convolution cannot be replaced; the model is
-            then as it was.
+        TypeError, ValueError: nothing was selected, or a selected convolution cannot be replaced;
+            the model is then as it was.
+
+    Warns:
+        UserWarning: the weights of these convolutions were dropped, so that the model has to be
+            trained.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import convert
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 32, 3, padding=1),
+        ...     torch.nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        ... )
+        >>> list(convert(model, "1", init="kernel"))
+        ['1']
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 32, 16, 16])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -68,9 +94,9 @@ def convert(
     patterns = [names] if isinstance(names, str) else names
     allowed = (types,) if isinstance(types, type) else tuple(types)
     modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = [p for p in patterns if not any(matches(name, p) for name in modules)]
-    if unknown:
-        raise ValueError(f"names must match modules of the model; got {', '.join(unknown)}")
+    _check_patterns(patterns, modules)
+    _check_options(options)
+    stem = _stem(modules, patterns)
     chosen = {
         name: module
         for name, module in modules.items()
@@ -78,12 +104,14 @@ def convert(
         and type(module) in allowed
         and any(matches(name, pattern) for pattern in patterns)
         and tuple(module.kernel_size) != (1, 1)
+        and module is not stem
         and _KINDS[kind](module)
         and (where is None or where(name, module))
     }
     if not chosen:
         raise ValueError(
-            "convert must select a convolution inside the model, larger than 1 x 1; got none for "
+            "convert must select a convolution inside the model, larger than 1 x 1"
+            f"{'' if stem is None else ', beside the first, which has to be named'}; got none for "
             f"names = {', '.join(patterns)}, kind = {kind!r}, "
             f"types = {', '.join(t.__name__ for t in allowed)}"
             f"{'' if where is None else ' and where'}"
@@ -95,7 +123,48 @@ def convert(
     for name, conv in chosen.items():
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layers[conv])
+        _log.info("%s: %s is now %s", name, conv, layers[conv].extra_repr())
+    if init != "kernel":
+        warnings.warn(
+            f"the weights of {_listed(chosen)} were dropped, and the model has to be trained; "
+            "init='kernel' keeps those of depthwise convolutions",
+            stacklevel=2,
+        )
     return {name: layers[conv] for name, conv in chosen.items()}
+
+
+def _check_patterns(patterns: Sequence[str], modules: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in modules):
+            depth = pattern.count(".")
+            beside = [name for name in modules if name and name.count(".") == depth]
+            raise ValueError(
+                "names must match modules of the model: "
+                f"{_listed(beside) or 'none so deep'}; got {pattern}"
+            )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for option in _KEPT:
+        if option in options:
+            raise TypeError(
+                f"{option} must be left to each convolution, whose own is kept; "
+                f"got {option} = {options[option]!r}"
+            )
+
+
+def _stem(modules: dict[str, nn.Module], patterns: Sequence[str]) -> nn.Conv2d | None:
+    """The first convolution where it reads an image's channels and no pattern is its own name."""
+    name, conv = next(((n, m) for n, m in modules.items() if isinstance(m, nn.Conv2d)), ("", None))
+    if conv is None or conv.in_channels > 4 or conv.groups > 1 or conv.kernel_size == (1, 1):
+        return None
+    named = any(fnmatchcase(name, pattern) and pattern != "*" for pattern in patterns)
+    return None if named else conv
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, more = list(names)[:12], list(names)[12:]
+    return ", ".join(first) + (f" and {len(more)} more" if more else "")
 
 
 def matches(name: str, pattern: str) -> bool:

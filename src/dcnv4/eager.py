@@ -7,7 +7,7 @@ of them is interested in does by hand what is left: autocast, autograd, the back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol, TypeVar
@@ -41,9 +41,11 @@ class Operator(Protocol):
 
     def forward(self, *call: Any) -> Tensor: ...
 
-    def backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]: ...
+    def backward(self, grad: Tensor, *call: Any) -> tuple[Tensor | None, ...]: ...
 
     def differentiable(self, *call: Any) -> Tensor: ...
+
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]: ...
 
     def dispatch(self, *call: Any) -> Tensor: ...
 
@@ -57,14 +59,15 @@ def run(operator: Operator, *call: Any) -> Tensor:
         if not _is_autocast_anywhere() or not is_autocast(device := call[1].device.type):
             return _run_plain(operator, inputs, call)
         if device in AUTOCAST_KEYS:
-            exact = as_autocast(call, device, inputs)
-            return without_autocast(device, _run_plain, operator, inputs, exact)
+            operator, exact = operator.under_autocast(device, *call)
+            return without_autocast(device, _run_plain, operator, operator.inputs, exact)
     elif _is_transformed() or is_portable():
         device = call[1].device.type
         if not is_autocast(device):
             return operator.differentiable(*call)
+        operator, exact = operator.under_autocast(device, *call)
         with torch.autocast(device, enabled=False):
-            return operator.differentiable(*as_autocast(call, device, inputs))
+            return operator.differentiable(*exact)
     return operator.dispatch(*call)
 
 
@@ -75,12 +78,26 @@ def _run_plain(operator: Operator, inputs: tuple[int, ...], call: Sequence[Any])
     return operator.forward(*call)
 
 
-def needs_grad(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+def needs_grad(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     if torch.is_grad_enabled():
         for i in inputs:
             if call[i].requires_grad:
                 return True
     return False
+
+
+def compute(operator: Operator, *call: Any) -> Tensor:
+    """What the backend makes of a call, below autograd; profilers are told of it."""
+    return operator.dispatch(*call) if _is_profiling() else operator.forward(*call)
+
+
+def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Any, ...]:
+    """The gradients of a call's inputs, as `compute`."""
+    return (
+        operator.dispatch_backward(grad, *call)
+        if _is_profiling()
+        else operator.backward(grad, *call)
+    )
 
 
 class Differentiable(torch.autograd.Function):
@@ -117,26 +134,30 @@ _apply = super(torch.autograd.Function, Differentiable).apply
 # Who is interested in a call.
 
 
-def is_plain(call: Sequence[Any], inputs: tuple[int, ...]) -> bool:
+def is_plain(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     """Whether nothing but autograd, autocast and a backend is interested in a call."""
+    return not has_interested(call, inputs) and not _is_profiling()
+
+
+def has_interested(call: Sequence[Any], inputs: Iterable[int]) -> bool:
+    """Whether something is interested in a call that may change what it computes."""
     if _is_compiling():
-        return False
+        return True
     for i in inputs:
         tensor = call[i]
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
-            return False
+            return True
         # It is no memory: on the meta device, of a transform, or left over by one.
         if _is_subclass_like(tensor):
-            return False
+            return True
         # Its memory is not its numbers, or is none.
         if tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    return not (
+            return True
+    return bool(
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or _C._is_tracing()
-        or _is_profiling()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -243,8 +264,7 @@ def as_leaf(owner: type[Module], layer: Module, *arguments: Any, **named: Any) -
 
 
 @cache
-def _has_autocast(device: str) -> bool:
-    """Whether this PyTorch knows autocast on this kind of device."""
+def _knows_autocast(device: str) -> bool:
     try:
         torch.is_autocast_enabled(device)
     except RuntimeError:
@@ -252,7 +272,12 @@ def _has_autocast(device: str) -> bool:
     return True
 
 
-# Constant, so that a tracer need not look inside.
+def _has_autocast(device: str) -> bool:
+    """Whether this PyTorch knows autocast on this kind of device."""
+    return _knows_autocast(device)
+
+
+# Constant, so that a tracer need not look inside, where it would warn of the cache.
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -273,10 +298,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that autocast, where it is on, makes of a tensor before a projection reads it."""
     if tensor.dtype == torch.float64 or not is_autocast(tensor.device.type) or _is_vmap():
         return tensor.dtype
-    return _autocast_dtype(tensor.device.type)
+    return dtype_of_autocast(tensor.device.type)
 
 
-def _autocast_dtype(device: str) -> torch.dtype:
+def dtype_of_autocast(device: str) -> torch.dtype:
     if _HAS_AUTOCAST_BY_DEVICE:
         return torch.get_autocast_dtype(device)
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
@@ -287,7 +312,7 @@ def as_autocast(call: Sequence[Any], device: str, inputs: tuple[int, ...]) -> li
     replaced = list(call)
     first, *rest = inputs
     if call[first].dtype != torch.float64:
-        replaced[first] = call[first].to(_autocast_dtype(device))
+        replaced[first] = call[first].to(dtype_of_autocast(device))
     exact = exact_coordinates(replaced[first], *(call[i] for i in rest))
     for i, coordinate in zip(rest, exact, strict=True):
         replaced[i] = coordinate
@@ -311,3 +336,20 @@ def without_autocast(device: str, function: Callable[..., T], *arguments: Any) -
         return function(*arguments)
     finally:
         _C._dispatch_tls_set_dispatch_key_excluded(key, False)
+
+
+def below_autograd(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` makes of the arguments, autograd not looking."""
+    guard = _C._AutoDispatchBelowAutograd()
+    try:
+        return function(*arguments)
+    finally:
+        del guard  # which an exception's frames would keep, and autograd off with it
+
+
+def below(device: str, function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` makes of the arguments, neither autograd nor autocast looking."""
+    if _is_autocast_anywhere() and is_autocast(device):
+        made: T = without_autocast(device, below_autograd, function, *arguments)
+        return made
+    return below_autograd(function, *arguments)

@@ -22,11 +22,17 @@ __all__ = ["decompositions", "portable"]
 def portable() -> Iterator[None]:
     """What is traced inside holds no operator of this package.
 
-        with portable():
-            program = torch.export.export(model, inputs)
-
     That goes for `torch.export.export`, `torch.jit.trace` and `torch.compile`. Calls that nobody
     traces run as ever. `torch.onnx.export` needs no such context.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.export
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> with dcnv4.export.portable():
+        ...     program = torch.export.export(model, (torch.randn(1, 3, 32, 48),))
+        >>> any("dcnv4" in str(node.target) for node in program.graph.nodes)
+        False
     """
     token = _portable.set(True)
     try:
@@ -40,6 +46,15 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
 
     Returns:
         A function by the operator that it stands for. PyTorch's own table may be merged with it.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.export
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> program = torch.export.export(model, (torch.randn(1, 3, 32, 48),))
+        >>> program = program.run_decompositions(dcnv4.export.decompositions())
+        >>> any("dcnv4" in str(node.target) for node in program.graph.nodes)
+        False
     """
     return {
         operator.operator: partial(_decomposed, operator.unflatten, operator.differentiable)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -49,9 +50,13 @@ def _backward(points: Callable[..., int]) -> Callable[..., int]:
 
 def _register(counter: ModuleType) -> None:
     """Teach PyTorch's counter, which calls a formula with the arguments, shapes for tensors."""
+    # The flat arguments of both convolutions begin with two others.
+    conv_points = lambda *arguments: _conv_points(arguments[2], arguments[8])  # noqa: E731
     for name, points in (
-        ("deform_conv", lambda *arguments: _conv_points(arguments[2], arguments[8])),
+        ("deform_conv", conv_points),
+        ("deform_conv_packed", conv_points),
         ("ms_deform_attn", lambda *arguments: prod(arguments[3][3:5])),
+        ("ms_deform_attn_from_offsets", lambda *arguments: prod(arguments[4][3:5])),
     ):
         operator = getattr(torch.ops.dcnv4, name)
         operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward")
@@ -67,13 +72,15 @@ def _fvcore_conv(inputs: list[Any], outputs: list[Any]) -> int:
     return _products(_conv_points(kernel_size, inputs[8].toIValue()), outputs[0].type().sizes())
 
 
-def _fvcore_attn(inputs: list[Any], outputs: list[Any]) -> int:
-    return _products(prod(inputs[3].type().sizes()[3:5]), outputs[0].type().sizes())
+def _fvcore_attn(coordinates: int, inputs: list[Any], outputs: list[Any]) -> int:
+    return _products(prod(inputs[coordinates].type().sizes()[3:5]), outputs[0].type().sizes())
 
 
 FVCORE: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "dcnv4::deform_conv": _fvcore_conv,
-    "dcnv4::ms_deform_attn": _fvcore_attn,
+    "dcnv4::deform_conv_packed": _fvcore_conv,
+    "dcnv4::ms_deform_attn": partial(_fvcore_attn, 3),
+    "dcnv4::ms_deform_attn_from_offsets": partial(_fvcore_attn, 4),
 }
 """What fvcore counts the operators with, by their names; `set_op_handle` takes it."""
 
@@ -83,6 +90,16 @@ def thop_hooks(model: nn.Module) -> Iterator[None]:
     """While it lasts, `thop.profile(model, …)` counts the operators in the layers of `model`.
 
     thop counts their projections by itself.
+
+    Example:
+        >>> import thop
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d, flops
+        >>> layer, x = DCNv4Conv2d(3, 16, padding=1), torch.randn(1, 3, 8, 8)
+        >>> with flops.thop_hooks(layer):
+        ...     operations, parameters = thop.profile(layer, (x,), verbose=False)
+        >>> operations > 0
+        True
     """
 
     def count(layer: Any, inputs: Any, output: Tensor) -> None:

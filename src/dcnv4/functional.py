@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from .arguments import check_flag, check_levels, check_tensor, window
+from .arguments import (
+    check_choice,
+    check_divides,
+    check_flag,
+    check_integer,
+    check_levels,
+    check_reference_points,
+    check_tensor,
+    window,
+)
 from .eager import exact_coordinates
 from .geometry import Window
 
-__all__ = ["deform_conv", "ms_deform_attn"]
+__all__ = ["deform_conv", "deform_conv_packed", "ms_deform_attn", "ms_deform_attn_from_offsets"]
 
 
 def deform_conv(
@@ -71,6 +80,15 @@ def deform_conv(
 
     Source: Xiong et al., Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for
     Vision Applications, CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import deform_conv
+        >>> value = torch.randn(2, 32, 48, 64)
+        >>> offsets, weights = torch.zeros(2, 32, 48, 4, 18), torch.full((2, 32, 48, 4, 9), 1 / 9)
+        >>> offset_mask = torch.cat((offsets, weights), -1).flatten(3)
+        >>> deform_conv(value, offset_mask, kernel_size=3, padding=1, groups=4).shape
+        torch.Size([2, 32, 48, 64])
     """
     settings = window(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
@@ -84,10 +102,25 @@ def windowed_conv(
     """`deform_conv` with settings that were checked before."""
     check_tensor("value", value, "[B, H, W, C]", (4,))
     check_tensor("offset_mask", offset_mask, "[B, Ho, Wo, M]", (4,), value)
-    batch, height, width, channels = value.shape
+    check_sizes_of_conv(value.shape, offset_mask.shape, window)
+    deterministic = ops.must_be_deterministic(value, offset_mask)
+    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
+    dtype = value.dtype
+    if offset_mask.dtype != dtype:
+        value, (offset_mask,) = _promote(value, offset_mask)
+    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def check_sizes_of_conv(
+    value: tuple[int, ...], offset_mask: tuple[int, ...], window: Window
+) -> None:
+    """Check that shapes [B, H, W, C] and [B, Ho, Wo, M] are those of a `deform_conv`."""
+    batch, height, width, channels = value
     if channels % window.groups or channels == 0:
         raise ValueError(
             f"value must have channels that groups = {window.groups} divides; got [.., {channels}]"
+            f"{_channels_first(value, offset_mask, window)}"
         )
     rows, columns = window.output_size(height, width)
     # Not `min` of both: a graph would be compiled for tall maps and another for wide ones.
@@ -99,19 +132,100 @@ def windowed_conv(
         )
     shape = batch, max(rows, 0), max(columns, 0)
     channels_read = window.offset_mask_channels()
-    found = offset_mask.shape
-    if found[:3] != shape or found[3] < channels_read:
+    if offset_mask[:3] != shape or offset_mask[3] < channels_read:
         raise ValueError(
             "offset_mask must be [B, Ho, Wo, >= 3*G*K] = "
-            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(found)}"
+            f"[{', '.join(map(str, shape))}, >= {channels_read}]; got {list(offset_mask)}"
+            f"{_channels_first(value, offset_mask, window)}"
         )
-    deterministic = ops.must_be_deterministic(value, offset_mask)
-    chosen = backends.choose("deform_conv", value.device, value.dtype, deterministic, backend)
-    dtype = value.dtype
-    if offset_mask.dtype != dtype:
-        value, (offset_mask,) = _promote(value, offset_mask)
-    output: Tensor = ops.deform_conv(chosen, value, offset_mask, window)
-    return output if value.dtype == dtype else output.to(dtype)
+
+
+def deform_conv_packed(
+    packed: Tensor,
+    channels: int,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 4,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""`deform_conv` of a value and an offset_mask that lie beside each other in one tensor, as one
+    matrix product makes them.
+
+        deform_conv(packed[..., :channels], packed[..., channels:])
+
+    bit for bit; but the gradient is one tensor too, which is written as one.
+
+    Args:
+        packed: [B, H, W, >= channels + 3·groups·K]: value, then offset_mask; what lies behind
+            their channels is ignored. float64, float32, bfloat16 or float16.
+        channels: C, of the value.
+        kernel_size to backend: as in `deform_conv`. They must keep the size, Ho x Wo = H x W.
+
+    Returns:
+        [B, H, W, C] in the dtype of `packed`; under autocast as `deform_conv`, which does not
+        round the offset_mask.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `deform_conv`.
+
+    Note:
+        The CUDA backend's kernels for large calls in half precision want the value's channels and
+        those of `packed` to be multiples of 8; a layer's are.
+        Differentiable in `packed`, to any order.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import deform_conv_packed
+        >>> packed = torch.randn(2, 32, 48, 64 + 3 * 4 * 9)
+        >>> deform_conv_packed(packed, 64, kernel_size=3, padding=1, groups=4).shape
+        torch.Size([2, 32, 48, 64])
+
+    Source: as `deform_conv`.
+    """
+    settings = window(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
+    )
+    return windowed_conv_packed(packed, channels, settings, backend)
+
+
+def windowed_conv_packed(
+    packed: Tensor, channels: int, window: Window, backend: str | None = None
+) -> Tensor:
+    """`deform_conv_packed` with settings that were checked before."""
+    check_tensor("packed", packed, "[B, H, W, >= C + 3*G*K]", (4,))
+    check_integer("channels", channels, 1)
+    check_divides("groups", window.groups, channels, f"the {channels} channels")
+    _, height, width, found = packed.shape
+    if found < (least := channels + window.offset_mask_channels()):
+        raise ValueError(
+            f"packed must be [B, H, W, >= C + 3*G*K] = [B, H, W, >= {least}]; "
+            f"got {list(packed.shape)}"
+        )
+    rows, columns = window.output_size(height, width)
+    if rows != height or columns != width:
+        raise ValueError(
+            f"kernel_size, stride, padding and dilation must keep the size = {height} x {width}; "
+            f"got {rows} x {columns}"
+        )
+    deterministic = ops.must_be_deterministic(packed)
+    chosen = backends.choose("deform_conv", packed.device, packed.dtype, deterministic, backend)
+    output: Tensor = ops.deform_conv_packed(chosen, packed, channels, window)
+    return output
+
+
+def _channels_first(value: Sequence[int], offset_mask: Sequence[int], window: Window) -> str:
+    """What to say of a value that fits the offset_mask only as [B, C, H, W]."""
+    last, first = (window.output_size(value[i], value[i + 1]) for i in (1, 2))
+    given = tuple(offset_mask[1:3])
+    if last == given or first not in (given, tuple(offset_mask[2:])):
+        return ""
+    return f"; value = {list(value)} seems to be [B, C, H, W]: permute(0, 2, 3, 1) it"
 
 
 def ms_deform_attn(
@@ -158,21 +272,127 @@ def ms_deform_attn(
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
     in FlashDeformAttn of Xiong et al., CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import ms_deform_attn
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> locations, logits = torch.rand(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn(value, shapes, locations, logits, softmax=True).shape
+        torch.Size([2, 100, 256])
+    """
+    shapes, weights = _check_attention(
+        *("sampling_locations", value, spatial_shapes, sampling_locations, attention_weights),
+        softmax,
+    )
+    deterministic = ops.must_be_deterministic(value, sampling_locations, weights)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
+    dtype, locations = value.dtype, sampling_locations
+    if not locations.dtype == weights.dtype == dtype:
+        value, (locations, weights) = _promote(value, locations, weights)
+    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_weights: Tensor,
+    *,
+    box_normalizer: str = "points",
+    softmax: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""`ms_deform_attn` at offsets from reference points, without sampling locations in memory.
+
+        x_lp = r_x·W_l - ½ + s_x·δx_lp,   y_lp = r_y·H_l - ½ + s_y·δy_lp
+
+    An offset δ is in pixels of its level, s = 1; with reference boxes, in parts of half a box:
+    s_x = r_w·W_l / 2P with `box_normalizer="points"`, and r_w / 2 with "size", s_y likewise.
+
+    Args:
+        value, spatial_shapes: as in `ms_deform_attn`.
+        reference_points: [B, Q, L, 2], (x, y) from 0 to 1 over each level, or [B, Q, L, 4], boxes
+            (x, y, w, h). B, Q and L may be 1: the same for all. May be float32 beside a
+            half-precision value, and is never rounded down.
+        offsets: [B, Q, G, L, P, 2] in (x, y) order; as precise as `reference_points` may be.
+        attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign. Like `offsets`
+            it may be part of a wider tensor, such as a projection's result, and is read there.
+        box_normalizer: "points" or "size"; nothing without boxes.
+        softmax, backend: as in `ms_deform_attn`.
+
+    Returns:
+        [B, Q, G·D] in the dtype of `value` (under autocast, the autocast dtype).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+        RuntimeError: the backend asked for cannot run here; the reasons are listed.
+
+    Note:
+        Positions and sums are made in float32 (float64 for float64), in registers. No result
+        depends on the rest of the batch. Differentiable in `value`, `reference_points`, `offsets`
+        and `attention_weights`, to any order.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.functional import ms_deform_attn_from_offsets
+        >>> shapes, points = [(32, 48), (16, 24)], torch.rand(2, 100, 2, 2)
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> offsets, logits = torch.randn(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn_from_offsets(value, shapes, points, offsets, logits, softmax=True).shape
+        torch.Size([2, 100, 256])
+
+    Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159.
+    """
+    shapes, weights = _check_attention(
+        *("offsets", value, spatial_shapes, offsets, attention_weights), softmax
+    )
+    check_choice("box_normalizer", box_normalizer, ("points", "size"))
+    whole = offsets.shape[0], offsets.shape[1], offsets.shape[3]
+    check_reference_points(reference_points, whole, value)
+    inputs = value, reference_points, offsets, weights
+    deterministic = ops.must_be_deterministic(*inputs)
+    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
+    dtype, wants_gradient = value.dtype, reference_points.requires_grad and torch.is_grad_enabled()
+    if any(tensor.dtype != dtype for tensor in inputs):
+        value, (reference_points, offsets, weights) = _promote(*inputs)
+    output: Tensor = ops.ms_deform_attn_from_offsets(
+        *(chosen, value, shapes, reference_points, offsets, weights),
+        *(box_normalizer, softmax, wants_gradient),
+    )
+    return output if value.dtype == dtype else output.to(dtype)
+
+
+def _check_attention(
+    name: str,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    coordinates: Tensor,
+    attention_weights: Tensor,
+    softmax: bool,
+) -> tuple[Tensor | list[tuple[int, int]], Tensor]:
+    """The sizes of the levels and the weights [B, Q, G, L, P], as backends take them.
+
+    `name`: of the coordinates.
     """
     check_flag("softmax", softmax)
     check_tensor("value", value, "[B, S, G, D]", (4,))
-    check_tensor("sampling_locations", sampling_locations, "[B, Q, G, L, P, 2]", (6,), value)
+    check_tensor(name, coordinates, "[B, Q, G, L, P, 2]", (6,), value)
     batch, length, groups, depth = value.shape
-    _, queries, _, levels, points, _ = sampling_locations.shape
-    if sampling_locations.shape != (batch, queries, groups, levels, points, 2):
+    _, queries, _, levels, points, _ = coordinates.shape
+    if coordinates.shape != (batch, queries, groups, levels, points, 2):
         raise ValueError(
-            f"sampling_locations must be [B, Q, G, L, P, 2] = [{batch}, Q, {groups}, L, P, 2]; "
-            f"got {list(sampling_locations.shape)}"
+            f"{name} must be [B, Q, G, L, P, 2] = [{batch}, Q, {groups}, L, P, 2]; "
+            f"got {list(coordinates.shape)}"
         )
     if levels * points * depth * groups == 0:
         raise ValueError(
-            "value and sampling_locations must have G, D, L and P >= 1; "
-            f"got {list(value.shape)} and {list(sampling_locations.shape)}"
+            f"value and {name} must have G, D, L and P >= 1; "
+            f"got {list(value.shape)} and {list(coordinates.shape)}"
         )
     shape = (batch, queries, groups, levels, points)
     layout = "[B, Q, G, L, P] or [B, Q, G, L*P]"
@@ -184,17 +404,8 @@ def ms_deform_attn(
             f"attention_weights must be [B, Q, G, L, P] = {list(shape)} or [B, Q, G, L*P]; "
             f"got {list(given)}"
         )
-    shapes = check_levels(spatial_shapes, levels, length, value.device)
-    deterministic = ops.must_be_deterministic(value, sampling_locations, attention_weights)
-    chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
-    dtype = value.dtype
-    locations, weights = sampling_locations, attention_weights
-    if not locations.dtype == weights.dtype == dtype:
-        value, (locations, weights) = _promote(value, locations, weights)
-    if weights.dim() == 4:
-        weights = weights.reshape(shape)
-    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
-    return output if value.dtype == dtype else output.to(dtype)
+    weights = attention_weights if len(given) == 5 else attention_weights.reshape(shape)
+    return check_levels(spatial_shapes, levels, length, value.device), weights
 
 
 def _promote(value: Tensor, *coordinates: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -8,7 +8,7 @@ around it. The operators differ only in where their points come from: `conv_poin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class Window(NamedTuple):
         return columns * sw - pw + cw, rows * sh - ph + ch
 
 
+def unpacked(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Views of `packed` [B, H, W, ...]: value, of so many channels, and offset_mask, the rest."""
+    value, offset_mask = packed.split_with_sizes((channels, packed.shape[3] - channels), 3)
+    return value, offset_mask
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of numbers of this dtype are made in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -133,14 +139,83 @@ def levels(
     return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
 
 
-def attn_points(locations: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel x and y [..., L, P] of normalised `locations` [..., L, P, 2] in levels of these sizes.
+class Reference(NamedTuple):
+    """What the points of an attention are offset from."""
 
-    `heights` and `widths` are [L, 1]. A location runs from 0, the outer edge of a level's first
-    pixel, to 1, the outer edge of its last.
+    points: Tensor
+    """[B or 1, Q or 1, L or 1, 2 or 4]: (x, y) or boxes (x, y, w, h), 0 to 1 over a level."""
+    box_normalizer: str
+    """An offset in a box is in half boxes per point of a level, "points", or per pixel, "size"."""
+
+    # Methods, because the tracer of torch 2.8 reads no property of a NamedTuple.
+
+    def has_boxes(self) -> bool:
+        return self.points.shape[-1] == 4
+
+
+def reference_steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """How far it is from image to image, query to query and level to level in reference points of
+    this shape and these strides: 0 where they are the same for all."""
+    leading = zip(shape[:3], strides[:3], strict=True)
+    return [0 if size == 1 else stride for size, stride in leading]
+
+
+def attn_unit(size: Any, points: int, numbers: int, box_normalizer: str = "") -> Any:
+    """Pixels that an x or y of 1 is, in a level of this width or height; with boxes, by theirs.
+
+    Args:
+        size: a number, or a tensor of them.
+        points: P.
+        numbers: of a reference point; 0 for locations, which run from 0, the outer edge of the
+            level's first pixel, to 1, the outer edge of its last.
     """
-    u, v = locations.unbind(-1)
-    return u * widths - 0.5, v * heights - 0.5
+    if numbers == 0:
+        return size
+    if numbers == 2:
+        return 1.0
+    return size * 0.5 / points if box_normalizer == "points" else 0.5
+
+
+def attn_map(
+    heights: Tensor, widths: Tensor, points: int, reference: Reference | None = None
+) -> tuple[Any, Any]:
+    """What makes pixels (x, y) of coordinates [..., L, P, 2]: a factor, and then a summand.
+
+    Args:
+        heights, widths: of the levels, [L, 1].
+        points: P.
+        reference: None for locations; its points are [..., L or 1, 2 or 4] for offsets
+            [..., G, L, P, 2].
+    """
+    sizes = torch.cat((widths, heights), 1)[:, None]
+    if reference is None:
+        return attn_unit(sizes, points, 0), -0.5
+    place = reference.points[..., None, :, None, :]
+    sizes = sizes.to(place.dtype)
+    unit = attn_unit(sizes, points, place.shape[-1], reference.box_normalizer)
+    scale = place[..., 2:] * unit if reference.has_boxes() else unit
+    return scale, place[..., :2] * sizes - 0.5
+
+
+def attn_points(
+    coordinates: Tensor, heights: Tensor, widths: Tensor, reference: Reference | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pixel x and y [..., L, P] of `coordinates` [..., L, P, 2], as `attn_map` has it."""
+    scale, shift = attn_map(heights, widths, coordinates.shape[-2], reference)
+    x, y = (coordinates * scale + shift).unbind(-1)
+    return x, y
+
+
+def attn_reference_backward(
+    grad: Tensor, offsets: Tensor, reference: Reference, heights: Tensor, widths: Tensor
+) -> Tensor:
+    """Gradient of the reference's points, from those of x and y in pixels [B, Q, G, L, P, 2]."""
+    sizes = torch.cat((widths, heights), 1).to(grad.dtype)
+    grads = grad.sum((2, 4)) * sizes
+    if reference.has_boxes():
+        unit = attn_unit(sizes, offsets.shape[4], 4, reference.box_normalizer)
+        grads = torch.cat((grads, (grad * offsets).sum((2, 4)) * unit), -1)
+    return grads.sum_to_size(reference.points.shape)
 
 
 def corners(

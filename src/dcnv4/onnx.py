@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from . import ops
+from . import geometry, ops
 from .export import decompositions
-from .geometry import sum_dtype
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 __all__ = ["export", "lower"]
 
@@ -63,6 +63,15 @@ def export(
     Raises:
         ImportError: onnx or onnxscript is missing, or torch is older than 2.8.
         ValueError: an argument of the wrong range.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.onnx
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> image = torch.randn(1, 3, 32, 48)
+        >>> program = dcnv4.onnx.export(model, (image,), "model.onnx", deform_conv="DeformConv")
+        >>> sum(node.op_type == "DeformConv" for node in program.model.graph)
+        1
     """
     opset_version = _opset(opset_version, deform_conv)
     _require_torch()
@@ -191,6 +200,14 @@ def lower(
         ImportError: torch is older than 2.8.
         ValueError: an unknown `deform_conv` or `attention`, or level sizes that "grid_sample"
             cannot take.
+
+    Example:
+        >>> import torch
+        >>> import dcnv4.onnx
+        >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
+        >>> program = torch.export.export(model, (torch.randn(1, 3, 32, 48),))
+        >>> lowered = dcnv4.onnx.lower(program)
+        >>> onnx = torch.onnx.export(lowered, f="model.onnx", dynamo=True, verbose=False)
     """
     _require_torch()
     _check("deform_conv", deform_conv, _DEFORM_CONV)
@@ -221,11 +238,20 @@ def _require_packages() -> None:
 
 
 def _deform_conv(*arguments: Any) -> Tensor:
+    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
+    return _lowered_conv(value, offset_mask, window)
+
+
+def _deform_conv_packed(*arguments: Any) -> Tensor:
+    _, packed, channels, window = ops.DeformConvPacked.unflatten(*arguments)
+    return _lowered_conv(*unpacked(packed, channels), window)
+
+
+def _lowered_conv(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
     """A depthwise `DeformConv` of ones, whose mask is the weights.
 
     It adds offsets to the points of the undeformed kernel, which run rows outermost, y before x.
     """
-    _, value, offset_mask, window = ops.DeformConv.unflatten(*arguments)
     (kh, kw), channels = window.kernel_size, value.shape[3]
     # The operator computes coordinates in its only dtype, which must hold them.
     dtype = _exact_dtype(value, offset_mask)
@@ -278,15 +304,38 @@ def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
     return torch.promote_types(sum_dtype(value.dtype), coordinates.dtype)
 
 
-def _grid_sample(*arguments: Any) -> Tensor:
-    _, value, sizes, locations, weights, softmax = ops.DeformAttn.unflatten(*arguments)
+def _located_grid_sample(*arguments: Any) -> Tensor:
+    _, *call = ops.DeformAttn.unflatten(*arguments)
+    return _grid_sample(*call)
+
+
+def _offset_grid_sample(*arguments: Any) -> Tensor:
+    call = ops.DeformAttnFromOffsets.unflatten(*arguments)
+    _, value, shapes, points, offsets, weights, box_normalizer, softmax, _ = call
+    return _grid_sample(value, shapes, offsets, weights, softmax, Reference(points, box_normalizer))
+
+
+def _grid_sample(
+    value: Tensor,
+    sizes: Any,
+    coordinates: Tensor,
+    weights: Tensor,
+    softmax: bool,
+    place: Reference | None = None,
+) -> Tensor:
     if isinstance(sizes, Tensor):
         raise ValueError(
             "spatial_shapes must be numbers with attention = 'grid_sample'; got a tensor"
         )
-    dtype = _exact_dtype(value, locations)
+    dtype = _exact_dtype(value, coordinates)
+    locations = coordinates.to(dtype)
+    if place is not None:
+        place = place._replace(points=place.points.to(dtype))
+        heights, widths, _ = geometry.levels(sizes, value.device)
+        x, y = geometry.attn_points(locations, heights, widths, place)
+        locations = torch.stack(((x + 0.5) / widths, (y + 0.5) / heights), -1)
     heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
-    grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
     weights = weights.to(dtype).flatten(3)
     weights = weights.softmax(-1) if softmax else weights
     levels = heads.split([height * width for height, width in sizes], -1)
@@ -302,9 +351,15 @@ def _grid_sample(*arguments: Any) -> Tensor:
 # What is made of an operator other than what any runtime knows.
 _DEFORM_CONV: dict[str, dict[Any, Callable[..., Tensor]]] = {
     "gather": {},
-    "DeformConv": {torch.ops.dcnv4.deform_conv.default: _deform_conv},
+    "DeformConv": {
+        torch.ops.dcnv4.deform_conv.default: _deform_conv,
+        torch.ops.dcnv4.deform_conv_packed.default: _deform_conv_packed,
+    },
 }
 _ATTENTION: dict[str, dict[Any, Callable[..., Tensor]]] = {
     "gather": {},
-    "grid_sample": {torch.ops.dcnv4.ms_deform_attn.default: _grid_sample},
+    "grid_sample": {
+        torch.ops.dcnv4.ms_deform_attn.default: _located_grid_sample,
+        torch.ops.dcnv4.ms_deform_attn_from_offsets.default: _offset_grid_sample,
+    },
 }

@@ -7,23 +7,26 @@ forward and backward cannot disagree. Nothing here checks a user's arguments: `f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
+from functools import lru_cache, partial, update_wrapper
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backends import choose, load, reference
+from . import geometry
+from .backends import AttnGrads, choose, load, reference
 from .eager import (
     AUTOCAST_KEYS,
     Differentiable,
     as_autocast,
+    below_autograd,
     beside,
+    dtype_of_autocast,
     needs_grad,
     run,
     without_autocast,
 )
-from .geometry import Window
+from .geometry import Reference, Window, sum_dtype, unpacked
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -66,21 +69,21 @@ class Operator:
     """Of a call."""
     forward: Callable[..., Tensor]
     """What the backend makes of a call."""
-    backward: Callable[..., tuple[Tensor, ...]]
-    """The gradients of a call's inputs, from that of the output before it."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """The gradients of a call's inputs, from that of the output before it; None where the call says
+    that one is not wanted."""
     differentiable: Callable[..., Tensor]
     """The forward, made of PyTorch's own operations: the derivatives of the backward come from it,
     it runs under `torch.func` transforms and in forward mode, and is what portable exports hold."""
 
     def __init__(self) -> None:
         name, results = self.name, ", ".join(["Tensor"] * len(self.inputs))
+        results = f"({results})" if self.inputs[1:] else results
         # Any strides do, so that Inductor need not keep those it traced.
         names = [n for n in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, n)]
         tags = {"tags": tuple(getattr(torch.Tag, n) for n in names)} if names else {}
         _library.define(f"{name}({self.schema}) -> Tensor", **tags)
-        _library.define(
-            f"{name}_backward(Tensor grad_output, {self.schema}) -> ({results})", **tags
-        )
+        _library.define(f"{name}_backward(Tensor grad_output, {self.schema}) -> {results}", **tags)
         self.operator = getattr(torch.ops.dcnv4, name).default
         self.operator_backward = getattr(torch.ops.dcnv4, f"{name}_backward").default
         for key, forward, backward in (
@@ -100,36 +103,43 @@ class Operator:
         and at the end its output are split, None for an input that all parts read whole."""
         return [(0,) * (len(self.inputs) + 1)]
 
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        """The operator, and its call, that autocast makes of a call."""
+        return self, as_autocast(call, device, self.inputs)
+
     def dispatch(self, *call: Any) -> Tensor:
         """The output, by way of PyTorch's dispatcher."""
         output: Tensor = self.operator(*self.flatten(*call))
         return output
 
     def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = self.operator_backward(grad, *self.flatten(*call))
-        return grads
+        grads = self.operator_backward(grad, *self.flatten(*call))
+        return (grads,) if isinstance(grads, Tensor) else tuple(grads)
 
     def _compute(self, *flat: Any) -> Tensor:
         return self.forward(*self.unflatten(*flat))
 
-    def _compute_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-        return self.backward(grad, *self.unflatten(*flat))
+    def _compute_backward(self, grad: Tensor, *flat: Any) -> Any:
+        call = self.unflatten(*flat)
+        inputs = (call[i] for i in self.inputs)
+        pairs = zip(inputs, self.backward(grad, *call), strict=True)
+        return _results(tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs))
 
     def _meta(self, *flat: Any) -> Tensor:
         call = self.unflatten(*flat)
         value: Tensor = call[1]
         return value.new_empty(self.output_shape(*call))
 
-    def _meta_backward(self, grad: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    def _meta_backward(self, grad: Tensor, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         tensors = (call[i] for i in self.inputs)
-        return tuple(t.new_empty(t.shape) for t in tensors)
+        return _results(tuple(t.new_empty(t.shape) for t in tensors))
 
     def _autograd(self, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         if not needs_grad(call, self.inputs):
-            return _below_autograd(self.operator, *flat)
-        forward = partial(_below_autograd, self.dispatch)
+            return below_autograd(self.operator, *flat)
+        forward = partial(below_autograd, self.dispatch)
         return Differentiable.apply(self, forward, *call)  # type: ignore[no-untyped-call]
 
     def _autograd_backward(self, grad: Tensor, *flat: Any) -> Any:
@@ -141,20 +151,17 @@ class Operator:
                     call[i] = call[i].detach().requires_grad_()
             wanted = [call[i] for i in self.inputs]
             output = self.differentiable(*call)
-            return torch.autograd.grad(output, wanted, grad, create_graph=True)
-        return _below_autograd(self.operator_backward, grad, *flat)
+            return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        return below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:
-        call = as_autocast(self.unflatten(*flat), device, self.inputs)
-        return without_autocast(device, self.dispatch, *call)
+        operator, call = self.under_autocast(device, *self.unflatten(*flat))
+        return without_autocast(device, operator.dispatch, *call)
 
 
-def _below_autograd(function: Callable[..., T], *arguments: Any) -> T:
-    guard = torch._C._AutoDispatchBelowAutograd()
-    try:
-        return function(*arguments)
-    finally:
-        del guard  # which an exception's frames would keep, and autograd off with it
+def _results(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """As PyTorch takes an operator's results: one of them by itself."""
+    return tensors if tensors[1:] else tensors[0]
 
 
 class DeformConv(Operator):
@@ -203,22 +210,61 @@ class DeformConv(Operator):
         return reference.conv_forward(value, offset_mask, window, differentiable=True)
 
 
-class DeformAttn(Operator):
-    """A call: backend, value, shapes of the levels, locations, weights, softmax.
+class DeformConvPacked(Operator):
+    """A call: backend, packed, channels of the value, window."""
+
+    name = "deform_conv_packed"
+    schema = DeformConv.schema.replace(
+        "Tensor value, Tensor offset_mask", "Tensor packed, int channels"
+    )
+    inputs = (1,)
+
+    @staticmethod
+    def flatten(backend: str, packed: Tensor, channels: int, window: Window) -> tuple[Any, ...]:
+        return packed, channels, *window, backend
+
+    @staticmethod
+    def unflatten(packed: Tensor, channels: int, *settings: Any) -> tuple[Any, ...]:
+        backend, _, _, window = DeformConv.unflatten(packed, packed, *settings)
+        return backend, packed, channels, window
+
+    @staticmethod
+    def output_shape(
+        backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[int, ...]:
+        return *packed.shape[:3], channels
+
+    @staticmethod
+    def forward(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.forward(backend, *unpacked(packed, channels), window)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, backend: str, packed: Tensor, channels: int, window: Window
+    ) -> tuple[Tensor]:
+        deterministic = _is_deterministic_backward("deform_conv", packed, backend)
+        gradient = packed.new_empty(packed.shape)
+        inputs, out = unpacked(packed, channels), unpacked(gradient, channels)
+        load(backend).conv_backward(grad, *inputs, window, deterministic, out)
+        return (gradient,)
+
+    @staticmethod
+    def differentiable(backend: str, packed: Tensor, channels: int, window: Window) -> Tensor:
+        return DeformConv.differentiable(backend, *unpacked(packed, channels), window)
+
+    def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]:
+        backend, packed, channels, window = call
+        if packed.dtype in (torch.float64, dtype_of_autocast(device)):
+            return self, list(call)
+        # The value is rounded, the coordinates beside it are not.
+        return OPERATORS[0].under_autocast(device, backend, *unpacked(packed, channels), window)
+
+
+class _Attention(Operator):
+    """A call: backend, value, shapes of the levels, and more.
 
     The shapes are numbers where the host knows them, a tensor where only the device does.
     """
-
-    name = "ms_deform_attn"
-    schema = (
-        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
-        "Tensor weights, bool softmax, str backend"
-    )
-    inputs = 1, 3, 4
-
-    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
-        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
-        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def flatten(
@@ -235,6 +281,21 @@ class DeformAttn(Operator):
         *others, backend = rest
         pairs = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
         return backend, value, pairs if spatial_shapes is None else spatial_shapes, *others
+
+
+class DeformAttn(_Attention):
+    """A call: backend, value, shapes of the levels, locations, weights, softmax."""
+
+    name = "ms_deform_attn"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor locations, "
+        "Tensor weights, bool softmax, str backend"
+    )
+    inputs = 1, 3, 4
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        queries, heads = (None, 1, 1, 1), (2, 2, 2, 2)
+        return [*super().splits(*call), queries, heads]
 
     @staticmethod
     def output_shape(
@@ -270,8 +331,114 @@ class DeformAttn(Operator):
         return reference.attn_forward(*arguments, differentiable=True)
 
 
-OPERATORS: tuple[Operator, ...] = DeformConv(), DeformAttn()
-deform_conv, ms_deform_attn = (partial(run, operator) for operator in OPERATORS)
+class DeformAttnFromOffsets(_Attention):
+    """A call: backend, value, shapes of the levels, reference points, offsets, weights,
+    box_normalizer, softmax, and whether the gradient of the reference points is wanted."""
+
+    name = "ms_deform_attn_from_offsets"
+    schema = (
+        "Tensor value, Tensor? spatial_shapes, SymInt[] level_sizes, Tensor reference_points, "
+        "Tensor offsets, Tensor weights, str box_normalizer, bool softmax, "
+        "bool reference_gradient, str backend"
+    )
+    inputs = 1, 3, 4, 5
+
+    def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
+        images, queries, _ = (size != 1 for size in call[3].shape[:3])
+        return [
+            (0, 0 if images else None, 0, 0, 0),
+            (None, 1 if queries else None, 1, 1, 1),
+            (2, None, 2, 2, 2),
+        ]
+
+    @staticmethod
+    def output_shape(
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
+    ) -> tuple[int, ...]:
+        return DeformAttn.output_shape(backend, value, shapes, *rest)
+
+    @staticmethod
+    def forward(backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any) -> Tensor:
+        offsets, weights, box_normalizer, softmax, _ = rest
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        place = Reference(points, box_normalizer)
+        return load(backend).attn_forward(
+            value, shapes, offsets, weights, softmax, deterministic, place
+        )
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        backend: str,
+        value: Tensor,
+        shapes: Any,
+        points: Tensor,
+        *rest: Any,
+        out: AttnGrads | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        offsets, weights, box_normalizer, softmax, reference_gradient = rest
+        deterministic = _is_deterministic_backward("ms_deform_attn", value, backend)
+        place = Reference(points, box_normalizer)
+
+        def run(offsets: Tensor, place: Reference, out: AttnGrads | None) -> Any:
+            others = weights, softmax, deterministic, place, out
+            return load(backend).attn_backward(grad, value, shapes, offsets, *others)
+
+        if not reference_gradient:
+            grad_value, grad_offsets, grad_weights = run(offsets, place, out)
+            return grad_value, None, grad_offsets, grad_weights
+
+        # From the gradients of offsets in pixels: those of the offsets may be rounded, and are none
+        # in a box without size.
+        exact = offsets.to(dtype := sum_dtype(value.dtype))
+        wide = place._replace(points=points.to(dtype))
+        heights, widths = _levels(shapes, value.device)
+        scale = None
+        if place.has_boxes():
+            scale, _ = geometry.attn_map(heights, widths, offsets.shape[4], wide)
+        pixels = exact if scale is None else exact * scale
+        grads = (out[0], pixels.new_empty(pixels.shape), out[2]) if out else None
+        centres = place._replace(points=points[..., :2])
+        grad_value, by_pixels, grad_weights = run(pixels, centres, grads)
+        grad_offsets = by_pixels if scale is None else by_pixels * scale
+        grad_offsets = out[1].copy_(grad_offsets) if out else grad_offsets.to(offsets.dtype)
+        grad_points = geometry.attn_reference_backward(by_pixels, exact, wide, heights, widths)
+        return grad_value, grad_points.to(points.dtype), grad_offsets, grad_weights
+
+    @staticmethod
+    def differentiable(
+        backend: str, value: Tensor, shapes: Any, points: Tensor, *rest: Any
+    ) -> Tensor:
+        offsets, weights, box_normalizer, softmax, _ = rest
+        place = Reference(points, box_normalizer)
+        inputs = value, shapes, offsets, weights, softmax
+        return reference.attn_forward(*inputs, reference=place, differentiable=True)
+
+
+def _levels(shapes: Tensor | Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Heights and widths of levels."""
+    if isinstance(shapes, Tensor):
+        return list(geometry.levels(shapes, device)[:2])
+    return _kept_levels(tuple(shapes), device)
+
+
+@lru_cache(maxsize=256)
+def _kept_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> list[Tensor]:
+    # Kept, because copying numbers to an accelerator makes the host wait for it.
+    with torch.inference_mode(False):
+        return list(geometry.levels(shapes, device)[:2])
+
+
+OPERATORS: tuple[Operator, Operator, Operator, Operator] = (
+    DeformConv(),
+    DeformAttn(),
+    DeformConvPacked(),
+    DeformAttnFromOffsets(),
+)
+DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = OPERATORS
+deform_conv, ms_deform_attn, deform_conv_packed, ms_deform_attn_from_offsets = (
+    partial(run, operator) for operator in OPERATORS
+)
 
 
 def composite(arguments: str) -> Callable[[_Function], _Function]:

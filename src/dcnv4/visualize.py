@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_integer
 from .layers import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn
 
 if TYPE_CHECKING:
@@ -53,50 +54,69 @@ def conv(
             from the centre and weights, averaged over all output pixels of the batch, in ellipses
             of one standard deviation.
         image: what x was made from, of any size: [H, W], [H, W, 3], [1, H, W] or [3, H, W]. None:
-            the mean of x over its channels.
+            x where it has three channels, otherwise its mean over the channels.
         extent: (left, right, bottom, top) of the image in pixels of x, as in `Axes.imshow`. None
             stretches it over x.
-        around: how many pixels of x to show around the centre. None: all.
+        around: how many pixels of x to show around the centre. None: as many as the points need;
+            `math.inf`: all.
         groups: which ones. None: all.
         sample: which one of the batch, where a pixel is chosen.
         figure: to draw in. None makes one.
 
     Returns:
         The figure, with an axes for each group.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, by its name.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d, visualize
+        >>> layer, x = DCNv4Conv2d(3, 32, padding=1), torch.rand(1, 3, 24, 32)
+        >>> figure = visualize.conv(layer, x, pixel=(10, 16))
+        >>> figure.savefig("points.png")
     """
+    _check_layer(layer, (DCNv4Conv2d, DCNv4, DCNv3))
     told = layer.sampling_points(x, shape) if isinstance(layer, DCNv4) else layer.sampling_points(x)
     positions, weights = (tensor.double().cpu() for tensor in told)
     window = layer.window
     column, row = window.origins(*(torch.arange(n) for n in positions.shape[1:3]))
     centers = torch.stack(torch.broadcast_tensors(column, row[:, None]), -1).double()
     cells = window.offset_scale * torch.tensor(window.cells(), dtype=torch.float64)
+    chosen = range(weights.shape[3]) if groups is None else groups
+    for group in chosen:
+        _check_below("groups", group, weights.shape[3])
     if pixel is None:
         positions = (positions - centers[:, :, None, None]).flatten(0, 2)
         center, spread = torch.zeros(2, dtype=torch.float64), positions.std(0, unbiased=False)
         what = f"mean of {len(positions)} output pixels"
         positions, weights = positions.mean(0), weights.flatten(0, 2).mean(0)
     else:
-        at = tuple(pixel)
+        at = _check_pixel(pixel, centers.shape[:2])
+        _check_below("sample", sample, len(positions))
         center, spread = centers[at], torch.zeros_like(positions[0, 0, 0])
         what = f"output pixel in row {at[0]}, column {at[1]}"
         positions, weights = positions[sample][at], weights[sample][at]
-        backdrop = _as_map(layer, x, shape)[sample].double().cpu().mean(-1)
-    chosen = range(len(weights)) if groups is None else groups
-    size = (1, 1) if pixel is None or around is not None else backdrop.shape
+        backdrop = _as_map(layer, x, shape)[sample].double().cpu()
+        if image is None:
+            image = backdrop if backdrop.shape[2] == 3 else backdrop.mean(-1)
+    whole = pixel is not None and around == math.inf
+    size = backdrop.shape[:2] if whole else (1, 1)
     figure = _figure(figure, len(chosen), size)
     figure.suptitle(f"{weights.shape[1]} points a group: {what}", fontsize=14)
     largest = weights[list(chosen)].abs().max().item()
     for group, axes in zip(chosen, _panels(figure, len(chosen)), strict=True):
         axes.set_title(f"group {group}", fontsize=12)
         if pixel is not None:
-            _show(axes, backdrop if image is None else image, backdrop.shape, extent)
+            _show(axes, image, backdrop.shape[:2], extent)
         _lines(axes, center + cells, positions[group])
         colours = [SIGNS[weight < 0] for weight in weights[group].tolist()]
         _ellipses(axes, positions[group], spread[group], colours)
         points(axes, positions[group], weights[group], center=center, largest=largest)
-        if pixel is None or around is not None:
-            shown = torch.cat((cells, (positions.abs() + spread).flatten(0, 1)))
-            _center(axes, center, around or shown.max().item(), relative=pixel is None)
+        if not whole:
+            ends = (positions[list(chosen)] - center).abs() + spread[list(chosen)]
+            shown = torch.cat((cells.abs(), ends.flatten(0, 1)))
+            _center(axes, center, around or 1.1 * shown.max().item() + 0.5, pixel is None)
     _legend(
         figure,
         [("o", SIGNS[0], "positive weight"), ("o", SIGNS[1], "negative weight")],
@@ -133,7 +153,19 @@ def attention(
 
     Returns:
         The figure, with an axes for each level, in pixels of that level.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, by its name.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import FlashDeformAttn, visualize
+        >>> layer, shapes = FlashDeformAttn(d_model=64, n_levels=2, n_heads=4), [(32, 48), (16, 24)]
+        >>> queries, reference_points = torch.randn(1, 100, 64), torch.rand(1, 100, 2, 2)
+        >>> figure = visualize.attention(layer, queries, reference_points, shapes, index=7)
+        >>> figure.savefig("points.png")
     """
+    _check_layer(layer, (FlashDeformAttn,))
     locations, weights = layer.sampling_points(query, reference_points, input_spatial_shapes)
     shapes = torch.as_tensor(input_spatial_shapes).tolist()
     sizes = torch.tensor(shapes, dtype=torch.float64).flip(-1)
@@ -147,6 +179,8 @@ def attention(
         positions, weights = positions.mean(0), weights.flatten(0, 1).mean(0)
         references = torch.zeros_like(sizes)
     else:
+        _check_below("index", index, positions.shape[1])
+        _check_below("sample", sample, len(positions))
         positions, weights = positions[sample, index], weights[sample, index]
         spread, references = torch.zeros_like(positions), references[sample, index]
         what = f"query {index}"
@@ -163,7 +197,7 @@ def attention(
         axes.set_title(f"level {level}: {height} x {width} pixels", fontsize=12)
         center = references[level]
         if index is not None:
-            _show(axes, image, (height, width), None)
+            _show(axes, image, (height, width), None, size[1] / size[0])
         for head, (marker, colour) in enumerate(styles):
             at, counted = positions[head, level], weights[head, level]
             _ellipses(axes, at, spread[head, level], [colour] * count)
@@ -171,8 +205,8 @@ def attention(
                 axes, at, counted, center=center, largest=largest, colours=(colour,), marker=marker
             )
         if index is None or around is not None:
-            shown = positions.abs() + spread
-            _center(axes, center, around or shown.max().item(), relative=index is None)
+            shown = 1.1 * (positions.abs() + spread).max().item() + 0.1
+            _center(axes, center, around or shown, index is None)
     _legend(
         figure,
         [(*style, f"head {head}") for head, style in enumerate(styles)],
@@ -201,6 +235,14 @@ def points(
         largest: the |weight| of the largest area. None: the largest of `weights`.
         colours: of weights from 0 on, and of those below.
         marker: as matplotlib names it.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from dcnv4 import visualize
+        >>> figure = Figure()
+        >>> visualize.points(figure.add_subplot(), torch.rand(9, 2), torch.randn(9))
+        >>> figure.savefig("points.png")
     """
     from matplotlib.patheffects import Normal, withStroke
 
@@ -264,14 +306,48 @@ def _as_map(layer: nn.Module, x: Tensor, shape: Sequence[int] | None) -> Tensor:
     return x
 
 
+def _check_layer(layer: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(layer, kinds):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"layer must be a {names}, which tells its points; got {layer!r:.80}")
+
+
+def _check_below(name: str, index: int, count: int) -> None:
+    if check_integer(name, index, 0) >= count:
+        raise ValueError(f"{name} must be below {count}; got {index}")
+
+
+def _check_pixel(pixel: Any, size: Sequence[int]) -> tuple[int, int]:
+    rule = f"pixel must be (row, column) inside the output of {size[0]} x {size[1]}"
+    if not isinstance(pixel, (tuple, list)) or len(pixel) != 2:
+        raise TypeError(f"{rule}; got {pixel!r}")
+    row, column = (check_integer("pixel", index, 0) for index in pixel)
+    if row >= size[0] or column >= size[1]:
+        raise ValueError(f"{rule}; got {pixel}")
+    return row, column
+
+
 def _show(
-    axes: Axes, image: Any, size: Sequence[int], extent: tuple[float, float, float, float] | None
+    axes: Axes,
+    image: Any,
+    size: Sequence[int],
+    extent: tuple[float, float, float, float] | None,
+    ratio: float | None = None,
 ) -> None:
-    """Lay the image over a map of this (H, W), and show all where a point counts."""
+    """Lay the image over a map of this (H, W), and show all where a point counts.
+
+    `ratio`: of the width shown to the height; None for the map's own.
+    """
     height, width = size
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+    # A point beyond one pixel from the edge counts nothing, and one there is still to be seen.
+    margin = 1 + 0.04 * max(size)
+    across, down = width - 1 + 2 * margin, height - 1 + 2 * margin
+    ratio = ratio or across / down
+    across, down = max(across, down * ratio) / 2, max(down, across / ratio) / 2
+    x, y = (width - 1) / 2, (height - 1) / 2
+    axes.set(xlim=(x - across, x + across), ylim=(y + down, y - down), aspect="equal")
     if image is None:
-        axes.set(xlim=(-1, width), ylim=(height, -1), aspect="equal")
         axes.set_facecolor("0.93")
         if max(size) <= 100:
             axes.set_xticks([c - 0.5 for c in range(width + 1)], minor=True)
@@ -282,18 +358,22 @@ def _show(
     picture = torch.as_tensor(image).detach().cpu().double()
     if picture.dim() == 3 and picture.shape[-1] != 3:
         picture = picture[0] if picture.shape[0] == 1 else picture.permute(1, 2, 0)
+    if picture.dim() not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            "image must be one picture, [H, W], [H, W, 3], [1, H, W] or [3, H, W]; "
+            f"got {list(torch.as_tensor(image).shape)}"
+        )
     least, most = picture.min(), picture.max()
     if least < 0 or most > 1:
         picture = (picture - least) / (most - least).clamp(min=1e-9)
+    axes.autoscale(False)
     axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent or whole)
-    axes.set(xlim=(-1, width), ylim=(height, -1))
 
 
 def _center(axes: Axes, center: Tensor, reach: float, relative: bool) -> None:
-    """Show what is within `reach` of the centre, or a little more where nothing else is shown."""
+    """Show what is within `reach` of the centre."""
     x, y = center.tolist()
     if relative:
-        reach = 1.1 * reach + 0.1
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.set(xlabel="x from the centre, pixels", ylabel="y", aspect="equal")

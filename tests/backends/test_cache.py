@@ -274,6 +274,16 @@ def test_a_library_is_written_by_us_alone(compiled: list[Path], cache: Path, mas
     assert mode(entry) == 0o700
 
 
+def test_compiling_is_announced(
+    compiled: list[Path], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        cpp.library(str(cache))
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("dcnv4 compiles its CPU kernels with ")
+    assert said.endswith(f"about 5 seconds, and keeps them in {cache}")
+
+
 @REPLACED
 def test_a_library_that_is_not_ours_alone_is_built_again(
     compiled: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch, what: str

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcnv4 import backends, functional
+from dcnv4 import backends, functional, geometry
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import choice, compile, plans
 from support import cases, fuzz_cuda, kernel_cases, launches, pairs
@@ -80,7 +80,10 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
             for deterministic in (False, True):
-                plans.convert_sums_plan.__wrapped__(2, count, dtype, deterministic, 0)
+                shape = 2, 3, 5, count
+                for row in (count, count + 4):
+                    layout = shape, (15 * row, 5 * row, row, 1), dtype, 0
+                    plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -97,13 +100,22 @@ def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool 
         assert isinstance(case, cases.AttnCase)
         prepare, plan = backend._rows, plans.attn_plan.__wrapped__
         rest = (tuple(size for pair in case.shapes for size in pair), case.softmax)
-        locations, weights = coordinates
-        coordinates = locations, weights.reshape(locations.shape[:-1])
+        *place, offsets, weights = coordinates
+        coordinates = offsets, weights.reshape(offsets.shape[:-1])
     first, *layouts = (plans.layout(prepare(tensor)) for tensor in (value, *coordinates))
     (_, *shape), *where = first
     first = ((batch, *shape), *where)
+    gradient: Any = plans.layout(prepare(grad))
+    if isinstance(case, cases.AttnCase):
+        reference = None
+        if isinstance(case, cases.OffsetsCase):
+            reference = geometry.Reference(place[0], case.box_normalizer)
+        layouts.append(backend._place(reference)[1])
+        gradient = gradient, 1, 1
     plan(first, *layouts, None, *rest, False, 0)
-    gradient = plans.layout(prepare(grad))
+    if isinstance(case, cases.ConvCase):
+        written = (plans.layout(tensor.contiguous()) for tensor in (value, *coordinates))
+        gradient = gradient, *written
     plan(first, *layouts, gradient, *rest, deterministic, 0)
 
 
@@ -118,7 +130,7 @@ def _runs_on(name: str, architecture: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(8, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+    "part", [pytest.param(24, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
 )
 def test_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +164,7 @@ def _tile_variants(planned: dict[Variant, None], row: pairs.Row) -> list[Variant
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(32, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+    "part", [pytest.param(96, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
 )
 def test_tile_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
@@ -257,9 +269,18 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_not(depth) == "needs 16, 32, 48 or 64 channels a group"
     assert why_not(dtype=torch.float32) == "needs a value in half precision"
     assert why_not(extra=1) == "needs offset_mask's pixels on 8 bytes"
-    assert why_not(stride=2) == why_not(dilation=2) == "needs stride and dilation of 1"
+    assert why_not(stride=2) == "needs a stride of 1"
     assert why_not(kernel_size=5) == "needs a kernel of at most 3 x 3"
-    assert why_not(offset_scale=2.0) == "needs offset_scale of 1"
+    for scale in (0.25, 0.5, 2.0, -2.0):
+        assert why_not(offset_scale=scale) is None
+    assert why_not(dilation=2) is why_not(dilation=(4, 1), offset_scale=0.5) is None
+    for scale in (0.75, 0.0, 2.0**-9):
+        unit = "needs offset_scale a power of two from 1/256 to 256"
+        assert why_not(offset_scale=scale) == unit
+    wide = "needs a scaled kernel of at most 5 x 5 pixels"
+    assert why_not(offset_scale=-4.0) == why_not(dilation=(1, 3)) == wide
+    assert why_not(offset_scale=4.0, kernel_size=2) is None
+    assert why_not(offset_scale=64.0, kernel_size=1) is None
     monkeypatch.undo()
     assert why_not() == "needs 32768 slices"
 
@@ -536,11 +557,9 @@ def test_what_tiles_refuse_is_sorted(case: cases.Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", kernel_cases.every_tile_row(), ids=kernel_cases.row_id)
-def test_tiles(row: pairs.Row, request: pytest.FixtureRequest) -> None:
+def test_tiles(row: pairs.Row) -> None:
     """All that tile kernels are compiled for, with all data."""
     case = kernel_cases.tile_case(row)
-    if kernel_cases.loses_what_is_not_finite(row):
-        request.applymarker(kernel_cases.LOST)
     finite = kernel_cases.finite(row, case)
     computed = _check(case, row["dtype"], EVERY, row["deterministic"], finite)
     kernel_cases.check_left(row, computed[:2])

@@ -17,8 +17,8 @@ from support.tiers import one_in
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
 
 
-def _window(stride: tuple[int, int] = (1, 1)) -> Window:
-    return Window((3, 3), stride, (1, 1), (1, 1), 1, 1.0, False, False)
+def _window(stride: tuple[int, int] = (1, 1), scale: float = 1.0) -> Window:
+    return Window((3, 3), stride, (1, 1), (1, 1), 1, scale, False, False)
 
 
 DIRECT_KERNELS = "conv_forward", "conv_backward", "zeros"
@@ -95,17 +95,23 @@ def test_a_shift_by_whole_pixels(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "slices", "names"),
+    ("dtype", "slices", "names", "scale"),
     [
-        (torch.float64, DIRECT, DIRECT_KERNELS),
-        (torch.float32, DIRECT, DIRECT_KERNELS),
-        (torch.float32, SORTED, SORTED_KERNELS),
-        (torch.float16, EVERY, TILE_KERNELS),
+        (torch.float64, DIRECT, DIRECT_KERNELS, 1.0),
+        (torch.float32, DIRECT, DIRECT_KERNELS, 1.0),
+        (torch.float32, SORTED, SORTED_KERNELS, 1.0),
+        (torch.float16, EVERY, TILE_KERNELS, 1.0),
+        (torch.float16, EVERY, TILE_KERNELS, 0.5),
+        (torch.float16, EVERY, TILE_KERNELS, 2.0),
+        (torch.float16, EVERY, TILE_KERNELS, -1.0),
     ],
-    ids=["float64-direct", "float32-direct", "float32-sorted", "float16-tiles"],
+    ids=[
+        *("float64-direct", "float32-direct", "float32-sorted"),
+        *("float16-tiles", "float16-tiles-0.5", "float16-tiles-2", "float16-tiles-mirrored"),
+    ],
 )
 def test_at_and_beyond_the_borders(
-    dtype: torch.dtype, slices: dict[str, int], names: tuple[str, ...]
+    dtype: torch.dtype, slices: dict[str, int], names: tuple[str, ...], scale: float
 ) -> None:
     """One pixel outside, where a point is outside though a corner of it is not; and what no integer
     holds."""
@@ -119,7 +125,10 @@ def test_at_and_beyond_the_borders(
         far += [2.0**31, -(2.0**31), 1e30, -1e30]
     for i, number in enumerate(far):
         points[0, i % 4, i % 8, i % 9, i % 2] = number
-    window = _window()
+    window = _window(scale=scale)
+    # Undeformed points of half a kernel lie between pixels; these lie on the one just outside.
+    if scale == 0.5:
+        points[0, 1:3, 0, :3, 0] = -1
     results = _run((value, offset_mask, grad), window, slices, names)
     exact = value.double(), offset_mask.double(), grad.double()
     expected = (

@@ -123,9 +123,18 @@ def _attn_calls(batch: int, height: int, width: int) -> None:
     backend.attn_backward(grad, value, shapes, locations, weights, True)
 
 
+def _offsets_calls(batch: int, height: int, width: int) -> None:
+    shapes, length = [(height, width), (1, width)], height * width + width
+    value, offsets = torch.ones(batch, length, 2, 16), torch.ones(batch, height, 2, 2, 4, 2)
+    weights, grad = torch.ones(batch, height, 2, 2, 4), torch.ones(batch, height, 32)
+    reference = geometry.Reference(torch.ones(batch, 1, 1, 4), "size")
+    backend.attn_forward(value, shapes, offsets, weights, True, False, reference)
+    backend.attn_backward(grad, value, shapes, offsets, weights, True, False, reference)
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("calls", [_conv_calls, _attn_calls])
+@pytest.mark.parametrize("calls", [_conv_calls, _attn_calls, _offsets_calls])
 def test_a_compilation_depends_on_no_batch_and_no_image(
     calls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

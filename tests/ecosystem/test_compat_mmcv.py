@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcnv4 import FlashDeformAttn
+from dcnv4 import FlashDeformAttn, checkpoints
 from dcnv4.compat import mmcv
 from support import grid_sample
 
@@ -138,6 +138,20 @@ def test_layers_copy_pickle_and_begin_anew(name: str) -> None:
         torch.testing.assert_close(states[0][n], states[1][n], rtol=0, atol=0)
     bound = float(before["weight"].abs().max())
     assert 0.8 * bound < float(states[0]["weight"].abs().max()) < 1.25 * bound
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.endswith("Pack")])
+def test_weights_of_mmcvs_first_version(name: str) -> None:
+    """There `conv_offset` lay beside the layer."""
+    model = nn.ModuleDict({"conv2": getattr(mmcv, name)(4, 6, 3)})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    state = {n.replace(".conv_offset", "_offset"): p for n, p in model.state_dict().items()}
+    assert "conv2_offset.weight" in state
+    again = nn.ModuleDict({"conv2": getattr(mmcv, name)(4, 6, 3)})
+    checkpoints.load(again, state)
+    for n, p in again.state_dict().items():
+        torch.testing.assert_close(p, model.state_dict()[n], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -185,6 +185,17 @@ def test_transforms() -> None:
         torch.testing.assert_close(*pair, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_batched_gradients() -> None:
+    leaves, settings = make(CASES[1])
+    output = deform_conv2d(**leaves, **settings)
+    seeds = torch.randn(3, *output.shape, dtype=output.dtype)
+    tensors = list(leaves.values())
+    got = torch.autograd.grad(output, tensors, seeds, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(output, tensors, seed, retain_graph=True) for seed in seeds]
+    for name, batched, grads in zip(leaves, got, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(batched, torch.stack(grads), msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.skipif(
     not hasattr(torch, "compiler"), reason=f"needs torch >= 2.1; got {torch.__version__}"
 )

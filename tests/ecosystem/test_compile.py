@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ from support import cases
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CASES = pytest.mark.parametrize(
     "case",
-    [cases.CONV[2], cases.CONV[9], cases.ATTENTION[0], cases.AttnCase("tensor", tensor=True)],
+    [
+        *(cases.CONV[2], cases.CONV[9], cases.ConvCase("packed", layout="packed", extra=2)),
+        *(cases.ATTENTION[0], cases.AttnCase("tensor", tensor=True)),
+        *(cases.OFFSETS[0], cases.OffsetsCase("tensor", tensor=True, boxes=True, shared=(1,))),
+    ],
     ids=lambda case: f"{type(case).__name__}-{case.id}",
 )
 needs_compile = pytest.mark.skipif(
@@ -105,7 +110,9 @@ def test_no_recompilation_for_another_batch_or_size(name: str, grad: bool) -> No
     layer = COMPILED[name]()
     compiled = torch.compile(layer, fullgraph=True, backend=count)
     sizes = ((2, 6, 7), (3, 9, 5), (4, 6, 7), (5, 12, 11), (6, 4, 4))
-    with torch.set_grad_enabled(grad):
+    getattr(torch._dynamo.utils, "warn_once_cache", set()).clear()
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as of a cache that is looked into
         for size in sizes:
             inputs = example(name, *size)
             output = compiled(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -33,18 +34,23 @@ def network() -> nn.Sequential:
 
 
 ALL = [f"{stage}.{conv}" for stage in "012" for conv in ("conv", "depthwise")]
+NO_STEM = ALL[1:]
+# Weights are dropped in every call of these tests but those that look for what is said of it.
+pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were dropped:UserWarning")
 
 
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
-        ({}, ALL),
+        ({}, NO_STEM),
         ({"names": "2"}, ["2.conv", "2.depthwise"]),
-        ({"names": ["0", "2.conv"]}, ["0.conv", "0.depthwise", "2.conv"]),
+        ({"names": ["0", "2.conv"]}, ["0.depthwise", "2.conv"]),
+        ({"names": ["0.conv", "*"]}, ALL),
+        ({"names": "*.conv"}, ALL[::2]),
         ({"names": "[12].conv"}, ["1.conv", "2.conv"]),
         ({"names": "*.depthwise"}, ["0.depthwise", "1.depthwise", "2.depthwise"]),
         ({"kind": "depthwise", "names": "1"}, ["1.depthwise"]),
-        ({"kind": "dense"}, ["0.conv", "1.conv", "2.conv"]),
+        ({"kind": "dense"}, ["1.conv", "2.conv"]),
         ({"where": lambda name, conv: conv.stride == (1, 1)}, [*ALL[1::2][:2], *ALL[4:]]),
     ],
     ids=lambda argument: ",".join(argument),
@@ -90,8 +96,8 @@ def test_geometry_is_kept(arguments: dict[str, Any], kernel_size: int | None) ->
     if kernel_size == 3 and arguments["kernel_size"] == 2:
         kernel_size = 4  # odd kernels have other centres
         arguments = {**arguments, "padding": 2}
-    model = nn.Sequential(nn.Conv2d(3, 8, **arguments))
-    x = torch.randn(2, 3, 15, 16)
+    model = nn.Sequential(nn.Conv2d(6, 8, **arguments))
+    x = torch.randn(2, 6, 15, 16)
     size = model(x).shape
     layer = dcnv4.convert(model, kernel_size=kernel_size)["0"]
     assert model(x).shape == size
@@ -111,7 +117,7 @@ def test_new_kernel_looks_around_the_same_centres() -> None:
 
 
 def test_dtype_device_mode_bias_are_kept() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, bias=False)).double().eval()
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, bias=False)).double().eval()
     bias = model[0].bias.detach().clone()
     replaced = dcnv4.convert(model)
     for layer in replaced.values():
@@ -152,7 +158,7 @@ def test_options_reach_the_layers() -> None:
 
 
 def test_a_shared_convolution_stays_shared() -> None:
-    shared = nn.Conv2d(4, 4, 3, padding=1)
+    shared = nn.Conv2d(6, 6, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     replaced = dcnv4.convert(model)
     assert list(replaced) == ["0", "2"]
@@ -201,14 +207,14 @@ class Doubled(nn.Conv2d):
 
 
 def test_subclasses_have_to_be_named() -> None:
-    model = nn.Sequential(Doubled(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(Doubled(6, 4, 3), nn.Conv2d(4, 4, 3))
     assert list(dcnv4.convert(copy.deepcopy(model))) == ["1"]
     assert list(dcnv4.convert(copy.deepcopy(model), types=Doubled)) == ["0"]
     assert list(dcnv4.convert(model, types=(Doubled, nn.Conv2d))) == ["0", "1"]
 
 
 def hooked() -> nn.Conv2d:
-    conv = nn.Conv2d(3, 4, 3)
+    conv = nn.Conv2d(6, 4, 3)
     conv.register_forward_hook(lambda *_: None)
     return conv
 
@@ -216,14 +222,16 @@ def hooked() -> nn.Conv2d:
 @pytest.mark.parametrize(
     ("conv", "arguments", "message"),
     [
-        (nn.Conv2d(3, 4, 1), {}, "must select a convolution .* larger than 1 x 1; got none"),
+        (nn.Conv2d(6, 4, 1), {}, "must select a convolution .* larger than 1 x 1; got none"),
         (nn.ReLU(), {"where": lambda *_: True}, "got none for names = .*, types = Conv2d and wher"),
-        (nn.Conv2d(3, 4, 3), {"kind": "depthwise"}, "got none for names = .*, kind = 'depthwise'"),
-        (nn.Conv2d(3, 4, 3), {"names": ["1", "layr*"]}, "names must match .*; got layr"),
-        (nn.Conv2d(3, 4, 3), {"kind": "grouped"}, "kind must be one of any, depthwise, dense; got"),
-        (nn.Conv2d(3, 4, 3), {"init": "random"}, "init must be 'average' or 'zero'; got 'random'"),
+        (nn.Conv2d(6, 4, 3), {"kind": "depthwise"}, "got none for names = .*, kind = 'depthwise'"),
+        (nn.Conv2d(6, 4, 3), {"names": ["1", "layr*"]}, r"of the model: 0, 1; got layr\*"),
+        (nn.Conv2d(6, 4, 3), {"names": "1.conv"}, "of the model: none so deep; got 1.conv"),
+        (nn.Conv2d(6, 4, 3), {"names": "0"}, "larger than 1 x 1; got none for names = 0"),
+        (nn.Conv2d(6, 4, 3), {"kind": "grouped"}, "kind must be one of any, depthwise, dense; got"),
+        (nn.Conv2d(6, 4, 3), {"init": "random"}, "init must be 'average' or 'zero'; got 'random'"),
         (
-            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(6, 4, 3),
             {"init": "kernel"},
             "must meet depthwise convolutions .* got 1 = Conv",
         ),
@@ -252,13 +260,13 @@ def hooked() -> nn.Conv2d:
             {"init": "kernel", "without_pointwise": True},
             "must keep the bias of .*; got without_pointwise",
         ),
-        (nn.Conv2d(3, 4, 2, padding="same"), {}, "same padding >= 0 on both sides; got 2, which n"),
+        (nn.Conv2d(6, 4, 2, padding="same"), {}, "same padding >= 0 on both sides; got 2, which n"),
         (
-            nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"),
             {},
             "padding_mode of 1 .* 'reflect'",
         ),
-        (nn.Conv2d(3, 6, 3), {"groups": 4}, "must divide the 6 channels; got 4"),
+        (nn.Conv2d(4, 6, 3), {"groups": 4}, "must divide the 6 channels; got 4"),
         (hooked(), {}, "1 must have no forward hooks"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
@@ -274,3 +282,44 @@ def test_refusals_leave_the_model_alone(
     with pytest.raises(ValueError, match=message):
         dcnv4.convert(model, **arguments)
     assert list(model.named_modules()) == before
+
+
+def test_what_a_convolution_has_is_no_option() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    for option, given in {"padding": 1, "bias": False, "stride": 2, "out_channels": 4}.items():
+        message = f"{option} must be left to each convolution, .* got {option} = {given}"
+        with pytest.raises(TypeError, match=message):
+            dcnv4.convert(model, **{option: given})
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_names_of_a_large_model_are_not_all_listed() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(14)))
+    with pytest.raises(ValueError, match=r"model: 0, 1, .*, 11 and 2 more; got layer9$"):
+        dcnv4.convert(model, "layer9")
+
+
+def test_a_stem_alone_has_to_be_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with pytest.raises(ValueError, match="beside the first, which has to be named; got none"):
+        dcnv4.convert(model)
+    assert list(dcnv4.convert(model, "0")) == ["0"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_it_says_what_it_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    kept = copy.deepcopy(model)
+    with caplog.at_level("INFO", "dcnv4"), pytest.warns(UserWarning, match="dropped") as said:
+        dcnv4.convert(model)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert str(said[0].message).startswith(
+        "the weights of 1, 2 were dropped, and the model has to be trained; "
+    )
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(": Conv2d(8, 8, ")[0] for line in lines] == ["1", "2"]
+    assert lines[0].endswith(f"is now {model[1].extra_repr()}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dcnv4.convert(kept, kind="depthwise", init="kernel")

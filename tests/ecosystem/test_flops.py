@@ -61,6 +61,12 @@ def test_flop_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         functional.ms_deform_attn(tokens, LEVELS, locations, weights)
     assert counter.get_total_flops() == 2 * ATTN_PRODUCTS
+    references = torch.rand(2, 7, 1, 2)
+    with FlopCounterMode(display=False) as counter:
+        functional.ms_deform_attn_from_offsets(
+            tokens, LEVELS, references, locations, weights
+        ).sum().backward()
+    assert counter.get_total_flops() == 6 * ATTN_PRODUCTS
     with FlopCounterMode(display=False) as counter:
         convolve(value, offset_mask).sum().backward()
         functional.ms_deform_attn(tokens, LEVELS, locations, weights).sum().backward()
@@ -205,7 +211,11 @@ def test_fvcore_handles() -> None:
     """On a traced graph, which is what fvcore calls them with."""
     value, offset_mask, tokens, locations, weights = (t.detach() for t in inputs())
     traced = torch.jit.trace(
-        lambda *t: (convolve(*t[:2]), functional.ms_deform_attn(t[2], LEVELS, *t[3:])),
+        lambda *t: (
+            convolve(*t[:2]),
+            functional.ms_deform_attn(t[2], LEVELS, *t[3:]),
+            functional.ms_deform_attn_from_offsets(t[2], LEVELS, t[3][:, :, 0, :, 0], *t[3:]),
+        ),
         (value, offset_mask, tokens, locations, weights),
     )
     counts = {
@@ -216,4 +226,5 @@ def test_fvcore_handles() -> None:
     assert counts == {
         "dcnv4::deform_conv": CONV_PRODUCTS,
         "dcnv4::ms_deform_attn": ATTN_PRODUCTS,
+        "dcnv4::ms_deform_attn_from_offsets": ATTN_PRODUCTS,
     }

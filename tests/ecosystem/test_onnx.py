@@ -120,7 +120,10 @@ def test_deform_conv_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_attention_by_gather(tmp_path: Path) -> None:
-    calls = choose(cases.ATTENTION, "three_levels softmax_flat empty_level shapes_tensor")
+    calls = [
+        *choose(cases.ATTENTION, "three_levels softmax_flat empty_level shapes_tensor"),
+        *choose(cases.OFFSETS, "one_for_all boxes_of_queries boxes_by_size shapes_tensor"),
+    ]
     model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
     assert count(model, "Gather") >= len(calls)
     assert not count(model, "GridSample")
@@ -128,12 +131,18 @@ def test_attention_by_gather(tmp_path: Path) -> None:
 
 @OTHER_DTYPES
 def test_attention_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    calls = choose(cases.ATTENTION, "float_coordinates double_locations")
+    calls = [
+        *choose(cases.ATTENTION, "float_coordinates double_locations"),
+        *choose(cases.OFFSETS, "float_points double_points"),
+    ]
     exported_calls(tmp_path / "model.onnx", calls, dtype)
 
 
 def test_attention_by_grid_sample(tmp_path: Path) -> None:
-    calls = choose(cases.ATTENTION, "three_levels softmax_flat four_levels far float_coordinates")
+    calls = [
+        *choose(cases.ATTENTION, "three_levels softmax_flat four_levels far float_coordinates"),
+        *choose(cases.OFFSETS, "one_for_all boxes boxes_by_size far"),
+    ]
     model = exported_calls(tmp_path / "model.onnx", calls, torch.float32, attention="grid_sample")
     assert count(model, "GridSample") == sum(len(case.shapes) for case in calls)
 

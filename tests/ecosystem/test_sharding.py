@@ -84,8 +84,11 @@ IMAGES = (
     cases.ConvCase("four", batch=4, softmax=True, extra=2),
     cases.ConvCase("stride", batch=4, size=(5, 6), window={"stride": 2, "kernel_size": 2}),
     cases.ConvCase("three", batch=3),
+    cases.ConvCase("packed", batch=4, layout="packed"),
     cases.AttnCase("four", batch=4, softmax=True),
     cases.AttnCase("three", batch=3, queries=3),
+    cases.OffsetsCase("four", batch=4, softmax=True, shared=(1, 2)),
+    cases.OffsetsCase("three", batch=3, queries=3, boxes=True),
 )
 
 
@@ -105,10 +108,23 @@ def heads_and_queries_are_split(mesh: Any) -> None:
     ):
         found, grads = compare(case, mesh, (2, 2, 2, 2))
         assert [t.placements for t in (found, *grads)] == [(Shard(2),)] * 4
+    # Reference points are for all heads, and in the second call for all images.
+    case = cases.OffsetsCase("heads", batch=2, groups=4, boxes=True)
+    found, grads = compare(case, mesh, (2, None, 2, 2, 2))
+    assert [t.placements for t in (found, grads[0], *grads[2:])] == [(Shard(2),)] * 4
+    assert grads[1].placements[0].is_partial()
+    case = cases.OffsetsCase("images", batch=4, shared=(0,))
+    found, grads = compare(case, mesh, (0, None, 0, 0, 0))
+    assert [t.placements for t in (found, grads[0], *grads[2:])] == [(Shard(0),)] * 4
+    assert grads[1].placements[0].is_partial()
     found, grads = compare(
         cases.AttnCase("queries", queries=5, softmax=True), mesh, (None, 1, 1, 1)
     )
     assert [t.placements for t in (found, *grads[1:])] == [(Shard(1),)] * 3
+    assert grads[0].placements[0].is_partial()
+    case = cases.OffsetsCase("queries", queries=5, softmax=True, boxes=True)
+    found, grads = compare(case, mesh, (None, 1, 1, 1, 1))
+    assert [t.placements for t in (found, *grads[1:])] == [(Shard(1),)] * 4
     assert grads[0].placements[0].is_partial()
 
 
@@ -351,6 +367,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name: str, reports: Path) -> None:
     for rank in range(PROCESSES):

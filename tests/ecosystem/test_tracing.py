@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.checkpoints import DCNv3
 from dcnv4.compat import mmcv
 from dcnv4.compat.torchvision import DeformConv2d
-from dcnv4.functional import ms_deform_attn
+from dcnv4.functional import ms_deform_attn, ms_deform_attn_from_offsets
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +35,24 @@ class Levels(nn.Module):
         value = torch.cat((x.flatten(2), small.flatten(2)), 2).transpose(1, 2)
         sizes = [(level.shape[2], level.shape[3]) for level in (x, small)]
         if self.attention is None:
-            locations = references[:, :, None, :, None]
-            weights = locations[..., 0]
-            return ms_deform_attn(value[:, :, None], sizes, locations, weights)
+            return self.sample(value[:, :, None], sizes, references)
         return self.attention(
             query=value[:, : references.shape[1]],
             reference_points=references,
             input_flatten=value,
             input_spatial_shapes=sizes,
         )
+
+    def sample(self, value: Tensor, sizes: Sequence[Any], references: Tensor) -> Tensor:
+        locations = references[:, :, None, :, None]
+        return ms_deform_attn(value, sizes, locations, locations[..., 0])
+
+
+class FromOffsets(Levels):
+    def sample(self, value: Tensor, sizes: Sequence[Any], references: Tensor) -> Tensor:
+        offsets = references[:, :, None, :, None]
+        arguments = value, sizes, references[:, :1], offsets, offsets[..., 0]
+        return ms_deform_attn_from_offsets(*arguments)
 
 
 class Mmcv(Levels):
@@ -93,6 +103,7 @@ MODELS = {
     "DCNv3": lambda: ChannelsLast(DCNv3(8, group=2)),
     "FlashDeformAttn": lambda: Levels(FlashDeformAttn(8, n_levels=2, n_heads=2)),
     "ms_deform_attn": Levels,
+    "ms_deform_attn_from_offsets": FromOffsets,
     "torchvision": lambda: Offsets(DeformConv2d(8, 4, 3, padding=1), 9),
     "mmcv": lambda: Offsets(mmcv.DeformConv2d(8, 4, 3, padding=1)),
     "mmcv_pack": lambda: nn.Sequential(mmcv.DeformConv2dPack(8, 4, 3, padding=1)),
@@ -102,7 +113,7 @@ MODELS = {
         mmcv.MultiScaleDeformableAttention(8, 2, 1, 2, batch_first=True, dropout=0.0)
     ),
 }
-FUNCTION = "ms_deform_attn"
+FUNCTIONS = "ms_deform_attn", "ms_deform_attn_from_offsets"
 
 
 def make(name: str) -> nn.Module:
@@ -114,7 +125,7 @@ def make(name: str) -> nn.Module:
 
 
 def inputs(name: str, batch: int = 2, height: int = 8, width: int = 6) -> tuple[Tensor, ...]:
-    x = torch.randn(batch, 1 if name == FUNCTION else 8, height, width)
+    x = torch.randn(batch, 1 if name in FUNCTIONS else 8, height, width)
     return (x, torch.rand(batch, 5, 2, 2)) if isinstance(make(name), Levels) else (x,)
 
 
@@ -132,7 +143,8 @@ def test_a_traced_model_takes_every_size(name: str) -> None:
     model = make(name)
     traced = trace(model, inputs(name))
     operators = [n.kind() for n in traced.inlined_graph.nodes() if "dcnv4::" in n.kind()]
-    assert operators in (["dcnv4::deform_conv"], ["dcnv4::ms_deform_attn"])
+    known = "deform_conv", *FUNCTIONS
+    assert operators in [[f"dcnv4::{operator}"] for operator in known]
     for size in ((2, 8, 6), (1, 4, 10), (3, 12, 4)):
         arguments = inputs(name, *size)
         torch.testing.assert_close(traced(*arguments), model(*arguments))
@@ -172,7 +184,7 @@ def test_a_number_outside_of_a_trace_is_no_tensor() -> None:
         )
 
 
-FX = pytest.mark.parametrize("name", [name for name in MODELS if name != FUNCTION])
+FX = pytest.mark.parametrize("name", [name for name in MODELS if name not in FUNCTIONS])
 
 
 def calls(graph: fx.GraphModule) -> list[type[Any]]:

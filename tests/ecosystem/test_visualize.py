@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def test_conv_draws_the_points_of_a_pixel(name: str, tmp_path: Any) -> None:
     layer, x, shape = LAYERS[name]
     randomised(layer)
     positions, weights = (t.detach() for t in layer.sampling_points(x, *shape.values()))
-    figure = visualize.conv(layer, x, (2, 3), sample=1, image=torch.rand(3, 40, 56), **shape)
+    arguments: dict[str, Any] = {"sample": 1, "image": torch.rand(3, 40, 56), **shape}
+    figure = visualize.conv(layer, x, (2, 3), around=math.inf, **arguments)
     assert isinstance(figure, Figure)
     assert len(figure.axes) == 3
     largest = weights[1, 2, 3].abs().max().item()
@@ -62,14 +64,28 @@ def test_conv_draws_the_points_of_a_pixel(name: str, tmp_path: Any) -> None:
         torch.testing.assert_close(areas.double(), visualize.AREA * sizes / largest)
         height, width = (10, 10) if name == "DCNv4 square" else (10, 14)
         assert axes.images[0].get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]
-        assert axes.get_xlim() == (-1, width)
-        assert axes.get_ylim() == (height, -1)
+        assert -2 < axes.get_xlim()[0] < -1 < width < axes.get_xlim()[1] < width + 1
+        assert -2 < axes.get_ylim()[1] < -1 < height < axes.get_ylim()[0] < height + 1
         starts = next(c for c in axes.collections if isinstance(c, LineCollection)).get_segments()
         stride = layer.window.stride[0]
         grid = torch.stack([torch.from_numpy(segment[0]) for segment in starts])
         torch.testing.assert_close(grid.mean(0), torch.tensor([3.0, 2.0]).double() * stride)
     figure.savefig(tmp_path / "points.png")
     assert (tmp_path / "points.png").stat().st_size > 10_000
+    column, row = 3 * stride, 2 * stride
+    reach = (positions[1, 2, 3] - torch.tensor([column, row])).abs().max().item()
+    for axes in visualize.conv(layer, x, (2, 3), **arguments).axes:
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert (left + right, bottom + top) == pytest.approx((2 * column, 2 * row))
+        assert right - left == bottom - top
+        assert reach < (right - left) / 2 < 1.5 * reach + 1
+
+
+def test_colours_are_kept() -> None:
+    x = torch.rand(2, 3, 8, 9)
+    (axes,) = visualize.conv(DCNv4Conv2d(3, 16, padding=1), x, (2, 2), sample=1).axes
+    picture = torch.tensor(axes.images[0].get_array())
+    torch.testing.assert_close(picture, x[1].permute(1, 2, 0).double())
 
 
 def test_an_image_without_a_batch() -> None:
@@ -134,7 +150,19 @@ def test_attention_draws_the_points_of_a_query(size: int) -> None:
         torch.testing.assert_close(at, torch.cat([pair[0] for pair in wanted]))
         sizes = torch.cat([pair[1] for pair in wanted])
         torch.testing.assert_close(areas.double(), visualize.AREA * sizes / largest)
-        assert axes.get_xlim() == (-1, SHAPES[level][1])
+        assert axes.get_xlim()[0] < -1 < SHAPES[level][1] < axes.get_xlim()[1]
+        assert axes.get_ylim()[1] < -1 < SHAPES[level][0] < axes.get_ylim()[0]
+
+
+def test_levels_have_panels_of_one_size() -> None:
+    shapes = ((20, 31), (10, 16), (5, 8))
+    layer = FlashDeformAttn(16, n_levels=3, n_heads=4)
+    query, reference = torch.randn(1, 5, 16), torch.rand(1, 5, 3, 2)
+    figure = visualize.attention(layer, query, reference, shapes, 2, image=torch.rand(20, 31))
+    figure.canvas.draw()
+    sizes = [axes.get_window_extent().size for axes in figure.axes]
+    for size in sizes[1:]:
+        assert size == pytest.approx(sizes[0], abs=1)
 
 
 def test_attention_averages_over_the_queries() -> None:
@@ -190,6 +218,41 @@ def test_many_panels_stand_in_rows() -> None:
     figure = visualize.conv(layer, torch.randn(1, 8, 5, 5))
     assert len(figure.axes) == 6
     assert len({round(axes.get_subplotspec().rowspan.start) for axes in figure.axes}) == 2
+
+
+MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "outside": (ValueError, r"inside the output of 5 x 7; got \(5, 0\)", {"pixel": (5, 0)}),
+    "negative": (ValueError, "pixel must be an integer >= 0; got -1", {"pixel": (0, -1)}),
+    "number": (TypeError, r"pixel must be \(row, column\) inside .*; got 5", {"pixel": 5}),
+    "half": (TypeError, "pixel must be an integer >= 0; got 0.5", {"pixel": (0.5, 1)}),
+    "layer": (TypeError, "tells its points; got Conv2d", {"layer": nn.Conv2d(8, 8, 3)}),
+    "image": (
+        ValueError,
+        r"image must be one picture, .*; got \[2, 3, 20, 28\]",
+        {"image": torch.rand(2, 3, 20, 28)},
+    ),
+    "sample": (ValueError, "sample must be below 2; got 2", {"sample": 2}),
+    "group": (ValueError, "groups must be below 3; got 3", {"groups": [0, 3]}),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case: str) -> None:
+    error, message, changed = MISTAKES[case]
+    layer, x, _ = LAYERS["DCNv4Conv2d"]
+    with pytest.raises(error, match=message):
+        visualize.conv(**{"layer": layer, "x": x, "pixel": (1, 1), **changed})
+
+
+def test_mistakes_about_attention() -> None:
+    layer = FlashDeformAttn(16, n_levels=2, n_heads=4, n_points=3)
+    call = torch.randn(2, 5, 16), torch.rand(2, 5, 2, 2), SHAPES
+    with pytest.raises(ValueError, match="index must be below 5; got 5"):
+        visualize.attention(layer, *call, 5)
+    with pytest.raises(ValueError, match="sample must be below 2; got 7"):
+        visualize.attention(layer, *call, 1, sample=7)
+    with pytest.raises(TypeError, match=r"layer must be a FlashDeformAttn, .*; got Linear"):
+        visualize.attention(nn.Linear(3, 3), *call)
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

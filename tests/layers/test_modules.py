@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional
-from dcnv4.layers import DCNv3, attention
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, functional, ops
+from dcnv4.layers import DCNv3
 
 
 def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -148,7 +148,7 @@ def test_channels_last_makes_no_layout_copy() -> None:
     with torch.profiler.profile() as profile, torch.no_grad():
         layer(x)
     names = [event.key for event in profile.key_averages()]
-    assert "dcnv4::deform_conv" in names
+    assert "dcnv4::deform_conv_packed" in names
     assert "aten::contiguous" not in names
 
 
@@ -416,13 +416,13 @@ def test_locations_are_never_rounded_to_half(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reference[0, :, 0, 0] - 0.5 / 128
     assert (output[0, :, 0] - wanted).abs().max() <= torch.finfo(torch.bfloat16).eps
     captured: list[torch.dtype] = []
-    original = attention.ms_deform_attn
+    original = ops.DeformAttnFromOffsets.forward
 
-    def spy(value: Tensor, shapes: Any, locations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        captured.append(locations.dtype)
-        return original(value, shapes, locations, *args, **kwargs)
+    def spy(*call: Any) -> Tensor:
+        captured.append(call[3].dtype)
+        return original(*call)
 
-    monkeypatch.setattr(attention, "ms_deform_attn", spy)
+    monkeypatch.setattr(ops.MS_DEFORM_ATTN_FROM_OFFSETS, "forward", spy)
     half = layer.bfloat16()
     half(torch.zeros(1, 2, 8).bfloat16(), reference, ramp.bfloat16(), ((1, 128),))
     assert captured == [torch.float32]
@@ -572,3 +572,16 @@ def test_autocast_casts_the_input_once(layer: torch.nn.Module) -> None:
         layer(x)
     casts = [e for e in profile.events() if e.name == "aten::_to_copy"]
     assert sum(math.prod(e.input_shapes[0]) == x.numel() for e in casts) == 1
+
+
+@pytest.mark.parametrize("name", ["convert", "functional", "visualize", "DCNv4Conv2d"])
+def test_the_class_says_what_the_package_has(name: str) -> None:
+    """`from dcnv4 import dcnv4` hides the package behind the class of the same name."""
+    with pytest.raises(AttributeError, match=f"import dcnv4`, .* to use dcnv4.{name}$"):
+        getattr(dcnv4.dcnv4, name)
+    assert not hasattr(DCNv4, name)
+    layer = DCNv4(8)
+    assert not hasattr(layer, name)
+    layer.add_module(name, nn.Identity())
+    assert getattr(pickle.loads(pickle.dumps(layer)), name) is not None
+    assert type(getattr(copy.deepcopy(layer), name)) is nn.Identity

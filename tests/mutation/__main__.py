@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .draw import Compiles, Lines, draw, generate
+from .draw import draw, generate
 from .mutants import (
     LIST,
     RESULTS,
@@ -27,7 +27,7 @@ from .mutants import (
     save_mutants,
 )
 from .report import NOTICED, describe, report, write
-from .run import Bench, OutOfTimeError, append, run
+from .run import Bench, append, run
 from .selections import Stage, mutated_files, stages
 
 _FRESH = 12  # mutants of changed lines in one run of CI
@@ -41,13 +41,15 @@ def main() -> int:
     for name, function in (("draw", _draw), ("run", _run), ("report", _report), ("ci", _ci)):
         parsers[name] = commands.add_parser(name, help=function.__doc__)
         parsers[name].set_defaults(function=function)
-    for name in ("draw", "run", "ci"):
+    for name in ("run", "ci"):
         add = parsers[name].add_argument
         add("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
         add("--folder", type=Path, help="for copies and what is compiled; default: a new one")
         add("--patience", type=float, default=60.0, help="seconds that one test may take")
         add("--budget", type=float, default=float("inf"), help="seconds in all")
-    parsers["draw"].add_argument("--count", type=int, default=320)
+    parsers["draw"].add_argument(
+        "--count", type=int, default=640, help="lines; about half of them compile"
+    )
     parsers["draw"].add_argument("--seed", type=int, default=0)
     add = parsers["run"].add_argument
     add("--results", type=Path, default=RESULTS, help="the file that they are added to")
@@ -64,16 +66,15 @@ def main() -> int:
 
 def _draw(options: argparse.Namespace) -> int:
     """draw the list anew; needs universalmutator"""
-    lines = list(generate(ROOT, mutated_files(ROOT)))
-    bench = _bench(options, options.budget)
-    save_mutants(_drawn(bench, lines, options.count, options.seed, options.jobs))
+    lines = generate(ROOT, mutated_files(ROOT))
+    save_mutants(draw(ROOT, lines, options.count, options.seed))
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     """run those of the list that have no result yet"""
     results = load_results(options.results)
-    over = {key for key, got in results.items() if not options.again or got["result"] in NOTICED}
+    over = {key for key, got in results.items() if not options.again or got["result"] != "survived"}
     waiting = [
         mutant
         for mutant in load_mutants()
@@ -127,15 +128,12 @@ def _ci(options: argparse.Namespace) -> int:
     bench = _bench(options, options.budget * _SHARE)
     changed = _changed_lines()
     print(f"lines changed since the draw: {sum(map(len, changed.values()))}", flush=True)
-    try:
-        fresh = [
-            mutants
-            for mutants in generate(ROOT, sorted(changed))
-            if mutants[0].line in changed[mutants[0].file] and _can_run(mutants[0])
-        ]
-        attempt(bench, _drawn(bench, fresh, _FRESH, 0, options.jobs))
-    except OutOfTimeError:
-        print("no time for more of them")
+    fresh = [
+        mutants
+        for mutants in generate(ROOT, sorted(changed))
+        if mutants[0].line in changed[mutants[0].file] and _can_run(mutants[0])
+    ]
+    attempt(bench, draw(ROOT, fresh, _FRESH, 0))
     noticed = [
         mutant
         for mutant in load_mutants()
@@ -155,14 +153,6 @@ def _bench(
 ) -> Bench:
     folder = options.folder.resolve()
     return Bench(ROOT, folder, options.patience, time.monotonic() + seconds, choose)
-
-
-def _drawn(bench: Bench, lines: Sequence[Lines], count: int, seed: int, jobs: int) -> list[Mutant]:
-    if not lines:
-        return []
-    compiles = Compiles(bench, sorted({mutants[0].file for mutants in lines}), jobs)
-    trees = [bench.tree(f"draw-{number}") for number in range(jobs)]
-    return draw(lines, count, seed, compiles, trees)
 
 
 def _can_run(mutant: Mutant) -> bool:

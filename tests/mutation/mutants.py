@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -46,8 +47,9 @@ class Mutant:
         """The line itself."""
         return self.file, self.original, self.context
 
-    def apply(self, root: Path) -> bytes:
-        """Change the line in the tree `root`; what the file was before.
+    @contextmanager
+    def applied(self, root: Path) -> Iterator[None]:
+        """The line is changed in the tree `root`, and then as it was.
 
         Raises:
             StaleError: there is no such line with these neighbours.
@@ -65,7 +67,10 @@ class Mutant:
         place = min(places, key=lambda place: abs(place + 1 - self.line))
         lines[place] = self.mutated
         path.write_text("\n".join(lines), encoding="utf-8")
-        return original
+        try:
+            yield
+        finally:
+            path.write_bytes(original)
 
 
 def context(lines: Sequence[str], place: int) -> str:

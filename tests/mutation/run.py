@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
+from . import codes
 from .mutants import Mutant, StaleError, load
 from .selections import Stage
 
@@ -61,6 +62,7 @@ class Bench:
     _checked: dict[Stage | str, Lock] = field(default_factory=dict)
     _sound: set[Stage | str] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
+    _original: Path | None = None
 
     def tree(self, name: str) -> Path:
         """A fresh copy of the tree; beside it lies what runs in it leave behind."""
@@ -127,6 +129,7 @@ class Bench:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         gone = stage.may_be_gone and process.returncode == pytest.ExitCode.USAGE_ERROR
+        gone |= bool(self.failing) and process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
         return Outcome(process.returncode == 0 or gone, watch.read_text(encoding="utf-8"))
 
     def passes(self, stage: Stage, test: str, tree: Path) -> bool:
@@ -168,27 +171,47 @@ class Bench:
             OutOfTimeError: the budget ended before it.
         """
         began = time.monotonic()
-        entry: dict[str, object] = {"key": mutant.key}
         log = tree.parent / "compiled.jsonl"
+        compiled: list[dict[str, object]] = []
+
+        def entry(result: str, **found: object) -> dict[str, object]:
+            seconds = round(time.monotonic() - began, 1)
+            return {"key": mutant.key, "result": result, **found, "seconds": seconds}
+
         for number, stage in enumerate(self.choose(mutant)):
             passed = not stage.runs_here
             while not passed:
-                try:
-                    original = mutant.apply(tree)
-                except StaleError:
-                    return entry | {"result": "stale"}
                 log.unlink(missing_ok=True)
                 try:
-                    passed, test, late = self.run_stage(tree, stage)
-                finally:
-                    (tree / mutant.file).write_bytes(original)
-                seconds = round(time.monotonic() - began, 1)
-                broken = any("error" in compiled for compiled in load(log))
+                    with mutant.applied(tree):
+                        passed, test, late = self.run_stage(tree, stage)
+                except StaleError:
+                    return entry("stale")
+                compiled += load(log)
                 if not passed and self.passes(stage, test, tree):
+                    broken = any("error" in library for library in compiled)
+                    broken |= not test and number == 0  # it cannot even be imported
                     result = "timeout" if late else "uncompiled" if broken else "killed"
-                    found = {"result": result, "stage": number, "test": test, "seconds": seconds}
-                    return entry | found
-        return entry | {"result": "survived", "seconds": round(time.monotonic() - began, 1)}
+                    return entry(result, stage=number, test=test)
+        return entry("survived" if self._differs(mutant, compiled, tree) else "unchanged")
+
+    def _differs(self, mutant: Mutant, compiled: Iterable[dict[str, object]], tree: Path) -> bool:
+        """Whether what a mutant compiles to is not what the original does."""
+        if mutant.file.endswith(".py"):
+            return True
+        if all(stage.needs_gpu for stage in self.choose(mutant)):
+            return True  # nothing here compiles it as it is
+        with self._lock:
+            self._original = self._original or self.tree("original")
+        with mutant.applied(tree):
+            for differs in codes.differ(
+                mutant.file, compiled, (self._original, tree), self.folder / "compiled"
+            ):
+                if differs:
+                    return True
+                if time.monotonic() > self.deadline:
+                    raise OutOfTimeError
+        return False
 
 
 def run(

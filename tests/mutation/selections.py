@@ -62,8 +62,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     ),
     "*/cpu/*": (
         f"{_OPERATORS} -k cpu-cpu",
-        "tests/backends/test_cpu.py tests/operators -k 'cpu-cpu or test_cpu and not sanitizers'",
-        "tests/backends/test_cpu.py -k sanitizers",
+        "tests/backends/test_cpu.py tests/operators -k 'cpu-cpu or test_cpu'",
         f"{_MORE} tests/backends/test_cpu.py",
     ),
     "*/triton/*": (

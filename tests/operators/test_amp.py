@@ -17,7 +17,9 @@ from support.runner import Runner
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-OPERATORS = pytest.mark.parametrize("op", ["deform_conv", "ms_deform_attn"])
+OPERATORS = pytest.mark.parametrize(
+    "op", ["deform_conv", "ms_deform_attn", "ms_deform_attn_from_offsets"]
+)
 LEVELS = [(3, 40), (2, 20)]
 
 
@@ -43,11 +45,13 @@ def inputs(op: str, device: str = "cpu", batch: int = 1) -> list[Tensor]:
         ]
     else:
         shape = batch, 5, 2, 2, 3
-        tensors = [
-            uniform(batch, 160, 2, 4) - 0.5,
-            0.2 + 0.6 * uniform(*shape, 2),
-            uniform(*shape) + 0.5,
-        ]
+        value = uniform(batch, 160, 2, 4) - 0.5
+        if op == "ms_deform_attn":
+            places = [0.2 + 0.6 * uniform(*shape, 2)]
+        else:
+            near = (uniform(*shape, 2) - 0.5) * torch.tensor([3.0, 0.1])
+            places = [0.2 + 0.6 * uniform(batch, 5, 2, 2), near]
+        tensors = [value, *places, uniform(*shape) + 0.5]
     return [t.to(device).requires_grad_() for t in tensors]
 
 
@@ -56,7 +60,8 @@ def operator(op: str, backend: str | None = None) -> Callable[..., Tensor]:
         # One row of three points: few enough for Triton's interpreter.
         window: dict[str, Any] = {"kernel_size": (1, 3), "padding": (0, 1), "groups": 2}
         return lambda *a: functional.deform_conv(*a, **window, backend=backend)
-    return lambda *a: functional.ms_deform_attn(a[0], LEVELS, *a[1:], backend=backend)
+    attention = getattr(functional, op)
+    return lambda *a: attention(a[0], LEVELS, *a[1:], backend=backend)
 
 
 def run(call: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor | None = None) -> Any:
@@ -119,8 +124,8 @@ def test_coordinates_are_never_rounded_down(op: str, half: torch.dtype, backend:
     else:
         value = torch.cat(columns).float().view(1, 160, 1, 1).expand(1, 160, 2, 4)
         value = value.to(backend.device)
-        rest = [torch.zeros_like(rest[0])]
-        rest[0][:, :, :, 0, 0] = 1.0
+        rest[-1] = torch.zeros_like(rest[-1])
+        rest[-1][:, :, :, 0, 0] = 1.0
     call = operator(op, backend.backend)
     with autocast(backend.device, half):
         output = call(value, coordinates, *rest)
@@ -150,10 +155,10 @@ def test_mixed_inputs(op: str, half: torch.dtype, backend: Runner) -> None:
     call = operator(op, backend.backend)
     other = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}[half]
     for dtypes in (
-        (half, *(torch.float32,) * 2),
-        (half, half, torch.float32),
-        (half, *(other,) * 2),
-        (torch.float32, *(half,) * 2),
+        (half, *(torch.float32,) * 3),
+        (half, half, torch.float32, half),
+        (half, *(other,) * 3),
+        (torch.float32, *(half,) * 3),
     ):
         leaves = [t.to(d).requires_grad_() for t, d in zip(exact, dtypes, strict=False)]
         output, grads = run(call, leaves)
@@ -218,7 +223,7 @@ def test_scaled_gradients_do_not_overflow_between(op: str, backend: Runner) -> N
     """Gradients near float16's largest number, whose products go far beyond it."""
     backend.require(op, torch.float16)
     value, coordinates, *rest = (t.detach() for t in inputs(op, backend.device))
-    weights = rest[0] if rest else coordinates.unflatten(-1, (2, 9))[..., 6:]
+    weights = rest[-1] if rest else coordinates.unflatten(-1, (2, 9))[..., 6:]
     weights.mul_(1e-5 if op == "deform_conv" else 1e-6)
     leaves = [t.half().requires_grad_() for t in (100 * value, coordinates, *rest)]
     output = operator(op, backend.backend)(*leaves)

@@ -11,7 +11,9 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.3, torc
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", [cases.CONV[2], cases.ATTENTION[4]], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [cases.CONV[2], cases.ATTENTION[4], cases.OFFSETS[4]], ids=cases.name
+)
 def test_a_wrong_result_is_outside_the_budget(case: cases.Case, dtype: torch.dtype) -> None:
     results = case.run(dtype, backend="reference")
     case.check(results, dtype)
@@ -42,7 +44,7 @@ def test_ids_and_inputs_are_stable() -> None:
     rounded."""
     ids = [name for name, _ in cases.CASES]
     assert len(set(ids)) == len(ids)
-    for case in (cases.CONV[0], cases.ATTENTION[0]):
+    for case in (cases.CONV[0], cases.ATTENTION[0], cases.OFFSETS[0]):
         for one, other in zip(case.inputs(torch.float16), case.inputs(torch.float16), strict=True):
             assert torch.equal(one, other)
         for exact, cast in zip(case.exact, case.inputs(torch.float16), strict=True):

@@ -14,7 +14,7 @@ from dcnv4 import DCNv4, FlashDeformAttn, backends, functional
 from support.runner import Runner
 
 RUNS = 4
-OPERATORS = ("deform_conv", "ms_deform_attn")
+OPERATORS = ("deform_conv", "ms_deform_attn", "ms_deform_attn_from_offsets")
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
 )
@@ -32,16 +32,20 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def inputs(op: str, dtype: torch.dtype, runner: Runner) -> tuple[Tensor, ...]:
     """Differentiable arguments whose points crowd on few pixels: an order shows in the sums."""
     generator = torch.Generator().manual_seed(0)
-    size = 3 if runner.interpreted else 40
+    tensors: tuple[Tensor, ...]
+    size = 3 if runner.interpreted else 40 if runner.device == "cuda" else 12
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     if op == "deform_conv":
         tensors = normal(2, size, size, 32), 4 * normal(2, size, size, 56)
-    else:
+    elif op == "ms_deform_attn":
         place = 0.5 + 0.1 * normal(2, size**2, 2, 2, 4, 2)
         tensors = normal(2, 100, 2, 16), place, normal(2, size**2, 2, 2, 4)
+    else:
+        offsets = normal(2, size**2, 2, 2, 4, 2), normal(2, size**2, 2, 2, 4)
+        tensors = normal(2, 100, 2, 16), 0.5 + 0.1 * normal(1, 1, 2, 2), *offsets
     return tuple(t.to(runner.device, dtype).requires_grad_() for t in tensors)
 
 
@@ -49,7 +53,7 @@ def call(op: str, backend: str | None, *arguments: Tensor) -> Tensor:
     if op == "deform_conv":
         return functional.deform_conv(*arguments, groups=2, backend=backend)
     value, *rest = arguments
-    return functional.ms_deform_attn(value, [(8, 10), (4, 5)], *rest, softmax=True, backend=backend)
+    return getattr(functional, op)(value, [(8, 10), (4, 5)], *rest, softmax=True, backend=backend)
 
 
 def results(op: str, backend: str | None, arguments: tuple[Tensor, ...]) -> list[Tensor]:

@@ -14,15 +14,22 @@ from torch import Tensor
 import dcnv4
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, backends
 from dcnv4.checkpoints import DCNv3
-from dcnv4.functional import deform_conv, ms_deform_attn
+from dcnv4.functional import (
+    deform_conv,
+    deform_conv_packed,
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+)
 
 CPU = torch.device("cpu")
 VALUE, FIELDS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 56)
+PACKED = torch.cat((VALUE, FIELDS), 3)
 LEVELS = torch.zeros(2, 10, 2, 4)
 LOCATIONS, WEIGHTS = torch.zeros(2, 3, 2, 2, 4, 2), torch.zeros(2, 3, 2, 2, 4)
 SHAPES = ((2, 3), (4, 1))
+POINTS = torch.zeros(2, 3, 2, 2)
 ARRAY = np.zeros(3, np.float32)
-MODEL = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+MODEL = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3))
 FLAGS = {
     DCNv4: (
         *("center_feature_scale", "remove_center", "output_bias", "without_pointwise", "softmax"),
@@ -39,6 +46,10 @@ def conv(value: Any = VALUE, offset_mask: Any = FIELDS, **settings: Any) -> Tens
     return deform_conv(value, offset_mask, **{"groups": 2, **settings})
 
 
+def packed(tensor: Any = PACKED, channels: Any = 8, **settings: Any) -> Tensor:
+    return deform_conv_packed(tensor, channels, **{"groups": 2, **settings})
+
+
 def attn(
     value: Any = LEVELS,
     shapes: Any = SHAPES,
@@ -47,6 +58,10 @@ def attn(
     **settings: Any,
 ) -> Tensor:
     return ms_deform_attn(value, shapes, locations, weights, **settings)
+
+
+def refer(points: Any = POINTS, offsets: Any = LOCATIONS, **settings: Any) -> Tensor:
+    return ms_deform_attn_from_offsets(LEVELS, SHAPES, points, offsets, WEIGHTS, **settings)
 
 
 def attend(**changed: Any) -> Tensor:
@@ -100,6 +115,16 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "softmax_none": (TypeError, "softmax", lambda: conv(softmax=None)),
     "backend_unknown": (ValueError, "backend", lambda: conv(backend="opencl")),
+    "packed_none": (TypeError, "packed", lambda: packed(None)),
+    "packed_integer": (TypeError, "packed", lambda: packed(PACKED.long())),
+    "packed_3d": (ValueError, "packed", lambda: packed(PACKED[0])),
+    "packed_width": (ValueError, "packed", lambda: packed(PACKED[..., :61])),
+    "packed_channels": (ValueError, "groups", lambda: packed(channels=7)),
+    "packed_no_channels": (ValueError, "channels", lambda: packed(channels=0)),
+    "packed_channels_float": (TypeError, "channels", lambda: packed(channels=8.0)),
+    "packed_stride": (ValueError, "stride", lambda: packed(stride=2)),
+    "packed_padding": (ValueError, "padding", lambda: packed(padding=0)),
+    "packed_even": (ValueError, "kernel_size", lambda: packed(kernel_size=2)),
     "im2col_step": (TypeError, "im2col_step", lambda: conv(im2col_step=64)),
     # ms_deform_attn
     "levels_list": (TypeError, "value", lambda: attn([])),
@@ -163,6 +188,21 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "weights_meta": (ValueError, "attention_weights", lambda: attn(weights=WEIGHTS.to("meta"))),
     "attn_softmax": (TypeError, "softmax", lambda: attn(softmax=1)),
     "attn_backend": (ValueError, "backend", lambda: attn(backend="gpu")),
+    # ms_deform_attn_from_offsets
+    "points_none": (TypeError, "reference_points", lambda: refer(None)),
+    "points_integer": (TypeError, "reference_points", lambda: refer(POINTS.long())),
+    "points_3d": (ValueError, "reference_points", lambda: refer(POINTS[0])),
+    "points_xyz": (ValueError, "reference_points", lambda: refer(torch.zeros(2, 3, 2, 3))),
+    "points_batch": (ValueError, "reference_points", lambda: refer(torch.zeros(3, 3, 2, 2))),
+    "points_queries": (ValueError, "reference_points", lambda: refer(POINTS[:, :2])),
+    "points_levels": (ValueError, "reference_points", lambda: refer(torch.zeros(2, 3, 3, 4))),
+    "points_meta": (ValueError, "reference_points", lambda: refer(POINTS.to("meta"))),
+    "offsets_none": (TypeError, "offsets", lambda: refer(offsets=None)),
+    "offsets_heads": (ValueError, "offsets", lambda: refer(offsets=LOCATIONS[:, :, :1])),
+    "box_normalizer": (ValueError, "box_normalizer", lambda: refer(box_normalizer="pixels")),
+    "box_normalizer_flag": (TypeError, "box_normalizer", lambda: refer(box_normalizer=True)),
+    "offsets_softmax": (TypeError, "softmax", lambda: refer(softmax=1)),
+    "offsets_backend": (ValueError, "backend", lambda: refer(backend="gpu")),
     # DCNv4
     "group": (ValueError, "group", lambda: DCNv4(64, group=5)),
     "channels": (ValueError, "channels", lambda: DCNv4(0)),
@@ -320,9 +360,65 @@ def test_malformed(case: str) -> None:
     assert "\n" not in message
 
 
+SMALL = torch.zeros(1, 64, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: DCNv4Conv2d(64, 64, 7, padding=0)(SMALL),
+        lambda: DCNv4(64, 7, pad=0)(SMALL.permute(0, 2, 3, 1)),
+        lambda: DCNv3(64, 7, pad=0)(SMALL.permute(0, 2, 3, 1)),
+        lambda: DCNv4Conv2d(64, 64, 5, 2, without_pointwise=True)(SMALL[0]),
+    ],
+    ids=["DCNv4Conv2d", "DCNv4", "DCNv3", "stride"],
+)
+def test_a_map_smaller_than_the_kernel(call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match="kernel_size must fit the padded image = 4 x 4; got "):
+        call()
+
+
+@pytest.mark.parametrize("channels", [14, 16], ids=["channels do not divide", "size does not fit"])
+def test_channels_first(channels: int) -> None:
+    hint = rf"; value = \[1, 64, 14, {channels}\] seems to be \[B, C, H, W\]: permute"
+    value = torch.zeros(1, 64, 14, channels)
+    masks = torch.zeros(1, 14, channels, 108), torch.zeros(1, 108, 14, channels)
+    for offset_mask in masks:
+        with pytest.raises(ValueError, match=hint):
+            deform_conv(value, offset_mask)
+    with pytest.raises(ValueError, match=r"got \[1, 14, 14, 9\]$"):
+        deform_conv(torch.zeros(1, 14, 14, 16), torch.zeros(1, 14, 14, 9))
+
+
+HALVES: dict[str, Callable[[], Tensor]] = {
+    "DCNv4Conv2d": lambda: DCNv4Conv2d(8, 8, padding=1)(torch.zeros(1, 8, 4, 4).half()),
+    "without pointwise": lambda: DCNv4(8, without_pointwise=True)(torch.zeros(1, 16, 8).half()),
+    "depthwise": lambda: DCNv4(8, dw_kernel_size=3)(torch.zeros(1, 16, 8).half()),
+    "DCNv3": lambda: DCNv3(8)(torch.zeros(1, 4, 4, 8).half()),
+    "query": lambda: attend(query=torch.zeros(2, 3, 8).half()),
+    "input_flatten": lambda: attend(input_flatten=torch.zeros(2, 10, 8).half()),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_halves_given_to_a_layer_of_floats(case: str) -> None:
+    name = case if case in ("query", "input_flatten") else "x"
+    message = f"{name} must be torch.float32, as the layer's parameters are, .*; got torch.float16"
+    with pytest.raises(TypeError, match=message):
+        HALVES[case]()
+
+
+def test_halves_are_left_to_whoever_casts_them() -> None:
+    """A hook that casts what its module reads."""
+    layer = DCNv4(8, without_pointwise=True)
+    layer.offset_mask.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    assert layer(torch.zeros(1, 16, 8).half()).dtype == torch.float16
+
+
 def test_the_calls_that_are_changed_are_right() -> None:
     assert conv().shape == (2, 4, 5, 8)
     assert attn().shape == (2, 3, 8)
+    assert refer().shape == (2, 3, 8)
     assert attend().shape == (2, 3, 8)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
-from dcnv4.layers import attention
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, ops
 from support import cases
 from support.runner import Runner
 
@@ -24,6 +23,16 @@ CASES = (
     cases.ConvCase("func_window", size=(4, 3), window={"kernel_size": (1, 3), "stride": 2}),
     cases.AttnCase("func_attn", batch=2, queries=2, shapes=((3, 2), (1, 2)), per_level=2, depth=2),
     cases.AttnCase("func_tensor", queries=2, shapes=((3, 2),), tensor=True, softmax=True, depth=2),
+    cases.OffsetsCase("func_offsets", batch=2, queries=2, shapes=((3, 2),), per_level=2, depth=2),
+    cases.OffsetsCase(
+        "func_boxes",
+        queries=2,
+        shapes=((2, 2),),
+        per_level=1,
+        boxes=True,
+        shared=(1,),
+        softmax=True,
+    ),
 )
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 # Whole Jacobians and Hessians take a backward for every element.
@@ -351,13 +360,14 @@ def test_arguments_without_memory(case: cases.Case, backend: Runner) -> None:
 
 
 def test_a_transform_leaves_nothing_behind() -> None:
-    """Level sizes that a layer keeps between calls are never a transform's own tensors."""
-    layer, inputs = layers()["FlashDeformAttn"]
-    attention._kept_sizes.cache_clear()
-    grad(lambda query: layer(query, *inputs[1:]).sum())(inputs[0])
-    assert attention._kept_sizes.cache_info().currsize == 0
-    layer(*inputs)
-    assert attention._kept_sizes.cache_info().currsize == 1
+    """What the operator keeps of level sizes between calls is never a transform's own tensors."""
+    layer, (query, reference, *others) = layers()["FlashDeformAttn"]
+    reference = reference.detach().requires_grad_()
+    ops._kept_levels.cache_clear()
+    grad(lambda points: layer(query, points, *others).sum())(reference)
+    assert ops._kept_levels.cache_info().currsize == 0
+    layer(query, reference, *others).sum().backward()
+    assert ops._kept_levels.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("recorded", [False, True])

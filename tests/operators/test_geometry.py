@@ -44,19 +44,22 @@ def test_output_size(case: cases.ConvCase) -> None:
     assert [max(0, n) for n in settings(case).output_size(*case.size)] == list(case.output_size)
 
 
-@pytest.mark.parametrize("case", cases.ATTENTION, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*cases.ATTENTION, *cases.OFFSETS], ids=cases.name)
 def test_attn_points(case: cases.AttnCase) -> None:
-    value, locations, _, _ = case.exact
+    value, *place, coordinates, _, _ = case.exact
     heights, widths, starts = geometry.levels(case.shapes, torch.device("cpu"))
-    x, y = geometry.attn_points(torch.from_numpy(locations), heights, widths)
+    reference, points_of = None, case._points_of(*place, coordinates)
+    if isinstance(case, cases.OffsetsCase):
+        reference = geometry.Reference(torch.from_numpy(place[0]), case.box_normalizer)
+    x, y = geometry.attn_points(torch.from_numpy(coordinates), heights, widths, reference)
     levels = oracle.split_levels(value, case.shapes)
     assert starts.flatten().tolist() == [
         sum(h * w for h, w in case.shapes[:n]) for n in range(len(case.shapes))
     ]
-    for at in np.ndindex(locations.shape[:3]):
-        points = oracle.attn_points(levels, locations, *at)
-        np.testing.assert_allclose(x[at].flatten().numpy(), [p.x for p in points], rtol=1e-14)
-        np.testing.assert_allclose(y[at].flatten().numpy(), [p.y for p in points], rtol=1e-14)
+    for at in np.ndindex(coordinates.shape[:3]):
+        points = points_of(levels, *at)
+        for got, expected in ((x, [p.x for p in points]), (y, [p.y for p in points])):
+            np.testing.assert_allclose(got[at].flatten().numpy(), expected, rtol=1e-13, atol=1e-13)
 
 
 COORDINATES = (-2.0, -1.25, -1.0, -0.75, 0.0, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0, 3.5, 4.0, 1e30)

@@ -12,6 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dcnv4 import functional
 from support import cases
+from support.grid_sample import sampling_locations
+from support.runner import Runner
 
 SMALL: dict[str, cases.Case] = {
     "conv": cases.ConvCase(
@@ -25,6 +27,9 @@ SMALL: dict[str, cases.Case] = {
         softmax=True,
         window={"kernel_size": 2, "stride": 2, "offset_scale": 0.5, "remove_center": True},
     ),
+    "conv_packed": cases.ConvCase(
+        "gradcheck_packed", size=(2, 2), groups=1, depth=2, extra=1, layout="packed"
+    ),
     "attn": cases.AttnCase("gradcheck", shapes=((2, 3), (1, 2)), per_level=2, queries=2, depth=2),
     "attn_softmax_tensor": cases.AttnCase(
         "gradcheck_tensor",
@@ -34,6 +39,29 @@ SMALL: dict[str, cases.Case] = {
         depth=1,
         softmax=True,
         tensor=True,
+    ),
+    "offsets": cases.OffsetsCase(
+        "gradcheck", shapes=((2, 3), (1, 2)), per_level=2, queries=2, depth=2, shared=(1,)
+    ),
+    "boxes": cases.OffsetsCase(
+        "gradcheck_boxes",
+        shapes=((2, 3), (0, 2), (1, 1)),
+        per_level=1,
+        queries=2,
+        depth=1,
+        softmax=True,
+        tensor=True,
+        boxes=True,
+    ),
+    "boxes_by_size": cases.OffsetsCase(
+        "gradcheck_size",
+        shapes=((2, 3),),
+        per_level=2,
+        queries=2,
+        depth=1,
+        boxes=True,
+        box_normalizer="size",
+        shared=(0,),
     ),
 }
 CASES = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
@@ -134,3 +162,34 @@ def test_backward_twice_through_a_kept_graph(case: cases.Case) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(output, inputs, grad)
+
+
+@pytest.mark.parametrize("box_normalizer", ["points", "size"])
+def test_boxes_without_a_size(box_normalizer: str, backend: Runner) -> None:
+    """Their points are one, and what moves them apart is the boxes' own gradient."""
+    backend.require("ms_deform_attn")
+    case = cases.OffsetsCase("flat", boxes=True, box_normalizer=box_normalizer, queries=2)
+    *inputs, grad = case.inputs(torch.float32, backend.device)
+    inputs[1].detach()[..., 2:] = 0
+
+    def gradients(inputs: list[Tensor], backend: str) -> list[Tensor]:
+        output = case.call(*inputs, backend=backend)
+        return list(torch.autograd.grad(output, inputs, grad.to(output.dtype)))
+
+    got = gradients(inputs, backend.backend)
+    wide = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    output = by_locations(case, *wide)
+    expected = torch.autograd.grad(output, wide, grad.cpu().double())
+    assert expected[1][..., 2:].abs().min() > 0
+    assert not expected[2].any()
+    for name, one, other in zip(case.names, got, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def by_locations(case: cases.OffsetsCase, *inputs: Tensor) -> Tensor:
+    """The call as one of `ms_deform_attn`."""
+    value, references, offsets, weights = inputs
+    locations = sampling_locations(references, offsets, case.shapes, case.box_normalizer)
+    return functional.ms_deform_attn(
+        value, case.shapes, locations, weights, softmax=case.softmax, backend="reference"
+    )

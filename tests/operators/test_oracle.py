@@ -153,6 +153,44 @@ def test_ms_deform_attn_finite_difference(softmax: bool, flat_weights: bool) -> 
     assert_close(grads[2], finite_difference(loss, weights), 1e-8, "grad_weights")
 
 
+@pytest.mark.parametrize("box_normalizer", ["", "points", "size"])
+def test_offsets_finite_difference(box_normalizer: str) -> None:
+    """From points, or from boxes."""
+    shapes = [(3, 2), (1, 4), (2, 2)]
+    rng = np.random.default_rng(0)
+    value = rng.standard_normal((2, sum(h * w for h, w in shapes), 2, 3))
+    sizes = np.array([(w, h) for h, w in shapes], np.float64)[:, None]
+    references = rng.uniform(0.2, 0.9, (1, 2, 3, 4 if box_normalizer else 2))
+    heads = (2, 2, 2, len(shapes), 2)
+    ends = (off_grid(rng, (*heads, 2), reach=2) + 1.5) / sizes
+    unit = 1 / sizes
+    if box_normalizer:
+        unit = (
+            references[:, :, None, :, None, 2:]
+            / 2
+            * (1 / 2 if box_normalizer == "points" else unit)
+        )
+    offsets = (ends - references[:, :, None, :, None, :2]) / unit
+    weights = rng.standard_normal(heads)
+    grad_output = rng.standard_normal((2, 2, 6))
+    inputs = value, shapes, references, offsets, weights
+
+    def loss() -> float:
+        output = oracle.ms_deform_attn_from_offsets(*inputs, box_normalizer=box_normalizer)
+        return float((output * grad_output).sum())
+
+    grads = oracle.ms_deform_attn_from_offsets_backward(
+        grad_output, *inputs, box_normalizer=box_normalizer
+    )
+    for name, array, grad in zip(
+        ("value", "references", "offsets", "weights"),
+        (value, references, offsets, weights),
+        grads,
+        strict=True,
+    ):
+        assert_close(grad, finite_difference(loss, array), 1e-7, f"grad_{name}")
+
+
 def test_points_run_columns_outermost() -> None:
     """With zero offsets and all weight on point k = i*kh + j, the output is value moved by that
     point of the rectangular, strided, dilated window."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcnv4 import functional
 from support import cases
+from support.grid_sample import sampling_locations
 from support.runner import Runner
 
 pytest.importorskip("hypothesis", reason="the laws are tried by hypothesis")
@@ -49,19 +50,26 @@ conv_cases = st.builds(
     window=windows,
     extra=st.integers(0, 3),
 )
-attn_cases = st.builds(
-    cases.AttnCase,
-    id=st.integers(0, 999).map("law_{}".format),
-    batch=st.integers(1, 2),
-    groups=st.integers(1, 3),
-    depth=st.sampled_from((1, 2, 8, 16)),
-    sigma=st.sampled_from((0.3, 4.0)),
-    softmax=st.booleans(),
-    queries=st.integers(1, 5),
-    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3).map(
+heads: dict[str, Any] = {
+    "id": st.integers(0, 999).map("law_{}".format),
+    "batch": st.integers(1, 2),
+    "groups": st.integers(1, 3),
+    "depth": st.sampled_from((1, 2, 8, 16)),
+    "sigma": st.sampled_from((0.3, 4.0)),
+    "softmax": st.booleans(),
+    "queries": st.integers(1, 5),
+    "shapes": st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3).map(
         tuple
     ),
-    per_level=st.integers(1, 5),
+    "per_level": st.integers(1, 5),
+}
+attn_cases = st.builds(cases.AttnCase, **heads)
+offsets_cases = st.builds(
+    cases.OffsetsCase,
+    **heads,
+    boxes=st.booleans(),
+    box_normalizer=st.sampled_from(("points", "size")),
+    shared=st.sets(st.integers(0, 2)).map(tuple),
 )
 
 
@@ -105,7 +113,7 @@ def test_images_do_not_see_each_other(case: cases.Case, dtype: torch.dtype, runn
 
 
 @law
-@given(case=st.one_of(conv_cases, attn_cases))
+@given(case=st.one_of(conv_cases, attn_cases, offsets_cases))
 def test_linear_in_value(case: cases.Case, runner: Runner) -> None:
     value, *rest = inputs(case, runner, torch.float64)
     other = value.flip(-1) + 1
@@ -203,7 +211,28 @@ def test_equal_weights_and_no_offsets_are_a_box_filter(
 
 
 @law
-@given(case=st.one_of(conv_cases, attn_cases))
+@given(case=offsets_cases)
+def test_offsets_are_locations(case: cases.OffsetsCase, runner: Runner) -> None:
+    """The call is `ms_deform_attn` at the locations that Deformable DETR would compute, and so are
+    its gradients."""
+    value, *coordinates, weights = inputs(case, runner, torch.float64)
+    leaves = [t.requires_grad_() for t in (value, *coordinates, weights)]
+    got = case.call(*leaves, backend=runner.backend)
+    locations = sampling_locations(*leaves[1:3], case.shapes, case.box_normalizer)
+    expected = functional.ms_deform_attn(
+        *(leaves[0], case.shapes, locations, leaves[3]),
+        softmax=case.softmax,
+        backend=runner.backend,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    seed = torch.linspace(-1, 1, got.numel(), device=got.device, dtype=got.dtype).view_as(got)
+    grads = [torch.autograd.grad(output, leaves, seed) for output in (got, expected)]
+    for name, one, other in zip(case.names, *grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@law
+@given(case=st.one_of(conv_cases, attn_cases, offsets_cases))
 def test_backends_agree(case: cases.Case, runner: Runner) -> None:
     """In float64, to the rounding of both."""
     got = runner.run(case, torch.float64)

@@ -90,18 +90,34 @@ def test_info_names_the_calls_where_answers_differ(capsys, monkeypatch, clean):
         return None
 
     monkeypatch.setattr(backends, "why_not", why_not)
+    # What is chosen so is not to be remembered.
+    monkeypatch.setattr(backends, "_choose", backends._choose.__wrapped__)
     lines = info.describe(info.collect()).splitlines()
     assert "  cpu        float64, float32, bfloat16: usable" in lines
     assert "             float16: needs no half" in lines
     assert "             ms_deform_attn float64: needs less" in lines
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["info", "--nonsense"], ["demo", "--epochs", "0"]])
-def test_wrong_usage(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["info", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_usage(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "usage: dcnv4" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: dcnv4" in err
+    assert message in err
+
+
+def test_help_spells_names_as_they_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "on the CPU" in capsys.readouterr().out
 
 
 def test_alone_it_prints_help(capsys):
@@ -123,7 +139,7 @@ def test_info_into_a_closed_pipe():
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.stderr == ""
+    assert "BrokenPipe" not in done.stderr
 
 
 @pytest.mark.parametrize("command", ["info", "demo", "bench"])
@@ -168,9 +184,21 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def few(demo):
-    digits = demo.load(seed=0, test=100)
-    return digits._replace(images=digits.images[:64], labels=digits.labels[:64])
+def photos(demo):
+    return demo.load(test=8)
+
+
+@pytest.fixture
+def short(demo, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 10)
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5"])
+def test_demo_takes_whole_epochs(given, demo, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--epochs", given])
+    assert stop.value.code == 2
+    assert f"argument --epochs: must be an integer >= 1; got {given}" in capsys.readouterr().err
 
 
 def test_demo_refuses_a_file_as_folder(demo, capsys, tmp_path):
@@ -179,52 +207,106 @@ def test_demo_refuses_a_file_as_folder(demo, capsys, tmp_path):
     assert "--output must be a folder" in capsys.readouterr().err
 
 
-def test_demo_in_small(demo, few, one_thread, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "load", lambda seed: few)
-    assert main(["demo", "--epochs", "1", "--output", str(tmp_path)]) == 0
+@pytest.mark.usefixtures("one_thread", "short")
+def test_demo_in_small(demo, photos, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "load", lambda: photos)
+    assert main(["demo", "--epochs", "2", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "DCNv4Conv2d" in out
-    assert "nn.Conv2d" in out
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    for name in (demo.OURS, demo.BEST):
+        (row,) = (line.split() for line in out.splitlines() if line.startswith(f"{name}  "))
+        assert float(row[-4]) > 0  # error, parameters, seconds, "s"
+    assert "as the lens shows it" in out
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_repeats_by_seed(demo, few, one_thread):
-    runs = [demo.train("DCNv4Conv2d", few, 1, seed) for seed in (3, 3, 4)]
+@pytest.mark.usefixtures("one_thread", "short")
+def test_demo_compares(demo, photos, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "load", lambda: photos)
+    monkeypatch.setattr(demo, "convolutions", lambda: {"small": demo.as_large(plain, 8564)})
+    words = ["--epochs", "1", "--compare", "2", "--output", str(tmp_path)]
+    assert main(["demo", *words]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["| `DCNv4Conv2d`", "| `small`"]
+    for *_, errors, each in rows[2:]:
+        first, second = (float(error.strip(" |")) for error in each.split(","))
+        middle, deviation = (float(number) for number in errors.split(" ± "))
+        assert middle == pytest.approx((first + second) / 2, abs=0.11)
+        assert deviation == pytest.approx(abs(first - second) / 2**0.5, abs=0.11)
+
+
+def plain(i, o):
+    return torch.nn.Conv2d(i, o, 3, padding=1)
+
+
+@pytest.mark.usefixtures("one_thread", "short")
+def test_demo_repeats_by_seed(demo, photos):
+    runs = [demo.train(demo.OURS, demo.DEFORMABLE, photos, 1, seed) for seed in (3, 3, 4)]
     first, again, other = (next(run.model[3].parameters()) for run in runs)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_demo_tests_on_other_digits_than_it_learns(demo):
-    digits = demo.load(seed=0)
-    assert (len(digits.labels), len(digits.test_labels)) == (1397, 400)
-    assert sorted(digits.test_labels.unique().tolist()) == list(range(10))
-    assert torch.equal(digits.test_images, demo.load(seed=0).test_images)
-
-
 def test_demo_networks_have_about_as_many_parameters(demo):
-    sizes = [
-        sum(p.numel() for p in demo.network(*layer).parameters()) for layer in demo.LAYERS.values()
-    ]
-    assert max(sizes) < 1.05 * min(sizes)
+    contestants = {demo.OURS: demo.DEFORMABLE, **demo.convolutions()}
+    assert len(contestants) == 10
+    assert demo.BEST in contestants
+    models = {name: demo.network(*contestant) for name, contestant in contestants.items()}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
+    for name, model in models.items():
+        assert model(torch.zeros(1, 7, 64, 64)).shape == (1, 3, 64, 64), name
 
 
-def test_a_drawn_digit_stays_on_the_canvas(demo):
-    canvases = demo.draw(torch.ones(200, 1, 8, 8), torch.Generator().manual_seed(0))
-    assert canvases.shape == (200, 1, 28, 28)
-    # A square of side s, turned: s^2 pixels, its corners at most cut off by the edge.
-    areas = canvases.sum((1, 2, 3))
-    assert areas.min() > 0.85 * 12**2
-    assert areas.max() < 1.05 * 20**2
+def test_demo_lens(demo):
+    """A straight line through the middle stays, others bend; corners stay where they are."""
+    x = torch.linspace(-1 + 1 / 64, 1 - 1 / 64, 64)
+    scenes = torch.stack((x.expand(64, 64), x[:, None].expand(64, 64), torch.ones(64, 64)))[None]
+    seen = demo.through_lens(scenes)
+    assert seen.shape == (1, 7, 64, 64)
+    across, down, x, y = seen[0, [0, 1, 3, 4]].double()
+    square = x**2 + y**2
+    inside = slice(2, -2)
+    for shown, place in ((across, x), (down, y)):
+        expected = place * (1 + demo.BEND * square) / (1 + 2 * demo.BEND)
+        torch.testing.assert_close(
+            shown[inside, inside], expected[inside, inside], atol=1e-4, rtol=0
+        )
+    torch.testing.assert_close(seen[0, 5:].double(), torch.stack((x, y)) * square)
 
 
-def test_demo_looks_at_the_digit(demo, few):
-    model = demo.network(*demo.LAYERS["DCNv4Conv2d"])
-    canvas = torch.zeros(1, 1, 28, 28)
-    canvas[0, 0, 11:14, 19:22] = 1
-    centers, positions, weights = demo.look(model, canvas)
-    assert centers.tolist() == [[20, 12]]
-    # Untrained, the points of a group are the 3 x 3 kernel grid around that pixel, 4 pixels apart.
-    assert positions.shape == (1, 4, 9, 2)
-    assert positions[0, 0].tolist() == [[x, y] for x in (16, 20, 24) for y in (8, 12, 16)]
-    assert weights.shape == (1, 4, 9)
+def test_demo_varies_colours_and_sides(demo, photos):
+    generator = torch.Generator().manual_seed(0)
+    scenes = demo.parts(photos.photos, 64, generator)
+    other = demo.varied(scenes, generator)
+    assert other.shape == scenes.shape == (64, 3, 64, 64)
+    assert other.min() >= 0
+    assert other.max() <= 1
+    assert (other - scenes).abs().amax((1, 2, 3)).min() > 0.01
+
+
+def test_demo_looks_where_its_layers_do(demo, photos):
+    model = demo.network(*demo.DEFORMABLE)
+    pixels, places = demo.look(model, photos.test_inputs[:1])
+    assert pixels.shape == (36, 2)
+    assert pixels[[0, 1, 6]].tolist() == [[6.5, 6.5], [16.5, 6.5], [6.5, 16.5]]
+    torch.testing.assert_close(places, pixels)  # a new layer's points lie evenly around a pixel
+    with torch.no_grad():
+        for layer in (model[1], model[3]):
+            offsets, _ = layer.window.split(layer.offset_mask.bias)
+            offsets.copy_(torch.tensor([1.0, -0.5]))
+    _, places = demo.look(model, photos.test_inputs[:1])
+    # By two layers, whose offset_scale is 2, on maps of half the picture's size.
+    torch.testing.assert_close(places - pixels, torch.tensor([8.0, -4.0]).expand(36, 2))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("one_thread")
+def test_demo_shows_what_it_claims(demo):
+    """In half of its epochs, with room for another machine's rounding."""
+    photos = demo.load()
+    contestants = {demo.OURS: demo.DEFORMABLE, **demo.convolutions()}
+    ours, best = (
+        demo.train(name, contestants[name], photos, 6, 0).errors[-1]
+        for name in (demo.OURS, demo.BEST)
+    )
+    assert ours < 0.75 * best

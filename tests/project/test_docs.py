@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -15,13 +18,14 @@ from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pytest
 import torch
 
 import dcnv4
+from dcnv4.cli.bench import cases, report
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -172,6 +176,20 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.skip(f"{len(blocks) - left_out} blocks ran; {left_out} in sections need {names}")
 
 
+@pytest.mark.exhaustive
+def test_notebook_runs() -> None:
+    """Its last layer finds the pixel that it is to copy."""
+    if find_spec("matplotlib") is None:
+        pytest.skip("needs matplotlib; pip install matplotlib")
+    notebook = json.loads((ROOT / "examples/tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {"__name__": "tour"}
+    for number, cell in enumerate(cells):
+        assert not cell["outputs"], f"cell {number}: clear the outputs before you commit"
+        exec(compile("".join(cell["source"]), f"tour.ipynb, cell {number}", "exec"), namespace)
+    assert namespace["loss"] < 1e-3
+
+
 def test_blocks_that_are_not_run_say_why() -> None:
     reasons = []
     for block in PYTHON:
@@ -242,6 +260,40 @@ def test_contributing_knows_every_file() -> None:
         assert known, f"CONTRIBUTING.md says nothing of {path.name}"
 
 
+def section(page: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    start = re.search(rf"^#+ {re.escape(heading)}$", read(page), re.MULTILINE)
+    assert start, f"{page} has no heading {heading!r}"
+    return re.split(r"^#+ ", read(page)[start.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_readme_has_every_parameter() -> None:
+    """In the signature's order, with its defaults."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| `([^`]+)` \| [^|]+ \|$",
+        section("README.md", "Parameters of `dcnv4`"),
+        re.MULTILINE,
+    )
+    parameters = inspect.signature(dcnv4.DCNv4).parameters.values()
+    assert rows == [(p.name, repr(p.default).replace("'", '"')) for p in parameters]
+
+
+def test_readme_measures_nothing_of_its_own() -> None:
+    """Each row of its table of times is a part of a row of the benchmarks."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section("README.md", "Speed").splitlines()
+        if line.startswith("| 64")
+    ]
+    measured = {}
+    for line in read("docs/benchmarks.md").splitlines():
+        case, *times = (cell.strip() for cell in line.strip("|").split("|"))
+        measured.setdefault(case, []).append(times)
+    assert len(cells) >= 3
+    for case, *times in cells:
+        assert any(set(times) <= set(row) for row in measured.get(case, [])), case
+
+
 def test_install_page_mends_every_reason() -> None:
     """What `dcnv4 info` may say begins with words that the page has."""
     page = read("docs/install.md")
@@ -255,6 +307,15 @@ def test_install_page_mends_every_reason() -> None:
     assert not {reason for reason in reasons if reason not in page}
 
 
+@cache
+def has_timm() -> bool:
+    try:
+        importlib.import_module("timm")
+    except (ImportError, RuntimeError):  # the latter of torchvision beside another PyTorch
+        return False
+    return True
+
+
 def public() -> Iterator[tuple[str, str]]:
     """Every public name, with its module."""
     names = [
@@ -266,6 +327,8 @@ def public() -> Iterator[tuple[str, str]]:
         if parts[0] in INTERNAL or (parts[0] == "backends" and len(parts) > 1):
             continue
         if any(part.startswith("_") for part in parts):
+            continue
+        if parts[0] == "models" and not has_timm():
             continue
         module = importlib.import_module(f"dcnv4.{name}" if name else "dcnv4")
         own = [
@@ -300,6 +363,66 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
             assert not unknown, f"{module}.{name} does not say what {', '.join(sorted(unknown))} is"
 
 
+def test_table_of_a_run_is_written_in_the_words_of_the_page() -> None:
+    case = cases.CUDA[0]
+    rows = [
+        report.Row(case.name, "", "forward", "dcnv4 cuda", "ours", 32.25, 52.4, host=60.0),
+        report.Row(case.name, "", "backward", "dcnv4 cuda", "ours", 55.9, 170.2, host=20.0),
+        report.Row(case.name, "", "backward", "peer", "peer", 55.9, problem="WRONG: error 3e-2"),
+    ]
+    table = runpy.run_path(str(ROOT / "benchmarks/table.py"))["table"]
+    (*_, row) = table(rows, ["dcnv4 cuda", "peer"]).splitlines()
+    assert row == f"| {case.words} | 32.2 | 52.4 ʰ | - | 55.9 | 170 | WRONG |"
+    assert f"| {case.words} |" in read("docs/benchmarks.md")
+
+
+def test_pictures_show_what_the_pages_say() -> None:
+    """Each is what its script draws, the plots of the tables of today."""
+    drawn = runpy.run_path(str(DOCS / "pictures.py"))["pictures"]()
+    for name, picture in drawn.items():
+        file = DOCS / "images" / name
+        assert file.read_text(encoding="utf-8") == str(picture), "run python docs/pictures.py"
+        assert any(f"images/{name}" in read(page) for page in PAGES), f"no page shows {name}"
+
+
+# What an example needs besides the packages that it imports, by its module.
+EXAMPLE_NEEDS = {
+    "dcnv4.onnx": ((2, 8), ("onnx", "onnxscript")),
+    "dcnv4.visualize": ((2, 0), ("matplotlib",)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (module, name)
+        for module, name in sorted(public())
+        if callable(thing := getattr(importlib.import_module(module), name))
+        and not getattr(thing, "_is_protocol", False)
+    ],
+)
+def test_public_names_have_examples_that_run(
+    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+    place = f"{module}.{name}"
+    example = doctest.DocTestParser().get_doctest(text, {}, place, None, 0)
+    assert example.examples, f"{place} has no example"
+    version, packages = EXAMPLE_NEEDS.get(module, ((2, 0), ()))
+    if version > VERSION:
+        pytest.skip(f"{place} needs torch >= {version[0]}.{version[1]}; got {torch.__version__}")
+    code = "".join(line.source for line in example.examples)
+    block = Block(place, 0, "python", 0, code)
+    absent = {package for package in packages if find_spec(package) is None} | {*missing(block)}
+    if absent:
+        pytest.skip(f"{place} needs {', '.join(sorted(absent))}")
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    assert not failed, "".join(said)
+
+
 class Links(HTMLParser):
     """Where a built page links to, and what it can be linked at."""
 
@@ -319,7 +442,7 @@ class Links(HTMLParser):
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     """And has every public name and no link that leads nowhere."""
-    for package in ("sphinx", "myst_parser", "furo"):
+    for package in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package}; pip install -e '.[docs]'")
     site = tmp_path / "site"

@@ -23,6 +23,7 @@ TOP = {
     "LICENSE",
     "NOTICE",
     "README.md",
+    "SECURITY.md",
     "docs",
     "examples",
     "pyproject.toml",

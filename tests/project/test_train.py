@@ -1,7 +1,8 @@
-"""`examples/train.py` in processes of its own: many at once, killed, and going on."""
+"""The examples in processes of their own: many at once, killed, and going on."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
@@ -41,8 +42,13 @@ train.main(sys.argv[1:])
 
 
 def start(processes: int, *arguments: str, code: str | None = None) -> list[tuple[int, str]]:
-    """Exit status and what was written, of each process."""
+    """Exit status and what was written, of each process of `train.py`."""
     program = [str(EXAMPLE)] if code is None else ["-c", code]
+    return run(processes, *program, *COMMON, *arguments)
+
+
+def run(processes: int, *command: str) -> list[tuple[int, str]]:
+    """Exit status and what was written, of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,10 +63,9 @@ def start(processes: int, *arguments: str, code: str | None = None) -> list[tupl
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        command = [sys.executable, *program, *COMMON, *arguments]
         running.append(
             subprocess.Popen(
-                command,
+                [sys.executable, *command],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -79,6 +84,7 @@ def result(finished: list[tuple[int, str]]) -> tuple[int, int, float]:
     """The first and the last step and the loss, of processes that must have succeeded."""
     for status, text in finished:
         assert status == 0, text
+        assert "Grad strides do not match" not in text
     found = re.search(r"steps (\d+) to (\d+), loss ([\d.]+)", finished[0][1])
     assert found, finished[0][1]
     return int(found[1]), int(found[2]), float(found[3])
@@ -104,7 +110,10 @@ def test_a_killed_run_goes_on(tmp_path: Path, expected: float) -> None:
     assert finished[0][0] != 0, finished[0][1]
     assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
 
-    first, last, loss = result(start(2, *killed))
+    finished = start(2, *killed)
+    assert f"Resumes after step 3, from {tmp_path / 'step_3'}." in finished[0][1]
+    assert "Resumes" not in finished[1][1]
+    first, last, loss = result(finished)
     assert (first, last) == (3, STEPS)
     assert loss == pytest.approx(expected, rel=1e-6)
 
@@ -118,3 +127,48 @@ def test_a_sharded_run_agrees_and_its_checkpoint_serves_one_process(
     assert loss == pytest.approx(expected, rel=1e-4)
     # One process has twice the steps to do.
     assert result(start(1, "--amp", *arguments))[:2] == (STEPS, 2 * STEPS)
+
+
+SMALL = (
+    *(str(EXAMPLE.with_name("finetune.py")), "--device", "cpu", "--workers", "0", "--epochs", "2"),
+    *("--img-size", "32", "--batch-size", "8", "--no-aug", "--lr", "3e-3", "--layer-decay", "0.9"),
+    *("--model-kwargs", "channels=16", "depths=(1,1)"),
+)
+
+
+def needs_timm() -> None:
+    try:
+        importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # the latter of torchvision beside another PyTorch
+        pytest.skip(f"needs timm, and torchvision for torch {torch.__version__}: {error}")
+
+
+def losses(finished: list[tuple[int, str]]) -> list[float]:
+    for status, text in finished:
+        assert status == 0, text
+    return [float(loss) for loss in re.findall(r"epoch \d+, loss ([\d.]+)", finished[0][1])]
+
+
+def test_finetuning_in_two_processes(tmp_path: Path) -> None:
+    needs_timm()
+    options = ("--synthetic", "64", "--model-ema", "--amp", "--amp-dtype", "bfloat16")
+    first, last = losses(run(2, *SMALL, *options, "--output", str(tmp_path)))
+    assert last < first
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=False)
+    assert saved["epoch"] == 1
+    assert saved["state_dict"].keys() == saved["state_dict_ema"].keys()
+
+
+def test_finetuning_on_a_folder(tmp_path: Path) -> None:
+    needs_timm()
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for color in ("red", "green", "blue"):
+            folder = tmp_path / split / color
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (40 + i, 36), color).save(folder / f"{i}.png")
+    options = ("--data-dir", str(tmp_path), "--grad-checkpointing", "--model-ema")
+    first, last = losses(run(1, *SMALL, *options))
+    assert last < first

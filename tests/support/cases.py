@@ -11,7 +11,7 @@ of two, so that every dtype represents it and no operation rounds.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import cycle, pairwise
@@ -40,9 +40,10 @@ class Case:
     """A call of an operator.
 
     `layout`: "plain"; "sliced", value and coordinates are parts of wider tensors; "packed", the
-    same on whole 16 bytes, as a layer's one projection has them; "permuted", channels are not
-    innermost; "expanded", the output's gradient has strides of 0. `integer`: every point lies on a
-    pixel centre. `coordinates`: dtypes of the arguments after value, instead of value's own.
+    same on whole 16 bytes, or of a convolution where they can be, parts of the same tensor, as a
+    layer's one projection has them; "permuted", channels are not innermost; "expanded", the
+    output's gradient has strides of 0. `integer`: every point lies on a pixel centre.
+    `coordinates`: dtypes of the arguments after value, instead of value's own.
     """
 
     id: str
@@ -204,6 +205,12 @@ class ConvCase(Case):
         return rows, columns
 
     @property
+    def is_one_tensor(self) -> bool:
+        """Whether value and offset_mask are parts of what `deform_conv_packed` takes."""
+        keeps_size = self.output_size == self.size
+        return self.layout == "packed" and keeps_size and not self.coordinates
+
+    @property
     def points_per_group(self) -> int:
         k = self.window.get("kernel_size", 3)
         kh, kw = (k, k) if isinstance(k, int) else k
@@ -254,8 +261,11 @@ class ConvCase(Case):
         return value, offset_mask, grad
 
     def call(self, *inputs: Tensor, backend: str | None = None) -> Tensor:
-        settings = {**self.settings, "softmax": self.softmax}
-        return functional.deform_conv(*inputs, **settings, backend=backend)
+        settings = {**self.settings, "softmax": self.softmax, "backend": backend}
+        if not self.is_one_tensor:
+            return functional.deform_conv(*inputs, **settings)
+        packed, channels = torch.cat(inputs, 3), self.groups * self.depth
+        return functional.deform_conv_packed(packed, channels, **settings)
 
     def loops(self, *arrays: Array) -> tuple[Array, ...]:
         *inputs, grad = arrays
@@ -327,12 +337,11 @@ class AttnCase(Case):
         return output, *oracle.ms_deform_attn_backward(grad, *inputs, softmax=self.softmax)
 
     def vectors(self, *arrays: Array) -> Iterator[tuple[Any, ...]]:
-        value, locations, weights, _ = arrays
-        levels = oracle.split_levels(value, self.shapes)
+        value, *_, weights, _ = arrays
+        levels, points_of = oracle.split_levels(value, self.shapes), self._points_of(*arrays[1:-2])
         starts = np.cumsum([0, *(h * w for h, w in self.shapes)])
-        for b, q, g in np.ndindex(locations.shape[:3]):
-            points = oracle.attn_points(levels, locations, b, q, g)
-            reach = np.abs([(point.x, point.y) for point in points]) + 0.5
+        for b, q, g in np.ndindex(weights.shape[:3]):
+            points = points_of(levels, b, q, g)
             images = [
                 (b, slice(start, stop), g)
                 for start, stop in pairwise(starts)
@@ -340,7 +349,98 @@ class AttnCase(Case):
             ]
             owned = slice(g * self.depth, (g + 1) * self.depth)
             places = (b, q, owned), images, (b, q, g), (b, q, g)
+            reach = self._reach(points, *arrays[1:-2], (b, q, g))
             yield points, weights[b, q, g].reshape(-1), reach, places
+
+    def _points_of(self, *coordinates: Array) -> oracle.PointsOf:
+        return oracle.at_locations(*coordinates)
+
+    def _reach(self, points: list[oracle.Point], *rest: Any) -> Array:
+        """As `vectors` has it, of the points of one head."""
+        return np.abs([(point.x, point.y) for point in points]) + 0.5
+
+
+@dataclass(frozen=True)
+class OffsetsCase(AttnCase):
+    """A call of `ms_deform_attn_from_offsets`; `shared`: which of B, Q and L are 1 in the reference
+    points, by their places."""
+
+    boxes: bool = False
+    box_normalizer: str = "points"
+    shared: tuple[int, ...] = ()
+
+    names = ("value", "reference_points", "offsets", "weights")
+
+    @cached_property
+    def exact(self) -> tuple[Array, ...]:
+        """Every dtype holds the reference points."""
+        value, locations, weights, grad = super().exact
+        rng = np.random.default_rng(self._seed + 1)
+        whole = self.batch, self.queries, len(self.shapes)
+        sizes = np.array([(w, h) for h, w in self.shapes], np.float64)[:, None]
+        own = (1 if i in self.shared and n else n for i, n in enumerate(whole))
+        references = rng.integers(0, 65, (*own, 4 if self.boxes else 2)) / 64
+        scale: Any = 1.0
+        if self.boxes:
+            references[..., 2:] = rng.integers(1, 9, references[..., 2:].shape) / 8
+            half = (
+                0.5 if self.box_normalizer == "size" else np.maximum(sizes, 1) / self.per_level / 2
+            )
+            scale = references[:, :, None, :, None, 2:] * half
+        start = references[:, :, None, :, None, :2] * sizes - 0.5
+        offsets = (locations * np.maximum(sizes, 1) - 0.5 - start) / scale
+        return value, references, offsets, weights, grad
+
+    def call(self, *inputs: Tensor, backend: str | None = None) -> Tensor:
+        value, *others = inputs
+        shapes = torch.tensor(self.shapes, device=value.device) if self.tensor else self.shapes
+        return functional.ms_deform_attn_from_offsets(
+            *(value, shapes, *others),
+            box_normalizer=self.box_normalizer,
+            softmax=self.softmax,
+            backend=backend,
+        )
+
+    def loops(self, *arrays: Array) -> tuple[Array, ...]:
+        value, *others, grad = arrays
+        inputs = value, self.shapes, *others
+        settings: Any = {"softmax": self.softmax, "box_normalizer": self.box_normalizer}
+        output = oracle.ms_deform_attn_from_offsets(*inputs, **settings)
+        grads = oracle.ms_deform_attn_from_offsets_backward(grad, *inputs, **settings)
+        return output, *grads
+
+    def _points_of(self, *coordinates: Array) -> oracle.PointsOf:
+        return oracle.at_offsets(*coordinates, self.box_normalizer)
+
+    def _reach(self, points: list[oracle.Point], *rest: Any) -> Array:
+        _, offsets, at = rest
+        scaled = offsets[at].reshape(-1, 2) * [point.scale for point in points]
+        ends = np.array([(point.x, point.y) for point in points])
+        # What is scaled is rounded once more, with its scale.
+        return np.abs(ends - scaled) + 1.25 * np.abs(scaled) + 0.5
+
+    def summed(self, by_offsets: Sequence[Array], *inputs: Array) -> Iterator[Array]:
+        """Of arrays that belong to the offsets' gradient, what their absolute values come to in
+        that of the reference points.
+
+        Args:
+            by_offsets: the arrays, [B, Q, G, L, P, 2].
+            inputs: value, reference points, offsets.
+        """
+        value, references, offsets = inputs
+        levels, points_of = oracle.split_levels(value, self.shapes), self._points_of(*inputs[1:])
+        scales = np.zeros(offsets.shape)
+        for at in np.ndindex(offsets.shape[:3]):
+            of_head = np.array([point.scale for point in points_of(levels, *at)])
+            scales[at] = of_head.reshape(offsets.shape[3:])
+        sizes = np.array([(w, h) for h, w in self.shapes], np.float64)[:, None]
+        factors = [sizes / scales]
+        if self.boxes:
+            factors.append(np.abs(offsets / references[:, :, None, :, None, 2:]))
+        shared = tuple(axis for axis in self.shared if offsets.shape[(0, 1, 3)[axis]])
+        for array in by_offsets:
+            sums = [(factor * np.abs(array)).sum((2, 4)) for factor in factors]
+            yield np.concatenate(sums, -1).sum(shared, keepdims=True)
 
 
 def _place(rng: np.random.Generator, start: Array, sigma: float, integer: bool) -> Array:
@@ -406,7 +506,8 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
     count = 0
     error = {name: np.zeros(result.shape) for name, result in results.items()}
     value_terms, value_count = np.zeros(inputs[0].shape), np.zeros(inputs[0].shape)
-    grad_coordinates, grad_weights = list(error)[2], list(error)[-1]
+    _, *others = case._named(case.names)
+    grad_coordinates, grad_weights = others[-2:][0], others[-1]  # a convolution's are one
     grad = grad.reshape(results["output"].shape)
     for points, logits, reach, (out_at, image_at, coordinates_at, weights_at) in case.vectors(
         *arrays
@@ -470,8 +571,15 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
         rounding, smallest = _spacing(own)
         smallest = max(smallest, _spacing(dtype)[1])
         terms = {"output": 4 * count, "grad_value": value_count}.get(name, 4 * case.depth)
-        budget = 1.01 * error[name] + rounding * np.abs(result) + 8 * smallest * (terms + 1)
-        expected[name] = Expected(result, budget)
+        budget = 1.01 * error[name] + 8 * smallest * (terms + 1)
+        if name == grad_coordinates:
+            by_coordinates = Expected(result, budget)
+        expected[name] = Expected(result, budget + rounding * np.abs(result))
+    if isinstance(case, OffsetsCase):
+        name = "grad_reference_points"
+        terms, errors = case.summed(by_coordinates, *arrays[:3])
+        summed = errors + (arrays[2].size + 8) * unit * terms
+        expected[name] = Expected(results[name], expected[name].budget + summed)
     return expected
 
 
@@ -528,6 +636,10 @@ CONV = (
     ConvCase("sliced", batch=2, layout="sliced", depth=8, extra=2),
     ConvCase("permuted", batch=2, size=(3, 4), layout="permuted", depth=8),
     ConvCase("expanded", batch=2, size=(3, 4), layout="expanded", depth=8),
+    ConvCase("packed", batch=2, size=(1, 3), layout="packed", groups=1, depth=16, extra=2),
+    ConvCase("packed_odd", size=(3, 3), groups=3, depth=3, layout="packed", softmax=True, extra=1),
+    ConvCase("packed_pair", size=(3, 4), layout="packed", window={"remove_center": True}),
+    ConvCase("packed_empty", batch=0, layout="packed"),
     ConvCase("float_coordinates", coordinates=(torch.float32,), depth=16),
     ConvCase("half_coordinates", coordinates=(torch.float16,), softmax=True),
     ConvCase("double_coordinates", coordinates=(torch.float64,)),
@@ -568,10 +680,38 @@ ATTENTION = (
 )
 
 
+OFFSETS = (
+    OffsetsCase("points", batch=2, queries=3, depth=8),
+    OffsetsCase("softmax", softmax=True, batch=2, queries=2, depth=16, shared=(2,)),
+    OffsetsCase("one_for_all", batch=2, shared=(0, 1, 2), flat=True, queries=3, per_level=3),
+    OffsetsCase("boxes", boxes=True, softmax=True, batch=2, shapes=((8, 7), (4, 4), (2, 2))),
+    OffsetsCase("boxes_of_queries", boxes=True, batch=2, shared=(0, 2), per_level=3, queries=3),
+    OffsetsCase(
+        "boxes_by_size", boxes=True, box_normalizer="size", batch=2, shared=(1,), depth=3, groups=3
+    ),
+    OffsetsCase("one_box", boxes=True, box_normalizer="size", shared=(0, 1, 2), per_level=1),
+    OffsetsCase("depth_32", groups=1, depth=32, queries=4, softmax=True, per_level=8),
+    OffsetsCase("no_queries", queries=0, boxes=True),
+    OffsetsCase("empty_batch", batch=0, shared=(1,)),
+    OffsetsCase("empty_level", shapes=((0, 5), (3, 4), (0, 0), (2, 0)), boxes=True, queries=3),
+    OffsetsCase("far", sigma=8.0, queries=8, softmax=True),
+    OffsetsCase("integer", sigma=2.0, integer=True, shapes=((4, 8), (2, 1)), queries=6),
+    OffsetsCase("shapes_tensor", tensor=True, boxes=True, batch=2, queries=3, softmax=True),
+    OffsetsCase("sliced", batch=2, layout="sliced", queries=3, boxes=True),
+    OffsetsCase("packed", batch=2, layout="packed", queries=3, depth=8, softmax=True),
+    OffsetsCase("permuted", batch=2, layout="permuted", queries=3),
+    OffsetsCase("float_points", coordinates=(_F32, _F16, _F16), depth=16, softmax=True),
+    OffsetsCase("half_points", coordinates=(_F16, _F32, _F32), boxes=True, queries=3),
+    OffsetsCase("double_points", coordinates=(_F64, _F32, _F32), queries=3),
+)
+
+
 def name(case: Case) -> str:
-    """Unique among both operators' cases."""
-    return f"{'conv' if isinstance(case, ConvCase) else 'attn'}-{case.id}"
+    """Unique among all operators' cases."""
+    if isinstance(case, ConvCase):
+        return f"conv-{case.id}"
+    return f"{'offsets' if isinstance(case, OffsetsCase) else 'attn'}-{case.id}"
 
 
-CASES = tuple((name(case), case) for case in (*CONV, *ATTENTION))
-"""Every case of both operators, `(id, case)`."""
+CASES = tuple((name(case), case) for case in (*CONV, *ATTENTION, *OFFSETS))
+"""Every case of all operators, `(id, case)`."""

@@ -143,19 +143,29 @@ def attn(rng: random.Random) -> None:
     size = (batch, queries, groups, levels, points)
     pixels = numbers.integers(-2, 8, (*size, 2)) + numbers.integers(1, 8, (*size, 2)) / 8
     widths = np.array([(max(w, 1), max(h, 1)) for h, w in shapes]).reshape(levels, 1, 2)
-    locations = (pixels + 0.5) / widths
-    spoil(rng, locations, (np.nan, np.inf, -np.inf, 1e9, -1e30))
+    settings: dict[str, Any] = {"spatial_shapes": shapes, "softmax": rng.random() < 0.5}
+    name, references = "ms_deform_attn", []
+    coordinates = (pixels + 0.5) / widths
+    if rng.random() < 0.5:
+        name, settings["box_normalizer"] = f"{name}_from_offsets", rng.choice(("points", "size"))
+        own = [min(n, 1) if rng.random() < 0.3 else n for n in (batch, queries, levels)]
+        place = numbers.integers(8, 64, (*own, rng.choice((2, 4)))) / 64
+        references, scale = [place], np.ones(1)
+        if place.shape[-1] == 4:
+            parts = widths / points if settings["box_normalizer"] == "points" else 1
+            scale = place[:, :, None, :, None, 2:] * parts / 2
+        coordinates = (pixels + 0.5 - place[:, :, None, :, None, :2] * widths) / scale
+    spoil(rng, coordinates, (np.nan, np.inf, -np.inf, 1e9, -1e30))
     spoil(rng, value, (np.nan, np.inf))
     weights = numbers.normal(size=size)
-    softmax = rng.random() < 0.5
     check(
         rng,
-        "ms_deform_attn",
-        lambda v, *rest: functional.ms_deform_attn(
-            v, shapes, *rest, softmax=softmax, backend="cpu"
+        name,
+        lambda v, *rest: getattr(functional, name)(
+            v, shapes, *rest, **keywords(settings), backend="cpu"
         ),
-        (value, locations, weights),
-        {"spatial_shapes": shapes, "softmax": softmax},
+        (value, *references, coordinates, weights),
+        settings,
     )
 
 

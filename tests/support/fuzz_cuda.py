@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -57,7 +58,9 @@ def drawn(rng: random.Random, slices: Slices) -> tuple[cases.Case, torch.dtype]:
         assert isinstance(case, cases.ConvCase)
         dtype = rng.choice((torch.float16, torch.bfloat16))
         kernel = rng.choice(((3, 3), (3, 3), (3, 3), (2, 2), (1, 3), (3, 2)))
-        fixed = {"kernel_size": kernel, "stride": (1, 1), "dilation": (1, 1), "offset_scale": 1.0}
+        dilation, scale = rng.choice(((1, 1.0), (1, 1.0), (1, 0.5), (1, 2.0), (2, 1.0), (2, -0.5)))
+        fixed = {"kernel_size": kernel, "stride": (1, 1), "dilation": (dilation, dilation)}
+        fixed["offset_scale"] = scale
         window = {**case.window, **fixed, "remove_center": rng.random() < 0.3}
         depth = rng.choice((16, 32, 48, 64))
         case = replace(case, depth=depth, window=window, coordinates=())
@@ -85,9 +88,20 @@ def conv(rng: random.Random) -> cases.ConvCase:
 
 
 def attention(rng: random.Random) -> cases.AttnCase:
-    precise = rng.choice(((), (), (torch.float32, torch.float32)))
-    return cases.AttnCase(
+    if rng.random() < 0.5:
+        kind, numbers = cases.AttnCase, 2
+        settings: dict[str, Any] = {}
+    else:
+        kind, numbers = cases.OffsetsCase, 3
+        settings = {
+            "boxes": rng.random() < 0.5,
+            "box_normalizer": rng.choice(("points", "size")),
+            "shared": tuple(axis for axis in range(3) if rng.random() < 0.3),
+        }
+    precise = rng.choice(((), (), (torch.float32,) * numbers))
+    return kind(
         "",
+        **settings,
         groups=rng.choice((1, 2, 3, 8)),
         depth=rng.choice(DEPTHS),
         softmax=rng.random() < 0.6,

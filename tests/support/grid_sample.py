@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,3 +66,19 @@ def deform_conv2d(
             torch.cat(parts, 1), weight[:, :, i : i + 1, j : j + 1], groups=groups
         )
     return output if bias is None else output + bias[:, None, None]
+
+
+def sampling_locations(
+    references: Tensor,
+    offsets: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    box_normalizer: str = "points",
+) -> Tensor:
+    """Deformable DETR's locations [B, Q, G, L, P, 2] of offsets from points or boxes, or with
+    boxes and "size" those of DINO's variants."""
+    sizes = torch.tensor([(width, height) for height, width in shapes]).to(offsets)[:, None]
+    place = references[:, :, None, :, None]
+    if place.shape[-1] == 2:
+        return place + offsets / sizes
+    parts = offsets / (offsets.shape[4] if box_normalizer == "points" else sizes)
+    return place[..., :2] + parts * place[..., 2:] * 0.5

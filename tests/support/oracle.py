@@ -7,7 +7,7 @@ out = sum_k w_k * bilinear(image_k; x_k, y_k).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,19 +178,88 @@ def attn_points(levels: list[Array], locations: Array, b: int, q: int, g: int) -
     return points
 
 
+def offset_points(
+    levels: list[Array],
+    references: Array,
+    offsets: Array,
+    box_normalizer: str,
+    b: int,
+    q: int,
+    g: int,
+) -> list[Point]:
+    """The L*P points of one query and head; offsets [B, Q, G, L, P, 2] from references
+    [B or 1, Q or 1, L or 1, 2 or 4], as Deformable DETR makes locations of them."""
+    own = np.broadcast_to(references, (*offsets.shape[:2], len(levels), references.shape[3]))
+    points = []
+    for level, place, shifts in zip(levels, own[b, q], offsets[b, q, g], strict=True):
+        image = level[b, :, :, g]
+        size = np.array(image.shape[1::-1], np.float64)
+        per_unit = 1 / np.maximum(size, 1)
+        if len(place) == 4:
+            per_unit = per_unit if box_normalizer == "size" else np.full(2, 1 / len(shifts))
+            per_unit = per_unit * place[2:] * 0.5
+        ends = (place[:2] + shifts * per_unit) * size - 0.5
+        scale = per_unit * np.maximum(size, 1)
+        points += [Point(image, x, y, tuple(scale.tolist())) for x, y in ends.tolist()]
+    return points
+
+
+PointsOf = Callable[[list[Array], int, int, int], list[Point]]
+"""The L*P points of a query and head in the levels of the value."""
+
+
+def at_locations(locations: Array) -> PointsOf:
+    return lambda levels, b, q, g: attn_points(levels, locations, b, q, g)
+
+
+def at_offsets(references: Array, offsets: Array, box_normalizer: str) -> PointsOf:
+    return lambda levels, *at: offset_points(levels, references, offsets, box_normalizer, *at)
+
+
+def attention(
+    value: Array, spatial_shapes: Shapes, weights: Array, softmax: bool, points_of: PointsOf
+) -> Array:
+    levels = split_levels(value, spatial_shapes)
+    batch, queries, groups = heads = weights.shape[:3]
+    out = np.zeros((*heads, value.shape[3]))
+    for at in np.ndindex(heads):
+        weighted_sum(out[at], points_of(levels, *at), weights[at].reshape(-1), softmax)
+    return out.reshape(batch, queries, groups * value.shape[3])
+
+
+def attention_backward(
+    grad_output: Array,
+    value: Array,
+    spatial_shapes: Shapes,
+    weights: Array,
+    softmax: bool,
+    points_of: PointsOf,
+) -> tuple[Array, Array, Array]:
+    """The gradients of value, of the points' coordinates [B, Q, G, L*P, 2] and of weights."""
+    grad_value, grad_weights = np.zeros(value.shape), np.zeros(weights.shape)
+    levels = split_levels(value, spatial_shapes)
+    grad_levels = split_levels(grad_value, spatial_shapes)
+    heads, count = weights.shape[:3], math.prod(weights.shape[3:])
+    grad_points = np.zeros((*heads, count, 2))
+    grad_heads = grad_output.reshape(*heads, value.shape[3])
+    for at in np.ndindex(heads):
+        b, _, g = at
+        images = [level[b, :, :, g] for level in grad_levels for _ in range(count // len(levels))]
+        grad_points[at], by_weights = weighted_sum_backward(
+            grad_heads[at], points_of(levels, *at), weights[at].reshape(-1), softmax, images
+        )
+        grad_weights[at] = by_weights.reshape(weights.shape[3:])
+    return grad_value, grad_points, grad_weights
+
+
 def ms_deform_attn(
     value: Array, spatial_shapes: Shapes, locations: Array, weights: Array, *, softmax: bool = False
 ) -> Array:
     """Return [B, Q, G*D] from value [B, S, G, D], L pairs (H_l, W_l), locations
     [B, Q, G, L, P, 2] and weights [B, Q, G, L, P] or [B, Q, G, L*P]."""
     value, locations, weights = float64(value, locations, weights)
-    levels = split_levels(value, spatial_shapes)
-    batch, queries, groups = heads = locations.shape[:3]
-    out = np.zeros((*heads, value.shape[3]))
-    for at in np.ndindex(heads):
-        points = attn_points(levels, locations, *at)
-        weighted_sum(out[at], points, weights[at].reshape(-1), softmax)
-    return out.reshape(batch, queries, groups * value.shape[3])
+    points_of = at_locations(locations)
+    return attention(value, spatial_shapes, weights, softmax, points_of)
 
 
 def ms_deform_attn_backward(
@@ -204,18 +273,63 @@ def ms_deform_attn_backward(
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of value, locations and weights from grad_output [B, Q, G*D]."""
     grad_output, value, locations, weights = float64(grad_output, value, locations, weights)
-    grad_value, grad_locations = np.zeros(value.shape), np.zeros(locations.shape)
-    grad_weights = np.zeros(weights.shape)
-    levels = split_levels(value, spatial_shapes)
-    grad_levels = split_levels(grad_value, spatial_shapes)
-    heads, per_level = locations.shape[:3], locations.shape[4]
-    grad_heads = grad_output.reshape(*heads, value.shape[3])
-    for b, q, g in np.ndindex(heads):
-        images = [level[b, :, :, g] for level in grad_levels for _ in range(per_level)]
-        points = attn_points(levels, locations, b, q, g)
-        by_points, by_weights = weighted_sum_backward(
-            grad_heads[b, q, g], points, weights[b, q, g].reshape(-1), softmax, images
-        )
-        grad_locations[b, q, g] = by_points.reshape(locations.shape[3:])
-        grad_weights[b, q, g] = by_weights.reshape(weights.shape[3:])
-    return grad_value, grad_locations, grad_weights
+    points_of = at_locations(locations)
+    grad_value, grad_locations, grad_weights = attention_backward(
+        grad_output, value, spatial_shapes, weights, softmax, points_of
+    )
+    return grad_value, grad_locations.reshape(locations.shape), grad_weights
+
+
+def ms_deform_attn_from_offsets(
+    value: Array,
+    spatial_shapes: Shapes,
+    references: Array,
+    offsets: Array,
+    weights: Array,
+    *,
+    box_normalizer: str = "points",
+    softmax: bool = False,
+) -> Array:
+    """Return [B, Q, G*D]; the arguments are those of `offset_points` and `ms_deform_attn`."""
+    value, references, offsets, weights = float64(value, references, offsets, weights)
+    points_of = at_offsets(references, offsets, box_normalizer)
+    return attention(value, spatial_shapes, weights, softmax, points_of)
+
+
+def ms_deform_attn_from_offsets_backward(
+    grad_output: Array,
+    value: Array,
+    spatial_shapes: Shapes,
+    references: Array,
+    offsets: Array,
+    weights: Array,
+    *,
+    box_normalizer: str = "points",
+    softmax: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+    """Return the gradients of value, references, offsets and weights."""
+    grad_output, value, offsets, weights = float64(grad_output, value, offsets, weights)
+    references = float64(references)[0]
+    points_of = at_offsets(references, offsets, box_normalizer)
+
+    def pixels(levels: list[Array], b: int, q: int, g: int) -> list[Point]:
+        return [point._replace(scale=(1.0, 1.0)) for point in points_of(levels, b, q, g)]
+
+    grad_value, grad_points, grad_weights = attention_backward(
+        grad_output, value, spatial_shapes, weights, softmax, pixels
+    )
+    grad_points = grad_points.reshape(offsets.shape)
+    grad_offsets, grad_references = np.zeros(offsets.shape), np.zeros(references.shape)
+    per_level = offsets.shape[4]
+    for b, q, g, level, p in np.ndindex(offsets.shape[:5]):
+        own = tuple(n % size for n, size in zip((b, q, level), references.shape, strict=False))
+        size = np.array(spatial_shapes[level][::-1], np.float64)
+        by_pixel, offset = grad_points[b, q, g, level, p], offsets[b, q, g, level, p]
+        grad_references[own][:2] += size * by_pixel
+        pixels_of_one = np.ones(2)
+        if references.shape[3] == 4:
+            half = 0.5 * (size / per_level if box_normalizer == "points" else 1)
+            grad_references[own][2:] += half * offset * by_pixel
+            pixels_of_one = half * references[own][2:]
+        grad_offsets[b, q, g, level, p] = pixels_of_one * by_pixel
+    return grad_value, grad_references, grad_offsets, grad_weights

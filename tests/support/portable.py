@@ -116,7 +116,7 @@ def classifier() -> nn.Module:
     import timm
 
     importlib.import_module("dcnv4.models")
-    return timm.create_model("flash_intern_image_t", num_classes=5)
+    return timm.create_model("flash_internimage_t", num_classes=5)
 
 
 def maps(channels: int) -> Callable[[int, int, int], tuple[Tensor, ...]]:
@@ -139,11 +139,11 @@ LAYERS = {
 }
 MODELS = {
     "deformable_detr": Portable(Detector, images, ((1, 96, 128),)),
-    "flash_intern_image_t": Portable(classifier, images, ((1, 32, 32),)),
+    "flash_internimage_t": Portable(classifier, images, ((1, 32, 32),)),
 }
 NEEDS = {
     "deformable_detr": ("transformers",),
-    "flash_intern_image_t": ("timm", "dcnv4.models"),
+    "flash_internimage_t": ("timm", "dcnv4.models"),
 }
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import geometry
-from ..geometry import Window
-from . import Call
+from ..geometry import Reference, Window
+from . import AttnGrads, Call
 
 # Corners that one part holds: a CPU's temporaries stay in its cache, an accelerator wants launches
 # that fill it.
@@ -53,58 +53,71 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     table = _table(value, value.shape[3] // window.groups)
     grad_table = torch.zeros_like(table)
-    grad_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    used = grad_mask.flatten(0, 2)[:, : window.offset_mask_channels()]
+    grad_mask = offset_mask.new_empty(offset_mask.shape) if out is None else out[1]
+    pixels, channels = grad_mask.flatten(0, 2), window.offset_mask_channels()
+    used = pixels[:, :channels]
+    pixels[:, channels:] = 0
     problem = _conv_problem(value, offset_mask, window)
     for part, grads, weights in _backward(problem, grad, table, grad_table):
         used[part] = geometry.conv_points_backward(*grads, weights, window).to(used.dtype)
-    return _untable(grad_table, value), grad_mask
+    grad_value = _untable(grad_table, value)
+    return grad_value if out is None else out[0].copy_(grad_value), grad_mask
 
 
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
     *,
     differentiable: bool = False,
 ) -> Tensor:
     """[B, Q, C]. `differentiable`: of operations that autograd and exporters know."""
-    problem = _attn_problem(value, spatial_shapes, locations, weights, softmax)
+    problem = _attn_problem(value, spatial_shapes, coordinates, weights, softmax, reference)
     output = _forward(problem, _table(value, value.shape[3]), differentiable)
-    return output.reshape(*locations.shape[:2], value.shape[2] * value.shape[3]).to(value.dtype)
+    return output.reshape(*coordinates.shape[:2], value.shape[2] * value.shape[3]).to(value.dtype)
 
 
 def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
+    """Gradients of `value`, `coordinates` and `weights`."""
     table = _table(value, value.shape[3])
     grad_table = torch.zeros_like(table)
-    grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
-    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        coordinates.new_empty(coordinates.shape),
+        weights.new_empty(weights.shape),
+    )
     heights, widths, _ = geometry.levels(spatial_shapes, value.device)
-    problem = _attn_problem(value, spatial_shapes, locations, weights, softmax)
+    problem = _attn_problem(value, spatial_shapes, coordinates, weights, softmax, reference)
+    of_rows = _by_row(reference, *coordinates.shape[:2])
     for part, (grad_x, grad_y, grad_used), used in _backward(problem, grad, table, grad_table):
         if softmax:
             grad_used = geometry.softmax_backward(grad_used, used)
         shape = (-1, *weights.shape[2:])
-        pixels = grad_x.view(shape) * widths, grad_y.view(shape) * heights
-        grad_locations.flatten(0, 1)[part] = torch.stack(pixels, -1).to(locations.dtype)
+        scale, _ = geometry.attn_map(heights, widths, coordinates.shape[4], of_rows(part))
+        pixels = torch.stack((grad_x.view(shape), grad_y.view(shape)), -1)
+        grad_coordinates.flatten(0, 1)[part] = (pixels * scale).to(coordinates.dtype)
         grad_weights.flatten(0, 1)[part] = grad_used.view(shape).to(weights.dtype)
-    return _untable(grad_table, value), grad_locations, grad_weights
+    made = _untable(grad_table, value)
+    return made if grad_value is None else grad_value.copy_(made), grad_coordinates, grad_weights
 
 
 class _Points(NamedTuple):
@@ -185,24 +198,28 @@ def _conv_problem(value: Tensor, offset_mask: Tensor, window: Window) -> _Proble
 def _attn_problem(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
+    reference: Reference | None,
 ) -> _Problem:
     batch, length, groups = value.shape[:3]
-    queries = max(locations.shape[1], 1)
-    flat_locations, flat_weights = locations.flatten(0, 1), weights.flatten(0, 1).flatten(2)
-    integers = _integers(batch * length * groups, flat_locations.shape[0])
+    queries = max(coordinates.shape[1], 1)
+    flat_coordinates, flat_weights = coordinates.flatten(0, 1), weights.flatten(0, 1).flatten(2)
+    integers = _integers(batch * length * groups, flat_coordinates.shape[0])
+    of_rows = _by_row(reference, *coordinates.shape[:2])
     heights, widths, starts = geometry.levels(spatial_shapes, value.device)
     # Shapes on an accelerator are not checked on the host: a wrong one must not read elsewhere.
     areas = torch.cat((heights, widths), 1).prod(1, keepdim=True)
     fits = (heights <= length) & (widths <= length) & (starts + areas <= length)
     of_levels = torch.where(fits, heights, 0), widths, starts
-    of_points = [sizes.to(integers).expand(-1, locations.shape[4]).flatten() for sizes in of_levels]
+    points_of_level = coordinates.shape[4]
+    of_points = [sizes.to(integers).expand(-1, points_of_level).flatten() for sizes in of_levels]
 
     def points(part: slice) -> _Points:
         pixel = torch.arange(part.start, part.stop, dtype=integers, device=value.device)
-        x, y = geometry.attn_points(_exact(flat_locations[part]), heights, widths)
+        own = _exact(flat_coordinates[part])
+        x, y = geometry.attn_points(own, heights, widths, of_rows(part))
         counted = _exact(flat_weights[part])
         counted = counted.softmax(-1) if softmax else counted
         of_heights, of_widths, of_starts = of_points
@@ -210,7 +227,17 @@ def _attn_problem(
         sizes = of_heights, of_widths
         return _Points(x.flatten(2), y.flatten(2), counted, *sizes, first, (0, 0), groups)
 
-    return _Problem(flat_locations.shape[0], flat_weights.shape[1:].numel(), points)
+    return _Problem(flat_coordinates.shape[0], flat_weights.shape[1:].numel(), points)
+
+
+def _by_row(
+    reference: Reference | None, batch: int, queries: int
+) -> Callable[[slice], Reference | None]:
+    """What gives a part of the B·Q queries its reference."""
+    if reference is None:
+        return lambda part: None
+    points = _exact(reference.points).expand(batch, queries, -1, -1).flatten(0, 1)
+    return lambda part: reference._replace(points=points[part])
 
 
 def _integers(*sizes: int) -> torch.dtype:

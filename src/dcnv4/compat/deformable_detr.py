@@ -20,7 +20,17 @@ Starts = Tensor | Sequence[int] | None
 
 
 class MSDeformAttnFunction:
-    """Multi-scale deformable attention as Deformable DETR calls it."""
+    """Multi-scale deformable attention as Deformable DETR calls it.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import MSDeformAttnFunction
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value = torch.randn(2, 120, 8, 32)
+        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
+        >>> MSDeformAttnFunction.apply(value, shapes, starts, locations, weights, 64).shape
+        torch.Size([2, 50, 256])
+    """
 
     @staticmethod
     def apply(
@@ -73,6 +83,14 @@ def ms_deform_attn_core_pytorch(
         TypeError, ValueError: as `functional.ms_deform_attn`.
 
     Source: as `MSDeformAttnFunction`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import ms_deform_attn_core_pytorch
+        >>> shapes, value = torch.tensor([(8, 12), (4, 6)]), torch.randn(2, 120, 8, 32)
+        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
+        >>> ms_deform_attn_core_pytorch(value, shapes, locations, weights).shape
+        torch.Size([2, 50, 256])
     """
     return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 

@@ -53,6 +53,14 @@ def dcnv4_forward(
         RuntimeError: PyTorch's own, by its name: an argument of the wrong type.
 
     Source: Xiong et al., CVPR 2024, arXiv:2401.06197.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import dcnv4_forward
+        >>> value, offset_mask = torch.randn(2, 14, 14, 64), torch.randn(2, 14, 14, 112)
+        >>> window, groups = (3, 3, 1, 1, 1, 1, 1, 1), (4, 16)
+        >>> dcnv4_forward(value, offset_mask, *window, *groups, 1.0, 256, 0).shape
+        torch.Size([2, 14, 14, 64])
     """
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     return _deform_conv(
@@ -90,6 +98,14 @@ def dcnv4_forward_pytorch(
         TypeError, ValueError: an argument of the wrong type, shape or range.
 
     Source: as `dcnv4_forward`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import dcnv4_forward_pytorch
+        >>> value, offset_mask = torch.randn(2, 14, 14, 64), torch.randn(2, 14, 14, 112)
+        >>> window, groups = (3, 3, 1, 1, 1, 1, 1, 1), (4, 16)
+        >>> dcnv4_forward_pytorch(value, offset_mask, *window, *groups, 1.0, 256, 0).shape
+        torch.Size([2, 14, 14, 64])
     """
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     sizes = (group, group_channels, offset_scale, remove_center)
@@ -121,6 +137,14 @@ def flash_deform_attn(
         RuntimeError: PyTorch's own, by its name: an argument of the wrong type.
 
     Source: as `dcnv4_forward`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import flash_deform_attn
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value, packed = torch.randn(2, 120, 8, 32), torch.rand(2, 50, 8, 3 * 2 * 4)
+        >>> flash_deform_attn(value, shapes, starts, packed, 64, 4).shape
+        torch.Size([2, 50, 256])
     """
     return FlashDeformAttnFunction.apply(
         value, value_spatial_shapes, value_level_start_index, sampling_loc_attn, im2col_step, K
@@ -140,6 +164,11 @@ def compute_offset_mask_channels(group: int, kernel_size: int, remove_center: in
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
+
+    Example:
+        >>> from dcnv4.compat import compute_offset_mask_channels
+        >>> compute_offset_mask_channels(group=4, kernel_size=3)
+        112
     """
     check_integer("group", group, 1)
     check_integer("kernel_size", kernel_size, 1)

@@ -21,7 +21,18 @@ from .torchvision import Size
 
 
 class MultiScaleDeformableAttnFunction(MSDeformAttnFunction):
-    """Multi-scale deformable attention as mmcv calls it: as Deformable DETR does."""
+    """Multi-scale deformable attention as mmcv calls it: as Deformable DETR does.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import MultiScaleDeformableAttnFunction
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value = torch.randn(2, 120, 8, 32)
+        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
+        >>> function = MultiScaleDeformableAttnFunction
+        >>> function.apply(value, shapes, starts, locations, weights, 64).shape
+        torch.Size([2, 50, 256])
+    """
 
 
 class _CastFunction:
@@ -52,6 +63,16 @@ class MultiScaleDeformableAttnFunction_fp32(_CastFunction):  # noqa: N801
     """`MultiScaleDeformableAttnFunction` that under autocast computes in float32, as BEVFormer's.
 
     Source: Li et al., BEVFormer, ECCV 2022, arXiv:2203.17270.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import MultiScaleDeformableAttnFunction_fp32
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value = torch.randn(2, 120, 8, 32)
+        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
+        >>> function = MultiScaleDeformableAttnFunction_fp32
+        >>> function.apply(value, shapes, starts, locations, weights, 64).shape
+        torch.Size([2, 50, 256])
     """
 
     _dtype = torch.float32
@@ -63,6 +84,16 @@ class MultiScaleDeformableAttnFunction_fp16(_CastFunction):  # noqa: N801
     Locations and weights stay as precise as they came, where BEVFormer's rounds them too.
 
     Source: as `MultiScaleDeformableAttnFunction_fp32`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import MultiScaleDeformableAttnFunction_fp16
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value = torch.randn(2, 120, 8, 32)
+        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
+        >>> function = MultiScaleDeformableAttnFunction_fp16
+        >>> function.apply(value, shapes, starts, locations, weights, 64).shape
+        torch.Size([2, 50, 256])
     """
 
     _dtype = torch.float16
@@ -93,6 +124,16 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
 
     Source: mmcv 2.2; Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159. Its checkpoints
     load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import MultiScaleDeformableAttention
+        >>> layer = MultiScaleDeformableAttention(embed_dims=64, num_levels=2, num_heads=4)
+        >>> shapes = torch.tensor([(8, 8), (4, 4)])
+        >>> query, pixels = torch.randn(10, 1, 64), torch.randn(80, 1, 64)
+        >>> points = torch.rand(1, 10, 2, 2)
+        >>> layer(query, value=pixels, reference_points=points, spatial_shapes=shapes).shape
+        torch.Size([10, 1, 64])
     """
 
     is_init = _is_init = True
@@ -237,6 +278,13 @@ def deform_conv2d(
         TypeError, ValueError: an argument of the wrong type, shape or value.
 
     Source: Dai et al., Deformable Convolutional Networks, ICCV 2017, arXiv:1703.06211.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import deform_conv2d
+        >>> x, offset = torch.randn(1, 64, 14, 14), torch.randn(1, 18, 14, 14)
+        >>> deform_conv2d(x, offset, torch.randn(32, 64, 3, 3), padding=1).shape
+        torch.Size([1, 32, 14, 14])
     """
     if check_flag("bias", bias):
         raise ValueError("bias must be False, as mmcv's deform_conv2d has none; got True")
@@ -269,6 +317,14 @@ def modulated_deform_conv2d(
         TypeError, ValueError: an argument of the wrong type, shape or value.
 
     Source: Zhu et al., Deformable ConvNets v2, CVPR 2019, arXiv:1811.11168.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import modulated_deform_conv2d
+        >>> x, offset = torch.randn(1, 64, 14, 14), torch.randn(1, 18, 14, 14)
+        >>> mask, weight = torch.rand(1, 9, 14, 14), torch.randn(32, 64, 3, 3)
+        >>> modulated_deform_conv2d(x, offset, mask, weight, padding=1).shape
+        torch.Size([1, 32, 14, 14])
     """
     check_tensor("mask", mask, "[B, G*kh*kw, Ho, Wo]", (4,))
     settings = (stride, padding, dilation, groups, deform_groups)
@@ -356,14 +412,19 @@ class _Pack(_DeformConv2d):
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
         return nn.Conv2d(self.in_channels, numbers * points, *window)
 
+    def _former_names(self, prefix: str) -> dict[str, str]:
+        """What parameters are called now, by their names in mmcv's first version, in which they
+        lay beside the layer and not in it."""
+        kinds = ("weight", "bias")
+        return {f"{prefix[:-1]}_offset.{kind}": f"{prefix}conv_offset.{kind}" for kind in kinds}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # In mmcv's first version these parameters lay beside the layer, not in it. Only a loader
-        # that shows a layer the whole state finds them, as PyTorch's was at that time.
+        # `dcnv4.checkpoints.load` has done so before; PyTorch's own loader shows a layer no names
+        # outside it since 1.13.
         if (local_metadata.get("version") or 1) < self._version:
-            for kind in ("weight", "bias"):
-                former, name = f"{prefix[:-1]}_offset.{kind}", f"{prefix}conv_offset.{kind}"
+            for former, name in self._former_names(prefix).items():
                 if former in state_dict and name not in state_dict:
                     state_dict[name] = state_dict.pop(former)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
@@ -385,6 +446,13 @@ class DeformConv2d(_DeformConv2d):
         TypeError, ValueError: an argument of the wrong type or range, by its name.
 
     Source: mmcv 2.2; as `deform_conv2d`. Its checkpoints load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import DeformConv2d
+        >>> layer = DeformConv2d(64, 128, 3, padding=1)
+        >>> layer(torch.randn(1, 64, 14, 14), torch.randn(1, 18, 14, 14)).shape
+        torch.Size([1, 128, 14, 14])
     """
 
     def __init__(
@@ -430,6 +498,13 @@ class DeformConv2dPack(DeformConv2d, _Pack):
         TypeError, ValueError: an argument of the wrong type or range, by its name.
 
     Source: as `DeformConv2d`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import DeformConv2dPack
+        >>> layer = DeformConv2dPack(64, 128, 3, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 64, 14, 14)).shape
+        torch.Size([1, 128, 14, 14])
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -467,6 +542,14 @@ class ModulatedDeformConv2d(_DeformConv2d):
         TypeError, ValueError: an argument of the wrong type or range, by its name.
 
     Source: mmcv 2.2; as `modulated_deform_conv2d`. Its checkpoints load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import ModulatedDeformConv2d
+        >>> layer = ModulatedDeformConv2d(64, 128, 3, padding=1)
+        >>> x, offset, mask = (torch.rand(1, channels, 14, 14) for channels in (64, 18, 9))
+        >>> layer(x, offset, mask).shape
+        torch.Size([1, 128, 14, 14])
     """
 
     def __init__(
@@ -519,6 +602,13 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, _Pack):
         TypeError, ValueError: an argument of the wrong type or range, by its name.
 
     Source: as `ModulatedDeformConv2d`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.mmcv import ModulatedDeformConv2dPack
+        >>> layer = ModulatedDeformConv2dPack(64, 128, 3, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 64, 14, 14)).shape
+        torch.Size([1, 128, 14, 14])
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:

@@ -11,7 +11,16 @@ from .deformable_detr import Shapes, Starts, _check_starts
 
 
 class FlashDeformAttnFunction:
-    """Multi-scale deformable attention as the original DCNv4 package calls it."""
+    """Multi-scale deformable attention as the original DCNv4 package calls it.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import FlashDeformAttnFunction
+        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
+        >>> value, packed = torch.randn(2, 120, 8, 32), torch.rand(2, 50, 8, 3 * 2 * 4)
+        >>> FlashDeformAttnFunction.apply(value, shapes, starts, packed, 64, 4).shape
+        torch.Size([2, 50, 256])
+    """
 
     @staticmethod
     def apply(
@@ -62,7 +71,16 @@ class FlashDeformAttnFunction:
 
 
 class DCNv4Function:
-    """Deformable Convolution v4 as the original DCNv4 package calls it."""
+    """Deformable Convolution v4 as the original DCNv4 package calls it.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import DCNv4Function
+        >>> value, offset_mask = torch.randn(2, 14, 14, 64), torch.randn(2, 14, 14, 112)
+        >>> window, groups = (3, 3, 1, 1, 1, 1, 1, 1), (4, 16)
+        >>> DCNv4Function.apply(value, offset_mask, *window, *groups, 1.0, 256, 0).shape
+        torch.Size([2, 14, 14, 64])
+    """
 
     @staticmethod
     def apply(
@@ -111,7 +129,17 @@ class DCNv4Function:
 
 
 class DCNv3Function:
-    """Deformable Convolution v3 as InternImage calls it."""
+    """Deformable Convolution v3 as InternImage calls it.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import DCNv3Function
+        >>> image = torch.randn(2, 14, 14, 64)
+        >>> offset, mask = torch.randn(2, 14, 14, 72), torch.rand(2, 14, 14, 36)
+        >>> window, groups = (3, 3, 1, 1, 1, 1, 1, 1), (4, 16)
+        >>> DCNv3Function.apply(image, offset, mask, *window, *groups, 1.0, 256, 0).shape
+        torch.Size([2, 14, 14, 64])
+    """
 
     @staticmethod
     def apply(
@@ -204,6 +232,15 @@ def dcnv3_core_pytorch(
         TypeError, ValueError: as `DCNv3Function.apply`.
 
     Source: as `DCNv3Function`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat import dcnv3_core_pytorch
+        >>> image = torch.randn(2, 14, 14, 64)
+        >>> offset, mask = torch.randn(2, 14, 14, 72), torch.rand(2, 14, 14, 36)
+        >>> window, groups = (3, 3, 1, 1, 1, 1, 1, 1), (4, 16)
+        >>> dcnv3_core_pytorch(image, offset, mask, *window, *groups, 1.0).shape
+        torch.Size([2, 14, 14, 64])
     """
     window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     return DCNv3Function.apply(

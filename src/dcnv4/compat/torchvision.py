@@ -67,6 +67,14 @@ def deform_conv2d(
         To know it, the host reads the weight, and waits for an accelerator.
 
     Source: Zhu et al., Deformable ConvNets v2, CVPR 2019, arXiv:1811.11168.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.torchvision import deform_conv2d
+        >>> x, weight = torch.randn(1, 64, 14, 14), torch.randn(32, 64, 3, 3)
+        >>> offset, mask = torch.randn(1, 18, 14, 14), torch.rand(1, 9, 14, 14)
+        >>> deform_conv2d(x, offset, weight, padding=1, mask=mask).shape
+        torch.Size([1, 32, 14, 14])
     """
     settings = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     # Rows of the kernel are outermost in [B, G, kh, kw, Ho, Wo(, 2)], and y comes before x.
@@ -274,6 +282,14 @@ class DeformConv2d(nn.Module):
         TypeError, ValueError: an argument of the wrong type or range, by its name.
 
     Source: as `deform_conv2d`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.compat.torchvision import DeformConv2d
+        >>> layer = DeformConv2d(64, 128, 3, padding=1)
+        >>> x, offset, mask = (torch.rand(1, channels, 14, 14) for channels in (64, 18, 9))
+        >>> layer(x, offset, mask).shape
+        torch.Size([1, 128, 14, 14])
     """
 
     def __init__(

@@ -51,6 +51,17 @@ def enable(model: Model, *, backend: str | None = None) -> Model:
     Note:
         A layer whose method is "discrete" picks the nearest pixels and stays as it is; a
         `UserWarning` lists such layers where others are routed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import DeformableDetrConfig, DeformableDetrModel, ResNetConfig
+        >>> from dcnv4.integrations.transformers import enable
+        >>> sizes = dict(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic")
+        >>> backbone = ResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+        >>> config = DeformableDetrConfig(backbone_config=backbone, use_timm_backbone=False)
+        >>> model = enable(DeformableDetrModel(config).eval())
+        >>> model(torch.randn(1, 3, 64, 96)).last_hidden_state.shape
+        torch.Size([1, 300, 256])
     """
     check_backend(backend)
     found = {name: layer for name, layer in _modules(model) if _place(layer)}
@@ -80,6 +91,18 @@ def disable(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not a module.
+
+    Example:
+        >>> import torch
+        >>> from transformers import DeformableDetrConfig, DeformableDetrModel, ResNetConfig
+        >>> from dcnv4.integrations.transformers import disable, enable
+        >>> sizes = dict(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic")
+        >>> backbone = ResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+        >>> config = DeformableDetrConfig(backbone_config=backbone, use_timm_backbone=False)
+        >>> model = enable(DeformableDetrModel(config).eval())
+        >>> model = disable(model)
+        >>> model(torch.randn(1, 3, 64, 96)).last_hidden_state.shape
+        torch.Size([1, 300, 256])
     """
     for _, layer in _modules(model):
         _restore(layer)

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .. import backends, ops
 from ..arguments import (
     check_backend,
     check_divides,
     check_finite,
     check_flag,
     check_integer,
+    check_levels,
+    check_reference_points,
     check_sizes,
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, beside, is_traced, traced_levels
-from ..functional import ms_deform_attn
-from ..geometry import sum_dtype
+from ..eager import as_leaf, autocast_dtype, compute, has_interested
+from ..functional import ms_deform_attn_from_offsets
+from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
-from .base import Layer, width_read
+from .base import Layer, check_dtype, width_read
+from .projections import (
+    Call,
+    Formula,
+    Parameters,
+    Sums,
+    Weights,
+    computed_dtype,
+    multiplied,
+    prepared,
+    read,
+)
 
 
 class FlashDeformAttn(Layer):
@@ -53,6 +69,16 @@ class FlashDeformAttn(Layer):
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; Xiong et al., CVPR 2024,
     arXiv:2401.06197. Checkpoints of Deformable DETR's MSDeformAttn load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import FlashDeformAttn
+        >>> attention = FlashDeformAttn(d_model=256, n_levels=2, n_heads=8, n_points=4)
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> pyramid = torch.randn(2, 32 * 48 + 16 * 24, 256)
+        >>> queries, reference_points = torch.randn(2, 100, 256), torch.rand(2, 100, 2, 2)
+        >>> attention(queries, reference_points, pyramid, shapes).shape
+        torch.Size([2, 100, 256])
     """
 
     # What layers that were saved whole before had not.
@@ -137,23 +163,85 @@ class FlashDeformAttn(Layer):
                 *(FlashDeformAttn, self, query, reference_points, input_flatten),
                 *(input_spatial_shapes, input_level_start_index, input_padding_mask),
             )
-        locations, logits = self._locate(query, reference_points, input_spatial_shapes)
+        _check_rows("query", query, self.sampling_offsets)
+        whole = *query.shape[:2], self.n_levels
+        check_reference_points(reference_points, whole, query)
         _check_rows("input_flatten", input_flatten, self.value_proj)
         if input_padding_mask is not None:
             _check_mask(input_padding_mask, input_flatten)
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0.0)
-        output = ms_deform_attn(
-            value.view(*value.shape[:2], logits.shape[2], -1),
-            input_spatial_shapes,
-            locations,
-            logits,
+        if not has_interested((query, reference_points, input_flatten), range(3)):
+            formula = self._formula(
+                *(query, reference_points, input_flatten),
+                *(input_spatial_shapes, input_padding_mask),
+            )
+            if formula is not None:
+                inputs = [prepared(t, formula.dtype) for t in (query, input_flatten)]
+                given = query, input_flatten, reference_points
+                return formula.run(given, (*inputs, reference_points))
+        check_dtype("query", query, self.sampling_offsets)
+        check_dtype("input_flatten", input_flatten, self.value_proj)
+        return self._attend(
+            *(query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask),
+        )
+
+    def _attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        shapes: Tensor | Sequence[Sequence[int]],
+        mask: Tensor | None,
+        call: Call = nn.Module.__call__,
+    ) -> Tensor:
+        """The output of arguments that were checked; `call` calls submodules."""
+        offsets, logits = self._predict(query, call)
+        value = call(self.value_proj, input_flatten)
+        if mask is not None:
+            value = value.masked_fill(mask[..., None], 0.0)
+        heads = logits.shape[2]
+        output = ms_deform_attn_from_offsets(
+            *(value.view(*value.shape[:2], heads, value.shape[2] // heads), shapes),
+            *(reference_points, offsets, logits),
+            box_normalizer=self._box_normalizer(),
             softmax=True,
             backend=self.backend,
         )
-        projected: Tensor = self.output_proj(output)
-        return projected
+        return call(self.output_proj, output)
+
+    def _formula(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        shapes: Tensor | Sequence[Sequence[int]],
+        mask: Tensor | None,
+    ) -> _AttnFormula | None:
+        """The layer as one node of autograd; None where it has to be composed."""
+        held = self._modules  # a module's own way to its submodules is a slow one
+        parameters = read(
+            (held["sampling_offsets"], held["attention_weights"]),
+            (held["value_proj"],),
+            (held["output_proj"],),
+        )
+        if parameters is None or 0 in (query.numel(), input_flatten.numel()):
+            return None
+        device = query.device
+        dtypes = [autocast_dtype(tensor) for tensor in (query, input_flatten)]
+        dtype = computed_dtype(dtypes[0], device.type, parameters)
+        exact = reference_points.dtype in (dtype, sum_dtype(dtypes[0]))
+        if dtype is None or dtypes[1] is not dtype or not exact or input_flatten.device != device:
+            return None
+        offsets, logits, inside = (weight.shape[0] for weight in parameters.tensors[:3])
+        samples = self.n_levels * self.n_points
+        heads = logits // samples
+        if offsets != 2 * logits or logits != heads * samples or inside % heads:
+            return None
+        levels = _checked_levels(shapes, self.n_levels, input_flatten.shape[1], device)
+        tensors = query, reference_points, input_flatten, *parameters.tensors
+        deterministic = ops.must_be_deterministic(*tensors)
+        backend = backends.choose("ms_deform_attn", device, dtype, deterministic, self.backend)
+        wide = query.dtype, input_flatten.dtype, reference_points.dtype
+        return _AttnFormula(self, parameters, dtype, wide, backend, heads, levels, mask)
 
     def sampling_points(
         self,
@@ -161,7 +249,7 @@ class FlashDeformAttn(Layer):
         reference_points: Tensor,
         input_spatial_shapes: Tensor | Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every query sums, and what each counts.
+        """Where the layer looks: the points that every query sums, and their weights.
 
         Args:
             query, reference_points, input_spatial_shapes: as `forward` takes them.
@@ -170,40 +258,27 @@ class FlashDeformAttn(Layer):
             locations [B, Q, G, L, P, 2] in (x, y) order, from 0 to 1 over each level, edge to edge,
             and weights [B, Q, G, L, P], which add up to 1 over L·P.
         """
-        locations, logits = self._locate(query, reference_points, input_spatial_shapes)
-        return locations, _wide(logits).flatten(3).softmax(-1).view_as(logits)
-
-    def _locate(
-        self,
-        query: Tensor,
-        reference_points: Tensor,
-        shapes: Tensor | Sequence[Sequence[int]],
-    ) -> tuple[Tensor, Tensor]:
-        """Locations [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of their weights."""
         _check_rows("query", query, self.sampling_offsets)
-        check_tensor("reference_points", reference_points, "[B, Q, L, 2 or 4]", (4,))
-        whole, given = (*query.shape[:2], self.n_levels), reference_points.shape
-        # `in` would not ask a tracer whether its sizes are these.
-        fits = all(one == all_ or one == 1 for one, all_ in zip(given[:3], whole, strict=True))
-        if not fits or (given[3] != 2 and given[3] != 4):
-            raise ValueError(
-                f"reference_points must be [B, Q, L, 2 or 4] = {[*whole, 2]} or {[*whole, 4]}, or "
-                f"1 in place of B, Q or L; got {list(given)}"
-            )
-        check_sizes("input_spatial_shapes", shapes, self.n_levels)
-        # As many heads as the projection has offsets for.
-        points = (-1, self.n_levels, self.n_points)
-        # Not `unflatten`, after which PyTorch's old exporter takes sizes for constants.
-        rows = query.shape[:2]
-        offsets = _wide(self.sampling_offsets(query)).view(*rows, *points, 2)
-        boxes = _wide(reference_points)[:, :, None, :, None]
-        if given[3] == 2 or self.use_4D_normalizer:
-            offsets = offsets / self._sizes(shapes, offsets)
-        else:
-            offsets = offsets * (1 / self.n_points)
-        if given[3] == 4:
-            offsets = offsets * (boxes[..., 2:] * 0.5)
-        return boxes[..., :2] + offsets, self.attention_weights(query).view(*rows, *points)
+        check_reference_points(reference_points, (*query.shape[:2], self.n_levels), query)
+        check_sizes("input_spatial_shapes", input_spatial_shapes, self.n_levels)
+        offsets, logits = map(_wide, self._predict(query))
+        heights, widths, _ = levels(input_spatial_shapes, query.device)
+        place = Reference(_wide(reference_points), self._box_normalizer())
+        x_y = torch.stack(attn_points(offsets, heights, widths, place), -1)
+        locations = (x_y + 0.5) / torch.cat((widths, heights), 1)[:, None]
+        return locations, logits.flatten(3).softmax(-1).view_as(logits)
+
+    def _predict(self, query: Tensor, call: Call = nn.Module.__call__) -> tuple[Tensor, Tensor]:
+        """Offsets [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of the weights."""
+        offsets, logits = call(self.sampling_offsets, query), call(self.attention_weights, query)
+        # As many heads as the projection has weights for. Not `unflatten`, after which PyTorch's
+        # old exporter takes sizes for constants.
+        heads = logits.shape[2] // (self.n_levels * self.n_points)
+        shape = *query.shape[:2], heads, self.n_levels, self.n_points
+        return offsets.view(*shape, 2), logits.view(shape)
+
+    def _box_normalizer(self) -> str:
+        return "size" if self.use_4D_normalizer else "points"
 
     def extra_repr(self) -> str:
         settings = {name: getattr(self, name) for name in ("n_levels", "n_heads", "n_points")}
@@ -213,16 +288,107 @@ class FlashDeformAttn(Layer):
             settings["use_4D_normalizer"] = True
         return ", ".join((f"{self.d_model}", *(f"{k}={v}" for k, v in settings.items())))
 
-    @staticmethod
-    def _sizes(shapes: Tensor | Sequence[Sequence[int]], offsets: Tensor) -> Tensor:
-        """The levels' (W, H), [L, 1, 2], beside `offsets`."""
-        traced, place = is_traced(offsets), (offsets.device, offsets.dtype)
-        if traced:
-            shapes = traced_levels(shapes)
-        if isinstance(shapes, Tensor):
-            return beside(shapes[:, [1, 0]][:, None].to(*place), offsets)
-        sizes = tuple((width, height) for height, width in shapes)
-        return beside(_make_sizes(sizes, *place), offsets) if traced else _kept_sizes(sizes, *place)
+
+class _AttnFormula(Formula):
+    """A `FlashDeformAttn`: offsets and logits are one product of the query."""
+
+    def __init__(
+        self,
+        layer: FlashDeformAttn,
+        parameters: Parameters,
+        dtype: torch.dtype,
+        wide: tuple[torch.dtype, ...],
+        backend: str,
+        heads: int,
+        levels: Tensor | list[tuple[int, int]],
+        mask: Tensor | None,
+    ) -> None:
+        super().__init__(parameters, dtype, wide)
+        self.layer, self.backend, self.levels = layer, backend, levels
+        self.points = heads, layer.n_levels, layer.n_points
+        self.box_normalizer = layer._box_normalizer()
+        self.mask = None if mask is None else mask[..., None]
+
+    def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
+        query, rows, reference = inputs
+        mask = None if self.mask is None else self.mask[..., 0]
+        return self.layer._attend(query, reference, rows, self.levels, mask, call)
+
+    def forward(
+        self, inputs: Sequence[Tensor], weights: Weights
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        query, rows, reference = inputs
+        predicted, value = F.linear(query, *weights[0]), F.linear(rows, *weights[1])
+        if self.mask is not None:
+            value.masked_fill_(self.mask, 0.0)
+        value = value.view(*rows.shape[:2], self.points[0], -1)
+        y = compute(
+            ops.MS_DEFORM_ATTN_FROM_OFFSETS,
+            *(self.backend, value, self.levels, reference, *self._split(predicted)),
+            *(self.box_normalizer, True, False),
+        )
+        return F.linear(y, *weights[2]), (y, predicted, value)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        kept: list[Tensor],
+        sums: Sums | None,
+        needed: Sequence[bool],
+    ) -> tuple[Sequence[Tensor | None], Weights]:
+        (query, rows, reference), (y, predicted, value) = inputs, kept
+        grad = grad.reshape(-1, grad.shape[2])
+        grad_y = torch.mm(grad, weights[2]).view(y.shape)
+        grad_predicted = predicted.new_empty(predicted.shape)
+        grad_value, grad_reference, *_ = ops.DeformAttnFromOffsets.backward(
+            *(grad_y, self.backend, value, self.levels, reference, *self._split(predicted)),
+            *(self.box_normalizer, True, needed[2]),
+            out=(None, *self._split(grad_predicted)),
+        )
+        if self.mask is not None:
+            grad_value = grad_value.view(*value.shape[:2], -1).masked_fill_(self.mask, 0.0)
+        flat = [t.view(-1, t.shape[2]) for t in (grad_predicted, query, rows, y)]
+        grad_predicted, query, rows_, y = flat
+        grad_value = grad_value.view(rows_.shape[0], -1)
+        grads: list[Tensor | None] = [None, None, grad_reference]
+        if needed[0]:
+            grads[0] = multiplied(grad_predicted, weights[0], self.wide[0]).view(inputs[0].shape)
+        if needed[1]:
+            grads[1] = multiplied(grad_value, weights[1], self.wide[1]).view(rows.shape)
+        if sums is None:
+            return grads, []
+        products = (grad_predicted, query), (grad_value, rows_), (grad, y)
+        return grads, [sums.of(i, *product) for i, product in enumerate(products)]
+
+    def _split(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets [B, Q, G, L, P, 2] and logits [B, Q, G, L, P] in a product [B, Q, 3·G·L·P]."""
+        samples = math.prod(self.points)
+        offsets, logits = predicted.split_with_sizes((2 * samples, samples), 2)
+        shape = *predicted.shape[:2], *self.points
+        return offsets.view(*shape, 2), logits.view(shape)
+
+
+def _checked_levels(
+    shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
+) -> Tensor | list[tuple[int, int]]:
+    """`check_levels` of what a layer is given, by its name; of tuples, once."""
+    if type(shapes) is tuple:
+        try:
+            return _kept_levels(shapes, levels, length, device)
+        except TypeError:  # not to be kept, or wrong
+            pass
+    check_sizes("input_spatial_shapes", shapes, levels)
+    return check_levels(shapes, levels, length, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_levels(
+    shapes: tuple[Any, ...], levels: int, length: int, device: torch.device
+) -> Tensor | list[tuple[int, int]]:
+    check_sizes("input_spatial_shapes", shapes, levels)
+    return check_levels(shapes, levels, length, device)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:
@@ -246,18 +412,3 @@ def _check_mask(mask: Any, rows: Tensor) -> None:
 def _wide(tensor: Tensor) -> Tensor:
     dtype = sum_dtype(tensor.dtype)
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _make_sizes(
-    sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return torch.tensor(sizes, dtype=dtype, device=device)[:, None]
-
-
-@lru_cache(maxsize=256)
-def _kept_sizes(
-    sizes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    # Kept, because copying numbers to an accelerator makes the host wait for it.
-    with torch.inference_mode(False):
-        return _make_sizes(sizes, device, dtype)

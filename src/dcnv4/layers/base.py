@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from inspect import signature
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..eager import beside, is_traced
+from ..eager import beside, is_autocast, is_traced
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
 
@@ -49,24 +49,43 @@ def other_words(**right: str) -> Callable[[Init], Init]:
 
 # What a layer reads of its submodules instead of calling them.
 
-_LINEAR_FORWARD = nn.Linear.forward
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_FORWARDS = {module: module.forward for module in (nn.Linear, nn.Conv2d)}
+_HOOKS = tuple(
+    f"_{hooks}"
+    for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 def is_readable(module: nn.Module, x: Tensor) -> bool:
-    """Whether nobody could tell a Linear that is called on x from one whose weights are used."""
-    return (
-        not is_traced(x)
-        and type(module) is nn.Linear  # a parametrisation and `fully_shard` change the type
-        and nn.Linear.forward is _LINEAR_FORWARD
-        and "forward" not in vars(module)
-        and vars(module).get("_compiled_call_impl") is None
-        and not any(vars(module).get(f"_{hooks}") for hooks in _HOOKS)
-        and not any(getattr(_every, f"_global_{hooks}") for hooks in _HOOKS)
+    """Whether nobody could tell a Linear that is called on x from its weight and bias in use."""
+    bare = not is_traced(x) and type(module) is nn.Linear and are_bare((module,))
+    return bare and module.bias is not None
+
+
+def are_bare(modules: Iterable[nn.Module]) -> bool:
+    """Whether these are Linears and Conv2ds that compute what PyTorch's do, nobody watching."""
+    for hooks in _GLOBAL_HOOKS:
+        if getattr(_every, hooks, None):
+            return False
+    for module in modules:
+        kind = type(module)  # which a parametrisation and `fully_shard` change
+        if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
+            return False
+        held = module.__dict__
+        if "forward" in held or held.get("_compiled_call_impl") is not None:
+            return False
+        for hooks in _HOOKS:
+            if held.get(hooks):
+                return False
         # Neither a tensor that is computed anew for every call nor one that is more than numbers.
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and type(module._parameters.get("bias")) is nn.Parameter
-    )
+        parameters = held["_parameters"]
+        if type(parameters.get("weight")) is not nn.Parameter:
+            return False
+        bias = parameters.get("bias", held)
+        if bias is not None and type(bias) is not nn.Parameter:
+            return False
+    return True
 
 
 def width_read(module: nn.Module, found: int) -> int:
@@ -75,6 +94,17 @@ def width_read(module: nn.Module, found: int) -> int:
         return module.weight.shape[1]
     width: int = getattr(module, "in_features", getattr(module, "in_channels", found))
     return width
+
+
+def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
+    """Refuse in words what the product of a Linear that reads x would refuse."""
+    if type(reader) is not nn.Linear or reader.weight.dtype == x.dtype:
+        return
+    if not is_traced(x) and not is_autocast(x.device.type) and are_bare((reader,)):
+        raise TypeError(
+            f"{name} must be {reader.weight.dtype}, as the layer's parameters are, or come under "
+            f"autocast; got {x.dtype}"
+        )
 
 
 # Initialization.
@@ -186,7 +216,8 @@ class WindowedLayer(Layer):
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
         column, row = self.window.origins(
-            *(beside(torch.arange(n, device=x.device), x) for n in (rows, columns))
+            # None where the window does not fit, which the operator refuses.
+            *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))
         )
         return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
 

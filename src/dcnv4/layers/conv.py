@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .. import backends, ops
 from ..arguments import (
     check_choice,
     check_divides,
@@ -21,18 +23,30 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype
-from ..functional import windowed_conv
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, has_interested
+from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
 from .base import (
     OriginalNames,
     WindowedLayer,
+    check_dtype,
     original_window,
     other_words,
     pair,
     same_padding,
     width_read,
+)
+from .projections import (
+    Call,
+    Formula,
+    Parameters,
+    Sums,
+    Weights,
+    computed_dtype,
+    multiplied,
+    prepared,
+    read,
 )
 
 
@@ -100,26 +114,236 @@ class _DeformConv(WindowedLayer):
                 return width_read(reader, found)
         return width_read(self.offset_mask, found)
 
-    def _deform(self, x: Tensor) -> Tensor:
-        """[B, Ho, Wo, C_out] from [B, H, W, C_in]."""
-        # In one pass, and once, not for each projection.
-        if (dtype := autocast_dtype(x)) != x.dtype:
-            x = x.to(dtype, memory_format=torch.contiguous_format)
+    def _run(self, x: Tensor, layout: _Layout) -> Tensor:
+        """The output for x, which was checked: as one node of autograd where nobody can tell."""
+        pixels = x if layout.channels_last else layout.as_map(x)
+        dtype = autocast_dtype(x)
+        pixels = prepared(pixels, dtype)
+        if not has_interested((x,), (0,)):
+            formula = self._formula(dtype, x, layout)
+            if formula is not None:
+                return formula.run((x,), (pixels,))
+        check_dtype("x", pixels, self.offset_mask)
+        return layout.leave(self._deform(layout.enter(pixels)))
+
+    def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:
+        """The layer as one node of autograd; None where it has to be composed.
+
+        Args:
+            dtype: of x as it is cast.
+        """
+        settings, size = self.window, layout.size
+        held = self._modules  # a module's own way to its submodules is a slow one
+        value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
+        output_proj, depthwise = held.get("output_proj"), held.get("offset_mask_dw")
+        if value_proj is None or output_proj is None or offset_mask is None:
+            return None
+        if self.center_feature_scale or settings.stride != (1, 1) or x.numel() == 0:
+            return None
+        if depthwise is None:
+            parameters = read((value_proj, offset_mask), (output_proj,))
+        elif _is_centered(depthwise):
+            parameters = read((value_proj,), (offset_mask,), (depthwise,), (output_proj,))
         else:
-            x = x.contiguous()
-        value_proj, output_proj = self.value_proj, self.output_proj
-        value = x if value_proj is None else value_proj(x)
-        y = windowed_conv(value, self._predict(x), self.window, self.backend)
+            return None
+        if parameters is None:
+            return None
+        made = computed_dtype(dtype, x.device.type, parameters)
+        value, predicted = parameters.tensors[0].shape[0], parameters.tensors[1].shape[0]
+        if made is None or not _fits(size, value, predicted, settings):
+            return None
+        deterministic = ops.must_be_deterministic(x, *parameters.tensors)
+        backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
+        return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
+
+    def _deform(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+        """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
+        value = x if self.value_proj is None else call(self.value_proj, x)
+        y = windowed_conv(value, self._predict(x, call), self.window, self.backend)
         if self.center_feature_scale:
             y = self._blend(y, value, y)
-        return y if output_proj is None else output_proj(y)
+        return y if self.output_proj is None else call(self.output_proj, y)
 
-    def _predict(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
         """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
         if self.offset_mask_dw is not None:
-            x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        offset_mask: Tensor = self.offset_mask(self._at_centers(x))
-        return offset_mask
+            x = call(self.offset_mask_dw, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return call(self.offset_mask, self._at_centers(x))
+
+
+class _Layout(NamedTuple):
+    """How a layer's input and output lie: [B, H·W, C] and [B, H, W, C], or [B, C, H, W] and
+    [C, H, W]."""
+
+    channels_last: bool
+    dimensions: int
+    size: tuple[int, int, int]
+    """B, H, W of the input."""
+    dense: bool
+    """Of an output that is not `channels_last`: whether it is contiguous."""
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] of the input."""
+        if self.channels_last:
+            return self.enter(x)
+        return (x[None] if self.dimensions == 3 else x).permute(0, 2, 3, 1)
+
+    def enter(self, pixels: Tensor) -> Tensor:
+        """[B, H, W, C] of [B, H·W, C] or itself."""
+        return pixels if pixels.dim() == 4 else pixels.view(*self.size, pixels.shape[2])
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The output of [B, Ho, Wo, C]."""
+        if self.channels_last:
+            return y if self.dimensions == 4 else y.flatten(1, 2)
+        y = y.permute(0, 3, 1, 2)
+        if self.dimensions == 3:
+            return y[0].contiguous()
+        return y.contiguous() if self.dense else y
+
+
+class _ConvFormula(Formula):
+    """A `DCNv4` or `DCNv4Conv2d` whose output has the size of its input.
+
+        [value, offset_mask] = one product of x;  output = output_proj(deform_conv_packed)
+
+    With a depthwise convolution before `offset_mask`, they are products of different inputs.
+    """
+
+    def __init__(
+        self,
+        layer: _DeformConv,
+        parameters: Parameters,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        backend: str,
+        channels: int,
+        layout: _Layout,
+    ) -> None:
+        super().__init__(parameters, dtype, (wide,))
+        self.layer, self.window, self.backend = layer, layer.window, backend
+        self.channels, self.layout = channels, layout
+
+    def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
+        return self.layout.leave(self.layer._deform(self.layout.enter(inputs[0]), call))
+
+    def forward(
+        self, inputs: Sequence[Tensor], weights: Weights
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, layout = self.layout.enter(inputs[0]), self.layout
+        if len(weights) == 2:
+            packed = F.linear(x, *weights[0])
+            y = compute(ops.DEFORM_CONV_PACKED, self.backend, packed, self.channels, self.window)
+            return layout.leave(F.linear(y, *weights[1])), (y, packed)
+        value_proj, offset_mask, depthwise, output_proj = weights
+        seen = self._depthwise()._conv_forward(x.permute(0, 3, 1, 2), *depthwise)
+        seen = seen.permute(0, 2, 3, 1).contiguous()
+        value, predicted = F.linear(x, *value_proj), F.linear(seen, *offset_mask)
+        y = compute(ops.DEFORM_CONV, self.backend, value, predicted, self.window)
+        return layout.leave(F.linear(y, *output_proj)), (y, seen, value, predicted)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        kept: list[Tensor],
+        sums: Sums | None,
+        needed: Sequence[bool],
+    ) -> tuple[Sequence[Tensor | None], Weights]:
+        (x,), y, last = inputs, kept.pop(0), len(weights) - 1
+        grad = grad if self.layout.channels_last else self.layout.as_map(grad)
+        grad = grad.reshape(-1, grad.shape[-1])
+        of_last = [] if sums is None else [sums.of(last, grad, y.view(-1, y.shape[3]))]
+        shape = y.shape
+        del y
+        grad_y = torch.mm(grad, weights[last]).view(shape)
+        rows = x.view(-1, x.shape[-1])
+        step = self._packed_backward if last == 1 else self._depthwise_backward
+        grad_x, made = step(grad_y, rows, weights, kept, sums, needed[0])
+        if grad_x is None:
+            return (None,), made + of_last
+        if not self.layout.channels_last:
+            grad_x = grad_x.view(x.shape).permute(0, 3, 1, 2)
+            return (grad_x[0] if self.layout.dimensions == 3 else grad_x,), made + of_last
+        return (grad_x.view(x.shape),), made + of_last
+
+    def _packed_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        sums: Sums | None,
+        needed: bool,
+    ) -> tuple[Tensor | None, Weights]:
+        call = self.backend, kept[0], self.channels, self.window
+        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
+        grad = grad.view(-1, grad.shape[3])
+        grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None
+        return grad_x, [] if sums is None else [sums.of(0, grad, x)]
+
+    def _depthwise_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        sums: Sums | None,
+        needed: bool,
+    ) -> tuple[Tensor | None, Weights]:
+        seen, value, predicted = kept
+        call = self.backend, value, predicted, self.window
+        grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
+        grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
+        module, biased = self._depthwise(), self.parameters.places[2][1] is not None
+        image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
+        grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
+        grad_x, *depthwise = torch.ops.aten.convolution_backward(
+            *(grad_seen, image, weights[2], [module.out_channels] if biased else None),
+            *(module.stride, _centered_padding(module), module.dilation),
+            *(False, (0, 0), module.groups),
+            (needed, sums is not None, sums is not None and biased),
+        )
+        if needed:
+            grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.shape)
+            grad_x = torch.addmm(grad_x, grad_value, weights[0]).to(self.wide[0])
+        if sums is None:
+            return grad_x, []
+        rows = seen.view(-1, seen.shape[3])
+        weight, bias = depthwise[0].to(sums.dtype), depthwise[1].to(sums.dtype) if biased else None
+        made = [sums.of(0, grad_value, x), sums.of(1, grad_predicted, rows), (weight, bias)]
+        return grad_x, made
+
+    def _depthwise(self) -> Any:
+        return self.layer._modules["offset_mask_dw"]
+
+
+def _is_centered(depthwise: nn.Module) -> bool:
+    """Whether this is a convolution whose output has the size of its input, padded with zeros alike
+    on both sides."""
+    return (
+        type(depthwise) is nn.Conv2d
+        and depthwise.padding_mode == "zeros"
+        and depthwise.stride == (1, 1)
+        and depthwise.padding in ("same", _centered_padding(depthwise))
+        and all(size % 2 for size in depthwise.kernel_size)
+    )
+
+
+def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
+    """What keeps the size, of a kernel of odd size."""
+    sizes = zip(depthwise.dilation, depthwise.kernel_size, strict=True)
+    return tuple(dilation * (size // 2) for dilation, size in sizes)
+
+
+@lru_cache(maxsize=256)
+def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
+    """Whether a convolution of B, H, W and these channels has an output of the same size."""
+    if window.output_size(*size[1:]) != size[1:]:
+        return False
+    check_sizes_of_conv((*size, value), (*size, predicted), window)
+    return True
 
 
 class DCNv4(_DeformConv, OriginalNames):
@@ -160,6 +384,13 @@ class DCNv4(_DeformConv, OriginalNames):
 
     Source: Xiong et al., Efficient Deformable ConvNets, CVPR 2024, arXiv:2401.06197. Parameters
     are named as in its published checkpoints.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4
+        >>> layer = DCNv4(channels=64, kernel_size=3, group=4)
+        >>> layer(torch.randn(2, 32 * 48, 64), shape=(32, 48)).shape
+        torch.Size([2, 1536, 64])
     """
 
     @other_words(groups="group", padding="pad", bias="output_bias")
@@ -236,13 +467,12 @@ class DCNv4(_DeformConv, OriginalNames):
         """
         if isinstance(x, Proxy):
             return as_leaf(DCNv4, self, x, shape)
-        y = self._deform(self._as_map(x, shape))
-        return y if x.dim() == 4 else y.flatten(1, 2)
+        return self._run(x, self._layout(x, shape))
 
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Where the layer looks: the points every output pixel sums, and what each counts.
+        """Where the layer looks: the points that every output pixel sums, and their weights.
 
         Args:
             x, shape: as `forward` takes them.
@@ -251,10 +481,10 @@ class DCNv4(_DeformConv, OriginalNames):
             positions [B, Ho, Wo, G, K, 2] in (x, y) order, in input pixels with integer centres,
             and weights [B, Ho, Wo, G, K].
         """
-        return self._points(self._predict(self._as_map(x, shape)))
+        return self._points(self._predict(self._layout(x, shape).as_map(x)))
 
-    def _as_map(self, x: Tensor, shape: Sequence[int] | None) -> Tensor:
-        """[B, H, W, C] of what `forward` takes."""
+    def _layout(self, x: Tensor, shape: Sequence[int] | None) -> _Layout:
+        """Of what `forward` takes."""
         layout = "[B, H*W, C] or [B, H, W, C]"
         check_tensor("x", x, layout, (3, 4))
         if x.shape[-1] != (width := self._width(x.shape[-1])):
@@ -265,7 +495,7 @@ class DCNv4(_DeformConv, OriginalNames):
         if x.dim() == 4:
             if shape is not None and tuple(shape) != tuple(x.shape[1:3]):
                 raise ValueError(f"shape must be x's {tuple(x.shape[1:3])}; got {tuple(shape)}")
-            return x
+            return _Layout(True, 4, (*x.shape[:3],), False)
         length = x.shape[1]
         height, width = (int(length**0.5),) * 2 if shape is None else shape
         if height * width != length:
@@ -273,7 +503,7 @@ class DCNv4(_DeformConv, OriginalNames):
             raise ValueError(
                 f"shape must be (H, W) with H*W = {length}, the length of x; got {got}"
             )
-        return x.view(x.shape[0], height, width, x.shape[2])
+        return _Layout(True, 3, (x.shape[0], height, width), False)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {super().extra_repr()}"
@@ -311,6 +541,13 @@ class DCNv4Conv2d(_DeformConv):
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Source: as `DCNv4`.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4 import DCNv4Conv2d
+        >>> layer = DCNv4Conv2d(3, 64, kernel_size=3, stride=2, padding=1)
+        >>> layer(torch.randn(2, 3, 32, 48)).shape
+        torch.Size([2, 64, 16, 24])
     """
 
     # What code that takes any convolution reads of it, and may change.
@@ -388,26 +625,24 @@ class DCNv4Conv2d(_DeformConv):
         """
         if isinstance(x, Proxy):
             return as_leaf(DCNv4Conv2d, self, x)
-        pixels = self._as_map(x)
-        y = self._deform(pixels).permute(0, 3, 1, 2)
-        if x.dim() == 3:
-            return y[0].contiguous()
-        return y if pixels.is_contiguous() else y.contiguous()
+        return self._run(x, self._layout(x))
 
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
 
         An x without a batch is one of 1.
         """
-        return self._points(self._predict(self._as_map(x)))
+        return self._points(self._predict(self._layout(x).as_map(x)))
 
-    def _as_map(self, x: Tensor) -> Tensor:
-        """[B, H, W, in_channels] of what `forward` takes."""
+    def _layout(self, x: Tensor) -> _Layout:
+        """Of what `forward` takes."""
         layout = "[B, in_channels, H, W] or [in_channels, H, W]"
         check_tensor("x", x, layout, (4, 3))
         if x.shape[-3] != (width := self._width(x.shape[-3])):
             raise ValueError(f"x must be {layout} with in_channels = {width}; got {list(x.shape)}")
-        return (x[None] if x.dim() == 3 else x).permute(0, 2, 3, 1)
+        size = x.shape[0] if x.dim() == 4 else 1, x.shape[-2], x.shape[-1]
+        given = _Layout(False, x.dim(), size, False)
+        return given._replace(dense=not given.as_map(x).is_contiguous())
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {super().extra_repr()}"

@@ -23,6 +23,7 @@ from ..initialization import Initializer
 from .base import (
     OriginalNames,
     WindowedLayer,
+    check_dtype,
     is_readable,
     original_window,
     other_words,
@@ -61,6 +62,13 @@ class DCNv3(WindowedLayer, OriginalNames):
         TypeError, ValueError: an argument of the wrong type, range or shape, by its name.
 
     Source: Wang et al., InternImage, CVPR 2023, arXiv:2211.05778. Its checkpoints load.
+
+    Example:
+        >>> import torch
+        >>> from dcnv4.checkpoints import DCNv3
+        >>> layer = DCNv3(channels=64, kernel_size=3, dw_kernel_size=5, group=4)
+        >>> layer(torch.randn(2, 14, 14, 64)).shape
+        torch.Size([2, 14, 14, 64])
     """
 
     @other_words(groups="group", padding="pad")
@@ -150,6 +158,7 @@ class DCNv3(WindowedLayer, OriginalNames):
         check_tensor("x", x, "[B, H, W, C]", (4,))
         if x.shape[-1] != (width := width_read(self.input_proj, x.shape[-1])):
             raise ValueError(f"x must be [B, H, W, C = {width}]; got {list(x.shape)}")
+        check_dtype("x", x, self.input_proj)
         return self._at_centers(self.dw_conv(x.permute(0, 3, 1, 2)))
 
     def _predict(self, features: Tensor) -> Tensor:
@@ -163,9 +172,12 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def _interleave(self, offset: Tensor, mask: Tensor, dim: int) -> Tensor:
         """A group's 2K of `offset`, then its K of `mask`, group after group, along `dim` < 0."""
+        groups = self.window.groups
         # Not `unflatten`, after which PyTorch's old exporter takes sizes for constants.
         parts = [
-            part.reshape(*part.shape[:dim], self.window.groups, -1, *part.shape[dim:][1:])
+            part.reshape(
+                *part.shape[:dim], groups, part.shape[dim] // groups, *part.shape[dim:][1:]
+            )
             for part in (offset, mask)
         ]
         return torch.cat(parts, dim).flatten(dim - 1, dim)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...geometry import Window
-from .. import Call, cache_dir
+from ...geometry import Reference, Window, attn_unit, reference_steps, sum_dtype
+from .. import AttnGrads, Call, cache_dir
 from .compile import CompileError, library
 from .records import CALL, DTYPES, POINT, PROBLEM, TENSORS, VIEW
 
@@ -62,28 +62,30 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    grad_value = torch.empty(value.shape, dtype=value.dtype)
-    padded = offset_mask.shape[3] > window.offset_mask_channels()
-    new = torch.zeros if padded else torch.empty
-    grad_mask = new(offset_mask.shape, dtype=offset_mask.dtype)
+    grads = out or (value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape))
+    if offset_mask.shape[3] > window.offset_mask_channels():
+        grads[1][..., window.offset_mask_channels() :] = 0
     grad = _inner(grad.to(value.dtype), 1)
-    _conv("dcnv4_backward", window, value, offset_mask, grad, grad_value, grad_mask)
-    return grad_value, grad_mask
+    _conv("dcnv4_backward", window, value, offset_mask, grad, *grads)
+    return grads
 
 
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
 ) -> Tensor:
     """[B, Q, C]."""
-    output = value.new_empty((*locations.shape[:3], value.shape[3]))
-    _attn("dcnv4_forward", spatial_shapes, softmax, value, locations, weights, output)
+    output = value.new_empty((*coordinates.shape[:3], value.shape[3]))
+    settings = "dcnv4_forward", spatial_shapes, softmax, reference
+    _attn(*settings, value, coordinates, weights, output)
     return output.flatten(2)
 
 
@@ -91,19 +93,25 @@ def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
-    grads = (
-        torch.empty(value.shape, dtype=value.dtype),
-        torch.empty(locations.shape, dtype=locations.dtype),
+    """Gradients of `value`, `coordinates` and `weights`."""
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        torch.empty(coordinates.shape, dtype=coordinates.dtype),
         torch.empty(weights.shape, dtype=weights.dtype),
     )
+    if grad_value is None:
+        grad_value = torch.empty(value.shape, dtype=value.dtype)
+    grads = grad_value, grad_coordinates, grad_weights
     grad = _inner(grad.to(value.dtype), 1).unflatten(2, value.shape[2:])
-    _attn("dcnv4_backward", spatial_shapes, softmax, value, locations, weights, grad, *grads)
+    settings = "dcnv4_backward", spatial_shapes, softmax, reference
+    _attn(*settings, value, coordinates, weights, grad, *grads)
     return grads
 
 
@@ -189,27 +197,47 @@ def _attn(
     function: str,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
     softmax: bool,
+    reference: Reference | None,
     value: Tensor,
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     output: Tensor,
     *grads: Tensor,
 ) -> None:
     """Run an attention; `output` is the forward's result or the backward's gradient of it."""
-    value, locations, weights = _inner(value, 1), _inner(locations, 3), _inner(weights, 2)
+    value, coordinates, weights = _inner(value, 1), _inner(coordinates, 3), _inner(weights, 2)
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    tensors = value, locations, weights, output, *grads
-    plan = _attn_plan(tuple(map(tuple, pairs)), softmax, *map(_layout, tensors))
-    _run(function, plan, _by_name([tensor.data_ptr() for tensor in tensors]))
+    tensors = value, coordinates, weights, output, *grads
+    data = _by_name([tensor.data_ptr() for tensor in tensors])
+    place, normalizer = None, ""
+    if reference is not None:
+        points = _inner(reference.points.to(sum_dtype(value.dtype)), 1)
+        data["reference"] = points.data_ptr()
+        place, normalizer = _layout(points), reference.box_normalizer
+    plan = _attn_plan(tuple(map(tuple, pairs)), softmax, place, normalizer, *map(_layout, tensors))
+    _run(function, plan, data)
 
 
 @lru_cache(maxsize=256)
-def _attn_plan(shapes: tuple[tuple[int, int], ...], softmax: bool, *tensors: _Layout) -> _Plan:
+def _attn_plan(
+    shapes: tuple[tuple[int, int], ...],
+    softmax: bool,
+    place: _Layout | None,
+    normalizer: str,
+    *tensors: _Layout,
+) -> _Plan:
+    """`place`: of the reference points; `normalizer`: of boxes."""
     batch, pixels, groups, depth = tensors[0][0]
     _, queries, _, _, points, _ = tensors[1][0]
     levels, clipped = _levels(shapes, pixels)
+    views = _by_name([_heads_view(tensor) for tensor in tensors])
+    numbers = 0
+    if place is not None:
+        shape, strides, dtype = place
+        numbers, steps = shape[3], reference_steps(shape, strides)
+        views["reference"] = _heads_view((shape, tuple(steps), dtype))
     problem = PROBLEM.pack(
-        **_by_name([_heads_view(tensor) for tensor in tensors]),
+        **views,
         images=batch,
         pixels=pixels,
         rows=1,
@@ -221,9 +249,13 @@ def _attn_plan(shapes: tuple[tuple[int, int], ...], softmax: bool, *tensors: _La
         softmax=softmax,
         clipped=clipped,
         shift=-0.5,
+        reference_numbers=numbers,
     )
+    unit = partial(attn_unit, points=points, numbers=numbers, box_normalizer=normalizer)
     each = [
-        POINT.pack(scale_x=width, scale_y=height, height=height, width=width, start=start)
+        POINT.pack(
+            scale_x=unit(width), scale_y=unit(height), height=height, width=width, start=start
+        )
         for height, width, start in levels
     ]
     return _Plan(problem, b"".join(point * points for point in each))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -36,6 +37,8 @@ _TUNING = ("-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps")
 _NATIVE = (("-march=native",), ("-mcpu=native",), ())
 _OPENMP = (("-fopenmp",), ("-pthread",))
 _SECONDS = 120
+
+_log = logging.getLogger("dcnv4")
 
 
 class CompileError(Exception):
@@ -101,7 +104,10 @@ def _compiler() -> list[str]:
         if path is not None:
             return [path, *command[1:]]
     names = ", ".join(command[0] for command in candidates)
-    raise CompileError(f"needs a C++ compiler (CXX, or c++ on the PATH); got none of {names}")
+    raise CompileError(
+        "needs a C++ compiler (apt install g++, xcode-select --install, conda install "
+        f"cxx-compiler, or CXX = one's path); got none of {names}"
+    )
 
 
 def _target(compiler: list[str]) -> tuple[Sequence[str], bytes]:
@@ -114,6 +120,12 @@ def _target(compiler: list[str]) -> tuple[Sequence[str], bytes]:
 
 
 def _compile(compiler: list[str], options: Sequence[str], root: Path, stem: str) -> None:
+    # A first call would seem to hang. Python prints warnings where no logging is set up.
+    _log.warning(
+        "dcnv4 compiles its CPU kernels with %s, about 5 seconds, and keeps them in %s",
+        compiler[0],
+        root,
+    )
     with tempfile.TemporaryDirectory(prefix="cpu-", dir=root) as folder:
         built = Path(folder) / "kernels.so"
         Path(folder, "records.h").write_text(HEADER, encoding="utf-8")

@@ -6,7 +6,7 @@
 // A convolution is one level whose points have a base, the kernel's grid, and an origin, the pixel
 // at the centre of the window: an integer that only the floor of the rest is added to, so that no
 // precision is lost where it is large. An attention's points have neither; their scale is the size
-// of their level and their shift -1/2.
+// of their level and their shift -1/2, or both come from the query's reference point.
 //
 // Work. Every thread takes pieces of output pixels from a counter. A slice, one (pixel, group), has
 // K points; those of a batch of slices lie one after another in the lanes of vectors, so that few
@@ -205,7 +205,8 @@ __attribute__((noinline)) void finish(const Work& p, const Grid<A>& grid, int64_
     const A *const dot0 = s.dot[0], *const dot1 = s.dot[1];
     const A *const dot2 = s.dot[2], *const dot3 = s.dot[3];
     const A *const fraction_x = s.fraction_x, *const fraction_y = s.fraction_y;
-    const A *const weight = s.weight, *const scale = grid.scale;
+    const A *const weight = s.weight;
+    const A* const scale = p.reference_numbers ? s.scale : grid.scale;
     const int* const legals = s.legal;
     A *const pairs = s.pairs, *const grad_weight = s.grad_weight;
     for (int64_t block = 0; block < points; block += kBlock) {
@@ -254,7 +255,7 @@ void parallel(const Work& p, int64_t threads, int64_t tasks, const Grid<A>& grid
     std::vector<Points<A>> scratch;
     threads = std::max<int64_t>(1, threads);
     scratch.reserve(threads);
-    for (int64_t i = 0; i < threads; ++i) scratch.emplace_back(grid, sums);
+    for (int64_t i = 0; i < threads; ++i) scratch.emplace_back(p, grid, sums);
     std::atomic<int64_t> arrived{0};
     const auto work = [&] {
         Points<A>& mine = scratch[arrived++];

@@ -71,13 +71,14 @@ struct Grid {
           size(padded(slices * count) + kBlock),
           offsets(p, p.offsets, p.call.offsets, 2 * count),
           weights(p, p.weights, p.call.weights, count), base(2 * size), scale(2 * size),
-          height(size), width(size), start(size), below(size) {
+          shift(2 * size), height(size), width(size), start(size), below(size) {
         for (int64_t n = 0; n < size; ++n) {
             const Point& point = points[n % count];
             base[2 * n] = A(point.x);
             base[2 * n + 1] = A(point.y);
             scale[2 * n] = A(point.scale_x);
             scale[2 * n + 1] = A(point.scale_y);
+            shift[2 * n] = shift[2 * n + 1] = A(p.shift);
             height[n] = int(point.height);
             width[n] = int(point.width);
             start[n] = point.start;
@@ -88,7 +89,7 @@ struct Grid {
     int64_t count, slices;  // points of a slice, slices of a batch
     int64_t size;  // points of a batch, and a block more: a slice's last block may end there
     Numbers offsets, weights;
-    Array<A> base, scale;  // x and y in turn
+    Array<A> base, scale, shift;  // x and y in turn
     Array<int> height, width;
     Array<int64_t> start;
     Array<int64_t> below;  // from a row of the value to the next, in elements
@@ -103,8 +104,9 @@ struct Slice {
 // A thread's scratch: the points of a batch.
 template <typename A>
 struct Points {
-    explicit Points(const Grid<A>& grid, int64_t sums)
-        : slices(grid.slices), pairs(2 * grid.size), origin_x(grid.size), origin_y(grid.size),
+    explicit Points(const Work& p, const Grid<A>& grid, int64_t sums)
+        : slices(grid.slices), pairs(2 * grid.size), scale(p.reference_numbers ? 2 * grid.size : 0),
+          shift(p.reference_numbers ? 2 * grid.size : 0), origin_x(grid.size), origin_y(grid.size),
           weight(grid.size), fraction_x(grid.size), fraction_y(grid.size), position(grid.size),
           legal(grid.size), coefficient(4 * grid.size), partial(16 * grid.size),
           grad_weight(grid.size), raw(2 * padded(2 * grid.count)),
@@ -114,6 +116,7 @@ struct Points {
 
     Array<Slice> slices;
     Array<A> pairs;  // pixels from the origin, x and y in turn; then their gradients
+    Array<A> scale, shift;  // as of the grid, where they are the slices' own
     Array<int> origin_x, origin_y;  // pixel of the value at the centre of its slice; 0 for queries
     Array<A> weight;                // what each point counts
     Array<A> fraction_x, fraction_y;
@@ -267,29 +270,60 @@ bool are_whole(const int* legal, int64_t points) {
     return any == 0;
 }
 
-// The points of the first `slices`.
+// Scale and shift of the points of the first `slices`, which start from their query's reference.
 template <typename A>
-__attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t slices,
-                                     Points<A>& s) {
+__attribute__((noinline)) void refer(const Work& p, const Grid<A>& grid, int64_t image,
+                                     int64_t slices, Points<A>& s) {
+    const bool boxes = p.reference_numbers == 4;
+    const int64_t numbers = 2 * grid.count;
+    A *scale = s.scale, *shift = s.shift;
+    for (int64_t u = 0; u < slices; ++u, scale += numbers, shift += numbers) {
+        const Slice& at = s.slices[u];
+        if (u > 0 && at.column == s.slices[u - 1].column) {
+            copy(scale - numbers, numbers, scale);
+            copy(shift - numbers, numbers, shift);
+            continue;
+        }
+        const A* from = reinterpret_cast<const A*>(p.call.reference) +
+                        index_of(p.reference, image, at.row, at.column, 0);
+        for (int64_t n = 0; n < grid.count; ++n) {
+            if (n > 0 && n % p.points == 0) from += p.reference.group;
+            const A size[2] = {A(grid.width[n]), A(grid.height[n])};
+            for (int axis = 0; axis < 2; ++axis) {
+                const int64_t i = 2 * n + axis;
+                scale[i] = boxes ? grid.scale[i] * from[2 + axis] : grid.scale[i];
+                shift[i] = rounded(from[axis] * size[axis]) + grid.shift[i];
+            }
+        }
+    }
+}
+
+// The points of the first `slices` of an image.
+template <typename A>
+__attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t image,
+                                     int64_t slices, Points<A>& s) {
     constexpr int L = kBytes / int(sizeof(A));
-    using Lanes = Vector<A, L>;
     const int64_t count = grid.count;
-    const A *const base = grid.base, *const scale = grid.scale;
+    const bool refers = p.reference_numbers != 0;
+    if (refers) refer(p, grid, image, slices, s);
+    const A* const base = grid.base;
+    const A *scale = refers ? s.scale : grid.scale, *shift = refers ? s.shift : grid.shift;
+    const int64_t step = refers ? 2 * count : 0;  // from a slice's to the next one's
     A *const pairs = s.pairs, *const weight = s.weight, *const numbers = s.numbers;
     double* const raw = s.raw;
     const Numbers all_offsets = grid.offsets, all_weights = grid.weights;
     const Slice *const first = s.slices, *const last = first + slices;
     // Every slice writes whole blocks; what is beyond its points is the next slice's to overwrite.
     // Two loops and copies of what they read, so that all of it stays in registers.
-    const Lanes shift = Lanes{} + A(p.shift);
     A* to = pairs;
-    for (const Slice* at = first; at < last; ++at, to += 2 * count) {
+    for (const Slice* at = first; at < last;
+         ++at, to += 2 * count, scale += step, shift += step) {
         const A* const offsets = read<A>(all_offsets, at->offsets, 2 * count, raw, numbers);
         // Coordinates are those of geometry.py to the bit.
         for (int64_t i = 0; i < 2 * count; i += L)
             store<L>(to + i,
                      rounded(load<L>(scale + i) * (load<L>(base + i) + load<L>(offsets + i))) +
-                         shift);
+                         load<L>(shift + i));
     }
     to = weight;
     for (const Slice* at = first; at < last; ++at, to += count) {
@@ -370,7 +404,7 @@ void for_batches(const Work& p, const Grid<A>& grid, int64_t image, int64_t firs
             const bool ends = next.column + 1 == p.columns;
             next = first_slice(next.row + ends, ends ? 0 : next.column + 1);
         }
-        place(p, grid, slices, s);
+        place(p, grid, image, slices, s);
         f(slices);
         left -= slices;
     }

@@ -54,6 +54,7 @@ _TENSORS = """
     TENSOR grad_value;    // as value
     TENSOR grad_offsets;  // as offsets
     TENSOR grad_weights;  // as weights
+    TENSOR reference;     // [images, rows, columns, levels, 2 or 4], in what sums are made in
 """
 TENSORS = re.findall(r"TENSOR (\w+)", _TENSORS)
 
@@ -61,7 +62,8 @@ VIEW = Record(
     "View",
     """
     Dtype dtype;
-    int64_t image, row, column, group;  // strides, in elements; column: of the value's pixels too
+    // Strides, in elements. column: of the value's pixels too; group: of the reference's levels.
+    int64_t image, row, column, group;
 """,
 )
 PROBLEM = Record(
@@ -76,6 +78,7 @@ PROBLEM = Record(
     int64_t origin_x, origin_y;  // pixel of the value at the centre of output pixel (0, 0)
     int64_t step_x, step_y;      // from there to the next output pixel's; 0 for queries
     double shift;                // of every point, in pixels
+    int64_t reference_numbers;   // 2 of a point that offsets start from, 4 of a box, 0 without
 """,
     VIEW,
 )
@@ -83,7 +86,7 @@ POINT = Record(
     "Point",
     """
     double x, y;              // undeformed, in pixels from the centre
-    double scale_x, scale_y;  // pixels of an offset of 1
+    double scale_x, scale_y;  // pixels of an offset of 1; of boxes, by their width and height
     int64_t height, width;    // of its level
     int64_t start;            // the level's first pixel in the value
 """,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call
+from ...geometry import Reference, Window, sum_dtype
+from .. import UNORDERED, AttnGrads, Call
 from . import compile, plans
 
 
@@ -71,43 +72,65 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
     grad, value, offset_mask = _pixels(grad), _pixels(value), _pixels(offset_mask)
-    layouts = plans.layout(value), plans.layout(offset_mask), plans.layout(grad)
-    plan = plans.conv_plan(*layouts, window, deterministic, value.get_device())
+    grad_value, grad_mask = grads = out or (
+        _empty(value, value.shape, deterministic),
+        _empty(offset_mask, offset_mask.shape, deterministic),
+    )
+    layouts = plans.layout(grad), plans.layout(grad_value), plans.layout(grad_mask)
+    plan = plans.conv_plan(
+        plans.layout(value),
+        plans.layout(offset_mask),
+        layouts,
+        window,
+        deterministic,
+        value.get_device(),
+    )
     if plan is None:
-        return value.new_zeros(value.shape), offset_mask.new_zeros(offset_mask.shape)
-    grad_mask = _empty(offset_mask, offset_mask.shape, deterministic)
+        grad_value.zero_(), grad_mask.zero_()
+        return grads
     leftover = _leftover(plan, value, deterministic)
 
     inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
     run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
     if not deterministic:
-        return _summed(value, run), grad_mask
+        _sum(grad_value, run)
+        return grads
     points = window.points()
     held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
-    grad_value = _summed_in_any_order(value, grad, held, window.groups, points, run)
-    return grad_value, grad_mask
+    _sum_in_any_order(grad_value, grad, held, window.groups, points, run)
+    return grads
 
 
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
 ) -> Tensor:
     """[B, Q, C]"""
-    value, locations, weights = _rows(value), _rows(locations), _rows(weights)
+    value, coordinates, weights = _rows(value), _rows(coordinates), _rows(weights)
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = plans.layout(value), plans.layout(locations), plans.layout(weights)
-    plan = plans.attn_plan(*layouts, None, sizes, softmax, False, value.get_device())
+    layouts = plans.layout(value), plans.layout(coordinates), plans.layout(weights)
+    points, place = _place(reference)
+    plan = plans.attn_plan(*layouts, place, None, sizes, softmax, False, value.get_device())
     if plan is None:
-        return value.new_zeros((*locations.shape[:2], value.shape[2] * value.shape[3]))
+        return value.new_zeros((*coordinates.shape[:2], value.shape[2] * value.shape[3]))
     output = _empty(value, plan.output, deterministic)
-    plan.start(value=value, locations=locations, weights=weights, output=output, shapes=shapes)
+    plan.start(
+        value=value,
+        coordinates=coordinates,
+        weights=weights,
+        reference=points,
+        output=output,
+        shapes=shapes,
+    )
     return output
 
 
@@ -115,35 +138,62 @@ def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[Sequence[int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
+    """Gradients of `value`, `coordinates` and `weights`."""
     grad, value = _rows(grad), _rows(value)
-    locations, weights = _rows(locations), _rows(weights)
+    coordinates, weights = _rows(coordinates), _rows(weights)
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        _empty(coordinates, coordinates.shape, deterministic),
+        _empty(weights, weights.shape, deterministic),
+    )
     sizes, shapes = _sizes(spatial_shapes)
-    layouts = (*map(plans.layout, (value, locations, weights)), plans.layout(grad))
-    plan = plans.attn_plan(*layouts, sizes, softmax, deterministic, value.get_device())
+    points, place = _place(reference)
+    grads = plans.layout(grad), _row(grad_coordinates), _row(grad_weights)
+    layouts = plans.layout(value), plans.layout(coordinates), plans.layout(weights)
+    settings = sizes, softmax, deterministic, value.get_device()
+    plan = plans.attn_plan(*layouts, place, grads, *settings)
     if plan is None:
-        inputs = value, locations, weights
-        grads = [tensor.new_zeros(tensor.shape) for tensor in inputs]
-        return grads[0], grads[1], grads[2]
-    grad_locations = _empty(locations, locations.shape, deterministic)
-    grad_weights = _empty(weights, weights.shape, deterministic)
+        grad_value = value.new_empty(value.shape) if grad_value is None else grad_value
+        return grad_value.zero_(), grad_coordinates.zero_(), grad_weights.zero_()
+    if grad_value is None:
+        grad_value = _empty(value, value.shape, deterministic)
 
+    inputs = {"value": value, "coordinates": coordinates, "weights": weights, "grad": grad}
     run = partial(
         plan.start,
-        **{"value": value, "locations": locations, "weights": weights, "grad": grad},
-        **{"grad_locations": grad_locations, "grad_weights": grad_weights, "shapes": shapes},
+        **inputs,
+        **{"grad_coordinates": grad_coordinates, "grad_weights": grad_weights},
+        **{"reference": points, "shapes": shapes},
     )
-    if not deterministic:
-        return _summed(value, run), grad_locations, grad_weights
-    points = locations.shape[3] * locations.shape[4]
-    held = None if softmax else (weights, 0, points)
-    grad_value = _summed_in_any_order(value, grad, held, value.shape[2], points, run)
-    return grad_value, grad_locations, grad_weights
+    if deterministic:
+        count = coordinates.shape[3] * coordinates.shape[4]
+        held = None if softmax else (weights, 0, count)
+        _sum_in_any_order(grad_value, grad, held, value.shape[2], count, run)
+    else:
+        _sum(grad_value, run)
+    return grad_value, grad_coordinates, grad_weights
+
+
+def _place(reference: Reference | None) -> tuple[Tensor | None, tuple[Any, str] | None]:
+    """Reference points as kernels read them, the numbers of each side by side, and what a plan
+    depends on of them."""
+    if reference is None:
+        return None, None
+    points, box_normalizer = reference
+    points = points if points.stride(3) == 1 else points.contiguous()
+    return points, (plans.layout(points), box_normalizer)
+
+
+def _row(tensor: Tensor) -> int:
+    """The stride from row to row of a [B, Q, ...] whose rows are evenly spaced."""
+    return tensor.stride(0 if tensor.shape[1] == 1 else 1)
 
 
 def _empty(
@@ -165,33 +215,34 @@ def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor |
     return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _summed(value: Tensor, run: Callable[..., None]) -> Tensor:
-    """The gradient of `value`, which `run` adds to zeros."""
-    dtype, device = sum_dtype(value.dtype), value.get_device()
-    sums = _empty(value, value.shape, False, dtype)
-    plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
+    """Write `grad_value`, which `run` adds to zeros."""
+    dtype, device = sum_dtype(grad_value.dtype), grad_value.get_device()
+    in_place = dtype == grad_value.dtype
+    sums = grad_value if in_place else _empty(grad_value, grad_value.shape, False, dtype)
+    if sums.is_contiguous():
+        plans.zeros_plan(sums.numel() * sums.element_size(), device).start(sums=sums)
+    else:
+        sums.zero_()
     run(grad_value=sums, fixed_point_scale=None)
-    if dtype == value.dtype:
-        return sums
-    result = _empty(value, value.shape, False)
-    convert = plans.convert_sums_plan(1, value.numel(), value.dtype, False, device)
-    convert.start(sums=sums, fixed_point_scale=None, result=result)
-    return result
+    if not in_place:
+        convert = plans.convert_sums_plan(1, plans.layout(grad_value), False, device)
+        convert.start(sums=sums, fixed_point_scale=None, result=grad_value)
 
 
-def _summed_in_any_order(
-    value: Tensor,
+def _sum_in_any_order(
+    grad_value: Tensor,
     grad: Tensor,
     weights: tuple[Tensor, int, int] | None,
     groups: int,
     points: int,
     run: Callable[..., None],
-) -> Tensor:
-    """The gradient of `value` in the same bits on every run: summed in integers, as multiples of a
+) -> None:
+    """Write `grad_value` in the same bits on every run: summed in integers, as multiples of a
     power of two. It is NaN in an image whose `grad` or `weights` are not finite.
 
     Args:
-        value: [B, ...]
+        grad_value: [B, ...]
         grad: of the output, [B, ..., C].
         weights: the tensor that holds points' weights, where they begin among the numbers of a
             group, and how many numbers a group has; None where weights are at most 1.
@@ -199,20 +250,18 @@ def _summed_in_any_order(
         points: of a slice.
         run: adds to integers.
     """
-    images, numbers, device = value.shape[0], value.numel(), value.get_device()
+    images, numbers, device = grad_value.shape[0], grad_value.numel(), grad_value.get_device()
     # The integers, then what fixed_point_scale.cu keeps and makes of each image.
-    sums = _empty(value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
+    sums = _empty(grad_value, (numbers + 2 * images + 1,), True, torch.int64).zero_()
     largest, scale = sums[numbers:], sums[numbers + images + 1 :]
-    result = _empty(value, value.shape, True)
     held, layout = None, None
     if weights is not None:
         held, layout = weights[0], (plans.layout(weights[0]), *weights[1:])
     choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
     choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
     run(grad_value=sums, fixed_point_scale=scale)
-    convert = plans.convert_sums_plan(images, numbers // images, value.dtype, True, device)
-    convert.start(sums=sums, fixed_point_scale=scale, result=result)
-    return result
+    convert = plans.convert_sums_plan(images, plans.layout(grad_value), True, device)
+    convert.start(sums=sums, fixed_point_scale=scale, result=grad_value)
 
 
 def _sizes(

@@ -37,7 +37,9 @@ _WARP = 32
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
-"""Occupancy of the tiles' forward, for strips of so many channels."""
+"""Occupancy of the tiles' forward, for strips of so many channels; 12 where patches are wide."""
+_PIXEL_STEPS = 256
+"""Steps of a pixel, of which tiles count whole ones."""
 _GATHERING_THREADS = 3 * MAX_THREADS
 """Threads of an SM which gather what tiles left over: more would spoil their L1."""
 
@@ -76,6 +78,14 @@ class Layout(NamedTuple):
     def vector(self, numbers: int) -> int:
         """How many neighbours are read at once of so many that a pixel begins with."""
         return math.gcd(numbers, self.alignment(*self.pixels) // itemsize(self.dtype))
+
+
+class ConvGradients(NamedTuple):
+    """Of a backward of `deform_conv`: where the output's gradient lies, and those it makes."""
+
+    output: Layout
+    value: Layout
+    offset_mask: Layout
 
 
 class Kernel(NamedTuple):
@@ -142,6 +152,7 @@ class Slices(NamedTuple):
             "DEPTH": self.depth,
             "POINTS": self.points,
             "SOFTMAX": int(self.softmax),
+            "SUMS_PIXEL": self.groups * self.depth,
             "VECTOR": shape.vector,
             "LANES": shape.lanes,
         }
@@ -298,7 +309,9 @@ class Strips(NamedTuple):
         }
 
 
-def forward_strips(columns: int, tiles: int, channels: int, depth: int, sms: int) -> Strips:
+def forward_strips(
+    columns: int, tiles: int, channels: int, depth: int, wide: bool, sms: int
+) -> Strips:
     """Persistent blocks, as many as run at once, each of which goes on from strip to strip.
 
     Args:
@@ -306,11 +319,13 @@ def forward_strips(columns: int, tiles: int, channels: int, depth: int, sms: int
         tiles: of a column.
         channels: C.
         depth: D, channels of a group.
+        wide: whether the undeformed kernel is wider than 3 pixels.
     """
     strip_channels = 32 if depth % 32 == 0 else 16
     parts = channels // strip_channels
-    warps = next(n for n in (64 // strip_channels, 2, 1) if parts % n == 0)
-    per_sm = _WARPS_OF_AN_SM[strip_channels] // warps
+    most = 2 if wide else 64 // strip_channels
+    warps = next(n for n in (most, 2, 1) if parts % n == 0)
+    per_sm = _WARPS_OF_AN_SM[32 if wide else strip_channels] // warps
     shared = columns * parts // warps
     height = strip_height(shared, tiles, per_sm * sms)
     blocks = min(shared * -(-tiles // height), per_sm * sms)
@@ -340,11 +355,18 @@ def strip_height(columns: int, tiles: int, at_once: int) -> int:
 
 
 def why_not_tiles(
-    name: str, slices: Slices, window: Window, offset_mask: Layout, gpu: GPU
+    name: str,
+    slices: Slices,
+    window: Window,
+    offset_mask: Layout,
+    grad_offset_mask: Layout | None,
+    gpu: GPU,
 ) -> str | None:
     """None where kernel `name`, of tiles, takes a call of `deform_conv`; otherwise what it needs,
     see tiles/tile.cuh."""
-    _, _, columns, channels = offset_mask.shape
+    columns = offset_mask.shape[2]
+    written = grad_offset_mask or offset_mask
+    stride = max(offset_mask.pixels[1], written.pixels[1])
     return _unmet(
         (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
         (not slices.index64, "32-bit indices"),
@@ -352,17 +374,30 @@ def why_not_tiles(
         (slices.dtype in _HALVES, "a value in half precision"),
         (offset_mask.dtype == slices.dtype, "offset_mask in the value's dtype"),
         (max(window.kernel_size) <= 3, "a kernel of at most 3 x 3"),
-        (window.stride == window.dilation == (1, 1), "stride and dilation of 1"),
-        (window.offset_scale == 1, "offset_scale of 1"),
+        (window.stride == (1, 1), "a stride of 1"),
+        (
+            _is_held(window.offset_scale),
+            f"offset_scale a power of two from 1/{_PIXEL_STEPS} to {_PIXEL_STEPS}",
+        ),
+        (scaled_extent(window) <= 4, "a scaled kernel of at most 5 x 5 pixels"),
         (slices.depth in (16, 32, 48, 64), "16, 32, 48 or 64 channels a group"),
         (slices.alignment == 16, "slices aligned to 16 bytes"),
         (offset_mask.alignment(*offset_mask.pixels) >= 8, "offset_mask's pixels on 8 bytes"),
-        (channels % 2 == 0, "an even number of channels of offset_mask"),
-        (
-            TILE_H * columns * max(channels, offset_mask.pixels[1]) < 1 << 31,
-            "rows of a tile that lanes count in 32 bits",
-        ),
+        (written.alignment(*written.pixels) >= 4, "pixels of offset_mask's gradient on 4 bytes"),
+        (TILE_H * columns * stride < 1 << 31, "rows of a tile that lanes count in 32 bits"),
     )
+
+
+def _is_held(scale: float) -> bool:
+    """Whether float16 holds an offset as exactly when it is scaled."""
+    size = abs(scale)
+    return math.frexp(size)[0] == 0.5 and 1 / _PIXEL_STEPS <= size <= _PIXEL_STEPS
+
+
+def scaled_extent(window: Window) -> float:
+    """Pixels from the first to the last of undeformed points, along the longer axis."""
+    spans = (d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True))
+    return abs(window.offset_scale) * max(spans)
 
 
 def _unmet(*rules: tuple[bool, str]) -> str | None:
@@ -372,21 +407,27 @@ def _unmet(*rules: tuple[bool, str]) -> str | None:
 def conv(
     value: Layout,
     offset_mask: Layout,
-    grad: Layout | None,
+    grads: ConvGradients | None,
     window: Window,
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `deform_conv`, or its backward where there is `grad`."""
+    """What runs `deform_conv`, or its backward where there are `grads`."""
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
     pixels, groups, depth = height * width, window.groups, channels // window.groups
     settings = groups, depth, window.points(), window.softmax, deterministic
+    grad, grad_value, grad_offset_mask = grads or (None, None, None)
     slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
+    sums_pixel = channels
+    if grad_value is not None and not deterministic and value.dtype == sum_dtype(value.dtype):
+        aligned = grad_value.alignment(*grad_value.pixels)
+        slices = slices._replace(alignment=min(slices.alignment, aligned))
+        sums_pixel = grad_value.pixels[1]
     way, after_zeros = _way(slices)
     by_tiles, by_sorting = f"conv_tile_{way}", f"conv_sorted_{way}"
     why_not = {
-        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, gpu),
+        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, grad_offset_mask, gpu),
         by_sorting: why_not_sorted(by_sorting, slices, pixels, gpu),
     }
     tiled = why_not[by_tiles] is None
@@ -394,9 +435,13 @@ def conv(
     # Without tiles only the channels of a strip count, which are then a whole group.
     shared = *tiles, channels, depth
     forward_tiles = tiled and grad is None
-    strips = forward_strips(*shared, gpu.sms) if forward_tiles else backward_strips(*shared)
+    wide = scaled_extent(window) > 2
+    strips = forward_strips(*shared, wide, gpu.sms) if forward_tiles else backward_strips(*shared)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
-    macros["AFTER_TILES"] = int(tiled)
+    macros |= {"AFTER_TILES": int(tiled), "SUMS_PIXEL": sums_pixel}
+    if tiled:
+        macros["SCALE_STEPS"] = round(window.offset_scale * _PIXEL_STEPS)
+        macros["PIXEL_STEPS"] = _PIXEL_STEPS
     if why_not[by_sorting] is None:
         block = sorting_block(slices)
         blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
@@ -449,22 +494,26 @@ def _conv_macros(window: Window, dtype: torch.dtype) -> Macros:
 
 def attn(
     value: Layout,
-    locations: Layout,
+    coordinates: Layout,
     weights: Layout,
+    reference: tuple[Layout, str] | None,
     grad: Layout | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `ms_deform_attn`, or its backward where there is `grad`."""
+    """What runs `ms_deform_attn`, or its backward where there is `grad`.
+
+    `reference`: points or boxes, and what boxes are normalised by.
+    """
     batch, length, groups, depth = value.shape
-    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    _, queries, _, levels, points, _ = coordinates.shape
     settings = groups, depth, levels * points, softmax, deterministic
     slices = _slices(value, value.strides[:2], grad, length, batch * queries * groups, settings)
     way, after_zeros = _way(slices)
     name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
-    macros = slices.macros() | _attn_macros(locations, weights.dtype)
+    macros = slices.macros() | _attn_macros(coordinates, weights.dtype, reference)
     encoder, block = queries == length, None
     unmet = _unmet((encoder, "as many queries as pixels"))
     unmet = unmet or why_not_sorted(by_sorting, slices, length, gpu)
@@ -486,15 +535,31 @@ def attn(
     return Choice((Kernel(name, macros, blocks, threads, after_zeros),), {by_sorting: unmet})
 
 
-def _attn_macros(locations: Layout, weights: torch.dtype) -> Macros:
+def _attn_macros(
+    coordinates: Layout, weights: torch.dtype, reference: tuple[Layout, str] | None
+) -> Macros:
     """What kernels of `ms_deform_attn` are compiled for."""
-    pair = 2 * itemsize(locations.dtype)
-    return {
-        "LOCATIONS": TYPES[locations.dtype],
+    macros: Macros = {
+        "COORDINATES": TYPES[coordinates.dtype],
         "WEIGHTS": TYPES[weights],
-        "LEVELS": locations.shape[3],
-        "LEVEL_POINTS": locations.shape[4],
-        "LOCATION_VECTOR": 2 if locations.alignment(*locations.strides[:2]) >= pair else 1,
+        "LEVELS": coordinates.shape[3],
+        "LEVEL_POINTS": coordinates.shape[4],
+        "COORDINATE_VECTOR": coordinates.vector(2),
+        "REFERENCE": TYPES[coordinates.dtype],
+        "REFERENCE_NUMBERS": 0,
+        "REFERENCE_VECTOR": 1,
+        "BOX_BY_SIZE": 0,
+    }
+    if reference is None:
+        return macros
+    points, box_normalizer = reference
+    numbers = points.shape[3]
+    aligned = points.alignment(*points.strides[:3]) // itemsize(points.dtype)
+    return macros | {
+        "REFERENCE": TYPES[points.dtype],
+        "REFERENCE_NUMBERS": numbers,
+        "REFERENCE_VECTOR": math.gcd(numbers, aligned),
+        "BOX_BY_SIZE": int(numbers == 4 and box_normalizer == "size"),
     }
 
 
@@ -534,11 +599,14 @@ def fixed_point_scale(
     return Kernel("fixed_point_scale", macros, blocks * images * tensors, MAX_THREADS)
 
 
-def convert_sums(images: int, count: int, dtype: torch.dtype, deterministic: bool) -> Kernel:
-    """What makes the sums of `count` numbers an image numbers of `dtype`."""
-    vector = math.gcd(4, count)
-    macros = _types(dtype, False, deterministic) | {"VECTOR": vector}
-    blocks = images * -(-count // (vector * MAX_THREADS))
+def convert_sums(images: int, result: Layout, deterministic: bool) -> Kernel:
+    """What makes the sums of `images`, that are alike, numbers of `result`."""
+    numbers, channels = math.prod(result.shape), result.shape[-1]
+    apart = result.pixels[1] != channels
+    vector = math.gcd(4, result.vector(channels) if apart else numbers // images)
+    macros = _types(result.dtype, numbers >= 1 << 31, deterministic)
+    macros |= {"VECTOR": vector, "ROW": channels if apart else 0}
+    blocks = images * -(-numbers // (images * vector * MAX_THREADS))
     return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
 
 

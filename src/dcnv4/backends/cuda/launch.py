@@ -22,8 +22,9 @@ _CONV = """
     int strip_tiles, strips;  // tiles of a strip, and strips of a column of tiles
 """
 _ATTN = """
-    long long value_image, locations_image, locations_query;  // strides, in numbers
+    long long value_image, coordinates_image, coordinates_query;  // strides, in numbers
     long long weights_image, weights_query;
+    long long reference_image, reference_query, reference_level;
     long long length;          // S
     INDEX pixel_bytes;         // stride of the value's rows
     INDEX slices, queries;     // B * Q * G, and Q
@@ -40,31 +41,33 @@ ARGUMENTS = {
     const VALUE* value;              // [B, H, W, C]
     const OFFSET_MASK* offset_mask;  // [B, Ho, Wo, M]
     const VALUE* grad;               // [B, Ho, Wo, C]
-    TOTAL* grad_value;               // [B, H, W, C], contiguous, to be added to
-    OFFSET_MASK* grad_offset_mask;   // [B, Ho, Wo, M], contiguous
-    const SUM* fixed_point_scale;    // [B] where sums are of integers
+    TOTAL* grad_value;               // [B, H, W, C], pixels SUMS_PIXEL apart, to be added to
+    OFFSET_MASK* grad_offset_mask;   // [B, Ho, Wo, M], pixels evenly spaced
+    SUM* fixed_point_scale;          // [B] where sums are of integers
     unsigned char* leftover;         // [tiles, TILE_PARTS] after tiles, see leftover.cuh
-    long long grad_image, grad_pixel;
+    long long grad_image, grad_pixel, grad_offset_mask_pixel;
     long long offset_mask_channels;  // M
 {_CONV}""",
     "attn_forward": f"""
-    const VALUE* value;          // [B, S, G, D]
-    const LOCATIONS* locations;  // [B, Q, G, L, P, 2]
-    const WEIGHTS* weights;      // [B, Q, G, L, P]
-    VALUE* output;               // [B, Q, C], contiguous
-    const long long* shapes;     // [L, 2] where only the device knows the sizes
+    const VALUE* value;              // [B, S, G, D]
+    const COORDINATES* coordinates;  // [B, Q, G, L, P, 2], locations or offsets from reference
+    const WEIGHTS* weights;          // [B, Q, G, L, P]
+    const REFERENCE* reference;      // [B or 1, Q or 1, L or 1, REFERENCE_NUMBERS]
+    VALUE* output;                   // [B, Q, C], contiguous
+    const long long* shapes;         // [L, 2] where only the device knows the sizes
 {_ATTN}""",
     "attn_backward": f"""
-    const VALUE* value;            // [B, S, G, D]
-    const LOCATIONS* locations;    // [B, Q, G, L, P, 2]
-    const WEIGHTS* weights;        // [B, Q, G, L, P]
-    const VALUE* grad;             // [B, Q, C]
-    TOTAL* grad_value;             // [B, S, G, D], contiguous, to be added to
-    LOCATIONS* grad_locations;     // as locations, contiguous
-    WEIGHTS* grad_weights;         // as weights, contiguous
-    const SUM* fixed_point_scale;  // [B] where sums are of integers
-    const long long* shapes;       // [L, 2] where only the device knows the sizes
-    long long grad_image, grad_query;
+    const VALUE* value;              // [B, S, G, D]
+    const COORDINATES* coordinates;  // [B, Q, G, L, P, 2], locations or offsets from reference
+    const WEIGHTS* weights;          // [B, Q, G, L, P]
+    const REFERENCE* reference;      // [B or 1, Q or 1, L or 1, REFERENCE_NUMBERS]
+    const VALUE* grad;               // [B, Q, C]
+    TOTAL* grad_value;               // [B, S, G, D], contiguous, to be added to
+    COORDINATES* grad_coordinates;   // as coordinates, [B * Q, ...]
+    WEIGHTS* grad_weights;           // as weights, [B * Q, ...]
+    SUM* fixed_point_scale;          // [B] where sums are of integers
+    const long long* shapes;         // [L, 2] where only the device knows the sizes
+    long long grad_image, grad_query, grad_coordinates_row, grad_weights_row;
 {_ATTN}""",
     "zeros": """
     uint4* sums;
@@ -83,8 +86,9 @@ ARGUMENTS = {
     "convert_sums": """
     const TOTAL* sums;               // [B, count]
     const float* fixed_point_scale;  // [B] where sums are of integers
-    VALUE* result;                   // [B, count]
-    long long count;
+    VALUE* result;                   // as sums, or ROW of them together
+    long long result_row;            // stride of those
+    INDEX count;
     int blocks;                      // of an image
 """,
 }

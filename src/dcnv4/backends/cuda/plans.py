@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Window, reference_steps
 from . import choice, compile
 from .choice import Layout
 from .launch import Number, starter
@@ -41,19 +41,20 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
 def conv_plan(
     value: Layout | tuple[Any, ...],
     offset_mask: Layout | tuple[Any, ...],
-    grad: Layout | tuple[Any, ...] | None,
+    grads: tuple[tuple[Any, ...], ...] | None,
     window: Window,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `deform_conv`; None where there is nothing to do."""
+    """Of `deform_conv`; None where there is nothing to do. `grads`: of the output, `value` and
+    `offset_mask`, of a backward."""
     value, offset_mask = Layout(*value), Layout(*offset_mask)
-    grad = None if grad is None else Layout(*grad)
+    gradients = None if grads is None else choice.ConvGradients(*(Layout(*g) for g in grads))
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
     if 0 in (batch, rows, columns, height, width):
         return None
-    chosen = choice.conv(value, offset_mask, grad, window, deterministic, _gpu(device))
+    chosen = choice.conv(value, offset_mask, gradients, window, deterministic, _gpu(device))
     value_image, value_pixel = value.pixels
     offset_mask_image, offset_mask_pixel = offset_mask.pixels
     numbers: dict[str, Number] = {
@@ -71,11 +72,12 @@ def conv_plan(
         "strip_tiles": chosen.strip_tiles,
         "strips": chosen.strips,
     }
-    if grad is not None:
-        grad_image, grad_pixel = grad.pixels
+    if gradients is not None:
+        grad_image, grad_pixel = gradients.output.pixels
         numbers |= {
             "grad_image": grad_image,
             "grad_pixel": grad_pixel,
+            "grad_offset_mask_pixel": gradients.offset_mask.pixels[1],
             "offset_mask_channels": offset_mask.shape[3],
         }
     start = _starter(chosen.kernels, numbers, device)
@@ -85,39 +87,50 @@ def conv_plan(
 @lru_cache(_PLANS)
 def attn_plan(
     value: Layout | tuple[Any, ...],
-    locations: Layout | tuple[Any, ...],
+    coordinates: Layout | tuple[Any, ...],
     weights: Layout | tuple[Any, ...],
-    grad: Layout | tuple[Any, ...] | None,
+    reference: tuple[Layout | tuple[Any, ...], str] | None,
+    grads: tuple[Layout | tuple[Any, ...], int, int] | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `ms_deform_attn`; None where there is nothing to do."""
-    value, locations, weights = Layout(*value), Layout(*locations), Layout(*weights)
-    grad = None if grad is None else Layout(*grad)
+    """Of `ms_deform_attn`; None where there is nothing to do.
+
+    Args:
+        reference: as of `choice.attn`.
+        grads: the output's gradient, and strides from row (b, q) to row of those of coordinates and
+            weights.
+    """
+    value, coordinates, weights = Layout(*value), Layout(*coordinates), Layout(*weights)
+    place = None if reference is None else (Layout(*reference[0]), reference[1])
+    grad = None if grads is None else Layout(*grads[0])
     batch, length, groups, depth = value.shape
-    queries, levels = locations.shape[1], locations.shape[3]
+    queries, levels = coordinates.shape[1], coordinates.shape[3]
     if 0 in (batch, queries, groups, length):
         return None
-    chosen = choice.attn(
-        value, locations, weights, grad, sizes, softmax, deterministic, _gpu(device)
-    )
+    tensors = value, coordinates, weights, place, grad
+    chosen = choice.attn(*tensors, sizes, softmax, deterministic, _gpu(device))
+    steps = [0, 0, 0] if place is None else reference_steps(place[0].shape, place[0].strides)
     numbers: dict[str, Number] = {
         "value_image": value.strides[0],
-        "locations_image": locations.strides[0],
-        "locations_query": locations.strides[1],
+        "coordinates_image": coordinates.strides[0],
+        "coordinates_query": coordinates.strides[1],
         "weights_image": weights.strides[0],
         "weights_query": weights.strides[1],
+        "reference_image": steps[0],
+        "reference_query": steps[1],
+        "reference_level": steps[2],
         "length": length,
         "pixel_bytes": value.strides[1] * choice.itemsize(value.dtype),
         "slices": batch * queries * groups,
         "queries": queries,
         "sizes": sizes or (0,) * 2 * levels,
     }
-    if grad is not None:
-        grad_image, grad_query = grad.pixels
-        numbers |= {"grad_image": grad_image, "grad_query": grad_query}
+    if grads is not None and grad is not None:
+        numbers["grad_image"], numbers["grad_query"] = grad.pixels
+        _, numbers["grad_coordinates_row"], numbers["grad_weights_row"] = grads
     return Plan(_starter(chosen.kernels, numbers, device), (batch, queries, groups * depth))
 
 
@@ -157,11 +170,16 @@ def fixed_point_scale_plan(
 
 @lru_cache(_PLANS)
 def convert_sums_plan(
-    images: int, count: int, dtype: torch.dtype, deterministic: bool, device: int
+    images: int, result: Layout | tuple[Any, ...], deterministic: bool, device: int
 ) -> Plan:
-    """Of convert_sums.cu; `count` numbers an image."""
-    kernel = choice.convert_sums(images, count, dtype, deterministic)
-    numbers: dict[str, Number] = {"count": count, "blocks": kernel.blocks // images}
+    """Of convert_sums.cu; `result` is [B, ..., C], which `images` are as one."""
+    result = Layout(*result)
+    kernel = choice.convert_sums(images, result, deterministic)
+    numbers: dict[str, Number] = {
+        "result_row": result.pixels[1],
+        "count": math.prod(result.shape) // images,
+        "blocks": kernel.blocks // images,
+    }
     return Plan(_starter((kernel,), numbers, device))
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window, sum_dtype
-from .. import UNORDERED, Call, set_triton_cache_dir, triton_cache_dir
+from ...geometry import Reference, Window, reference_steps, sum_dtype
+from .. import UNORDERED, AttnGrads, Call, set_triton_cache_dir, triton_cache_dir
 from ..folders import private, temporary, warn
 
 _ENTRIES = r"[A-Z2-7]{52}"
@@ -90,6 +90,8 @@ class Heads(NamedTuple):
     levels: int
     points_per_level: int
     softmax: bool
+    reference: tuple[int, str] | None = None
+    """Of reference points: how many numbers each has, and what boxes are normalised by."""
 
 
 def conv_forward(
@@ -107,31 +109,40 @@ def conv_backward(
     offset_mask: Tensor,
     window: Window,
     deterministic: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `value` and `offset_mask`."""
-    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
-    grad_offset_mask = offset_mask.new_empty(offset_mask.shape)
+    grads = out or (value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape))
+    grad_value, grad_offset_mask = grads
+    if (dtype := sum_dtype(value.dtype)) == value.dtype:
+        sums = grad_value.zero_()
+    else:
+        sums = torch.zeros(value.shape, dtype=dtype, device=value.device)
     _run_conv(
         *("backward", value, offset_mask, window),
         grad_output=grad,
-        grad_value=grad_value,
+        grad_value=sums,
         grad_coordinates=grad_offset_mask,
         grad_weights=None,
     )
-    return grad_value.to(value.dtype), grad_offset_mask
+    if sums is not grad_value:
+        grad_value.copy_(sums)
+    return grads
 
 
 def attn_forward(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
 ) -> Tensor:
     """[B, Q, C]"""
-    output = value.new_empty((*locations.shape[:2], value.shape[2] * value.shape[3]))
-    _run_attn("forward", value, spatial_shapes, locations, weights, softmax, output=output)
+    output = value.new_empty((*coordinates.shape[:2], value.shape[2] * value.shape[3]))
+    arguments = value, spatial_shapes, coordinates, weights, softmax, reference
+    _run_attn("forward", *arguments, output=output)
     return output
 
 
@@ -139,45 +150,56 @@ def attn_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
     deterministic: bool = False,
+    reference: Reference | None = None,
+    out: AttnGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `locations` and `weights`."""
-    grad_value = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
-    grad_locations = locations.new_empty(locations.shape)
-    grad_weights = weights.new_empty(weights.shape)
+    """Gradients of `value`, `coordinates` and `weights`."""
+    sums = torch.zeros(value.shape, dtype=sum_dtype(value.dtype), device=value.device)
+    grad_value, grad_coordinates, grad_weights = out or (
+        None,
+        coordinates.new_empty(coordinates.shape),
+        weights.new_empty(weights.shape),
+    )
     _run_attn(
-        *("backward", value, spatial_shapes, locations, weights, softmax),
+        *("backward", value, spatial_shapes, coordinates, weights, softmax, reference),
         grad_output=grad,
-        grad_value=grad_value,
-        grad_coordinates=grad_locations,
+        grad_value=sums,
+        grad_coordinates=grad_coordinates,
         grad_weights=grad_weights,
     )
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+    grad_value = sums.to(value.dtype) if grad_value is None else grad_value.copy_(sums)
+    return grad_value, grad_coordinates, grad_weights
 
 
 def _run_conv(
     kernel: str, value: Tensor, offset_mask: Tensor, window: Window, **others: Tensor | None
 ) -> None:
     tensors = {"value": value, "coordinates": offset_mask, "weights": None, **others}
-    _run(kernel, window, value.shape[:3], offset_mask.shape[1:3], None, tensors)
+    _run(kernel, window, value.shape[:3], offset_mask.shape[1:3], tensors)
 
 
 def _run_attn(
     kernel: str,
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    locations: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     softmax: bool,
+    reference: Reference | None,
     **others: Tensor,
 ) -> None:
-    groups, levels, points = locations.shape[2:5]
-    heads = Heads(groups, levels, points, softmax)
-    tensors = {"value": value, "coordinates": locations, "weights": weights, **others}
-    _run(kernel, heads, (*value.shape[:2], 1), (locations.shape[1], 1), spatial_shapes, tensors)
+    groups, levels, points = coordinates.shape[2:5]
+    heads, place = Heads(groups, levels, points, softmax), None
+    if reference is not None:
+        place = reference.points.contiguous()
+        heads = heads._replace(reference=(place.shape[3], reference.box_normalizer))
+    tensors = {"value": value, "coordinates": coordinates, "weights": weights, **others}
+    sizes = (*value.shape[:2], 1), (coordinates.shape[1], 1)
+    _run(kernel, heads, *sizes, tensors, spatial_shapes, place)
 
 
 def _run(
@@ -185,8 +207,9 @@ def _run(
     layer: Window | Heads,
     size: Sequence[int],
     output_size: Sequence[int],
-    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None,
     tensors: Mapping[str, Tensor | None],
+    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
+    reference: Tensor | None = None,
 ) -> None:
     """Launch a kernel on the tensors that it names so.
 
@@ -194,8 +217,8 @@ def _run(
     """
     (batch, height, width), (rows, columns) = size, output_size
     pixels = batch * rows * columns
-    value = tensors["value"]
-    if value is None or pixels == 0:
+    value, coordinates = tensors["value"], tensors["coordinates"]
+    if value is None or coordinates is None or pixels == 0:
         return
     leading = 3 if spatial_shapes is None else 2
     arguments: dict[str, Any] = {}
@@ -203,13 +226,21 @@ def _run(
     for name, tensor in tensors.items():
         arguments[name], stride = (None, 0) if tensor is None else _pixels(tensor, leading)
         strides.append(stride)
-    index = _index(max(strides) * max(pixels, batch * height * width))
+    steps, numbers = [0, 0, 0], 0
+    if reference is not None:
+        steps, numbers = reference_steps(reference.shape, reference.stride()), reference.numel()
+    index = _index(max(max(strides) * max(pixels, batch * height * width), numbers))
     depth = value.shape[leading:].numel() // layer.groups
     launch, constants, order = _constants(
-        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides))
+        *(kernel, layer, depth, value.dtype, index, tuple(tensors), tuple(strides)),
+        coordinates.shape[-1],
     )
     arguments |= {
         "shapes": None if spatial_shapes is None else _sizes(spatial_shapes, value.device),
+        "reference": reference,
+        "reference_image": steps[0],
+        "reference_query": steps[1],
+        "reference_level": steps[2],
         "height": height,
         "width": width,
         "rows": rows,
@@ -231,18 +262,25 @@ def _constants(
     index: str,
     names: tuple[str, ...],
     strides: tuple[int, ...],
+    channels: int,
 ) -> tuple[Launch, tuple[Any, ...], tuple[str, ...]]:
     """The launch of a kernel on tensors of these strides, its constants, and the names of what
-    comes before them: in the order of its parameters, because dozens of names cost microseconds."""
+    comes before them: in the order of its parameters, because dozens of names cost microseconds.
+    `channels` are those of `offset_mask`."""
     tl = _kernels().tl
     if isinstance(layer, Window):
         levels, points, constants = None, layer.points(), _window_constants(layer)
     else:
-        levels, points, constants = layer.levels, layer.points_per_level, {}
+        levels, points, constants = (
+            layer.levels,
+            layer.points_per_level,
+            _reference_constants(layer),
+        )
     itemsize = torch.finfo(dtype).bits // 8
     launch = preferred(layer.groups, depth, levels, points, itemsize, kernel == "backward")
     constants |= {f"{name.upper()}_STRIDE": n for name, n in zip(names, strides, strict=True)}
     constants |= {
+        "CHANNELS": channels,
         "GROUPS": layer.groups,
         "DEPTH": depth,
         "LEVELS": levels or 1,
@@ -278,6 +316,14 @@ def _window_constants(window: Window) -> dict[str, Any]:
         "CENTER_W": cw,
         "REMOVED": window.center_index() if window.remove_center else None,
     }
+
+
+def _reference_constants(heads: Heads) -> dict[str, Any]:
+    """What only an attention with reference points has."""
+    if heads.reference is None:
+        return {}
+    numbers, box_normalizer = heads.reference
+    return {"REFERENCE_NUMBERS": numbers, "BOX_BY_SIZE": box_normalizer == "size"}
 
 
 def _index(elements: int) -> str:

@@ -11,7 +11,8 @@ instruction issue and by the gathers' way through L1.
 
 A convolution is one level, the image, whose points start at the cells of a kernel around the pixel
 of their window; `offset_mask` holds their coordinates and weights. It is the call without `shapes`.
-A location of attention starts at no cell, its origin is pixel 0, and the levels' sizes scale it.
+A location of attention starts at no cell, its origin is pixel 0, and the levels' sizes scale it; an
+offset starts at a reference point of its query.
 
 Nothing here is specific to one maker's GPUs, but it was run on NVIDIA's alone: untested on AMD and
 Intel. Everything a compilation depends on (`tl.constexpr`) describes a layer, never a batch or an
@@ -30,6 +31,12 @@ def is_interpreted() -> bool:
     """Whether Triton runs these kernels on the CPU: `TRITON_INTERPRET=1` when it was imported."""
     return not isinstance(forward, triton.JITFunction)
 
+
+SIZES = [
+    *("rows", "columns", "height", "width", "pixels"),
+    *("reference_image", "reference_query", "reference_level"),
+]
+"""What no kernel is compiled for."""
 
 OUTSIDE = tl.constexpr(float("inf"))
 """The coordinate of points of rows past the last: they read nothing and add nothing."""
@@ -295,12 +302,40 @@ def _level(shapes, level, start, height, width):
 
 
 @triton.jit
-def _scales(height, width, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """How many pixels a coordinate (x, y) of 1 is: `offset_scale`, or without, a level's size."""
-    if SCALE is None:
-        return width.to(ACC), height.to(ACC)
-    else:
-        return tl.full([], SCALE, ACC), tl.full([], SCALE, ACC)
+def _map(
+    reference,
+    exists,
+    height,
+    width,
+    POINTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    REFERENCE_NUMBERS: tl.constexpr,
+    BOX_BY_SIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """How many pixels an x and a y of 1 is, and what is added to it: `offset_scale` and nothing of
+    a convolution; otherwise geometry.attn_map."""
+    scale_x, scale_y = width.to(ACC), height.to(ACC)
+    shift_x = tl.full([], -0.5, ACC)
+    shift_y = shift_x
+    if SCALE is not None:
+        scale_x, shift_x = tl.full([], SCALE, ACC), tl.full([], 0, ACC)
+        scale_y, shift_y = scale_x, shift_x
+    elif REFERENCE_NUMBERS is not None:
+        shift_x += scale_x * tl.load(reference, mask=exists, other=0.0).to(ACC)
+        shift_y += scale_y * tl.load(reference + 1, mask=exists, other=0.0).to(ACC)
+        if REFERENCE_NUMBERS == 2:
+            scale_x = tl.full([], 1, ACC)
+            scale_y = scale_x
+        else:
+            if BOX_BY_SIZE:
+                scale_x = tl.full([], 0.5, ACC)
+                scale_y = scale_x
+            else:
+                scale_x, scale_y = scale_x * (0.5 / POINTS), scale_y * (0.5 / POINTS)
+            scale_x *= tl.load(reference + 2, mask=exists, other=1.0).to(ACC)
+            scale_y *= tl.load(reference + 3, mask=exists, other=1.0).to(ACC)
+    return scale_x, scale_y, shift_x, shift_y
 
 
 @triton.jit
@@ -310,6 +345,8 @@ def _point(
     k,
     scale_x,
     scale_y,
+    shift_x,
+    shift_y,
     KERNEL_H: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
@@ -321,7 +358,7 @@ def _point(
     x = tl.load(coordinates + 2 * k, mask=exists, other=OUTSIDE).to(scale_x.dtype)
     y = tl.load(coordinates + 2 * k + 1, mask=exists, other=OUTSIDE).to(scale_y.dtype)
     if KERNEL_H is None:
-        x, y = x * scale_x - 0.5, y * scale_y - 0.5
+        x, y = x * scale_x + shift_x, y * scale_y + shift_y
     else:
         cell = k
         if REMOVED is not None:
@@ -331,18 +368,22 @@ def _point(
     return x, y
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     value,
     coordinates,
     weights,
     shapes,
+    reference,
     output,
     rows,
     columns,
     height,
     width,
     pixels,
+    reference_image,
+    reference_query,
+    reference_level,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -359,6 +400,8 @@ def forward(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     WEIGHTS_STRIDE: tl.constexpr = None,
+    REFERENCE_NUMBERS: tl.constexpr = None,
+    BOX_BY_SIZE: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -374,7 +417,8 @@ def forward(
     """Either operator of `value` [B, height, width, C] for `pixels` = B·rows·columns outputs.
 
     Of attention, `rows` are the queries and `height` the pixels of all levels; columns and width
-    are 1.
+    are 1. `reference_image` and the like are strides of the reference points, 0 where they are the
+    same for all.
     """
     COUNT: tl.constexpr = LEVELS * POINTS
     exists, pixel, group, channel = _rows(pixels, GROUPS, DEPTH, BLOCK, BLOCK_G, BLOCK_D, INDEX)
@@ -390,6 +434,8 @@ def forward(
     coordinates, weights = _arguments(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
+    if reference is not None:
+        reference += batch * reference_image + (pixel - batch * rows) * reference_query
     peak = tl.zeros([BLOCK], ACC)
     norm = peak
     if SOFTMAX:
@@ -398,7 +444,17 @@ def forward(
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
         level_h, level_w, end = _level(shapes, level, start, height, width)
-        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
+        scale_x, scale_y, shift_x, shift_y = _map(
+            reference,
+            exists,
+            level_h,
+            level_w,
+            POINTS,
+            SCALE,
+            REFERENCE_NUMBERS,
+            BOX_BY_SIZE,
+            ACC,
+        )
         plane = image + start.to(INDEX) * VALUE_STRIDE
         for first_point in range(0, POINTS, CHUNK):
             for at in tl.static_range(CHUNK):
@@ -409,6 +465,8 @@ def forward(
                     k,
                     scale_x,
                     scale_y,
+                    shift_x,
+                    shift_y,
                     KERNEL_H,
                     DILATION_H,
                     DILATION_W,
@@ -432,17 +490,20 @@ def forward(
                     INDEX,
                 )
         start = end
+        if reference is not None:
+            reference += reference_level
     to = output + _tile(pixel, group, OUTPUT_STRIDE, DEPTH, BLOCK_D)
     tl.store(to, total.to(output.dtype.element_ty), mask=exists[:, None] & channel[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "height", "width", "pixels"])
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     grad_output,
     value,
     coordinates,
     weights,
     shapes,
+    reference,
     grad_value,
     grad_coordinates,
     grad_weights,
@@ -451,6 +512,9 @@ def backward(
     height,
     width,
     pixels,
+    reference_image,
+    reference_query,
+    reference_level,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -461,6 +525,7 @@ def backward(
     GRAD_OUTPUT_STRIDE: tl.constexpr,
     GRAD_VALUE_STRIDE: tl.constexpr,
     GRAD_COORDINATES_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -470,6 +535,8 @@ def backward(
     INDEX: tl.constexpr,
     WEIGHTS_STRIDE: tl.constexpr = None,
     GRAD_WEIGHTS_STRIDE: tl.constexpr = None,
+    REFERENCE_NUMBERS: tl.constexpr = None,
+    BOX_BY_SIZE: tl.constexpr = None,
     SCALE: tl.constexpr = None,
     STRIDE_H: tl.constexpr = None,
     STRIDE_W: tl.constexpr = None,
@@ -501,6 +568,8 @@ def backward(
     coordinates, weights = _arguments(
         coordinates, weights, pixel, group, COORDINATES_STRIDE, WEIGHTS_STRIDE, COUNT
     )
+    if reference is not None:
+        reference += batch * reference_image + (pixel - batch * rows) * reference_query
     at_output = grad_output + _tile(pixel, group, GRAD_OUTPUT_STRIDE, DEPTH, BLOCK_D)
     grad = tl.load(at_output, mask=exists[:, None] & channel[None, :], other=0.0).to(ACC)
     slot = tl.arange(0, BLOCK_K)
@@ -513,7 +582,17 @@ def backward(
     start = tl.full([], 0, tl.int64)
     for level in range(LEVELS):
         level_h, level_w, end = _level(shapes, level, start, height, width)
-        scale_x, scale_y = _scales(level_h, level_w, SCALE, ACC)
+        scale_x, scale_y, shift_x, shift_y = _map(
+            reference,
+            exists,
+            level_h,
+            level_w,
+            POINTS,
+            SCALE,
+            REFERENCE_NUMBERS,
+            BOX_BY_SIZE,
+            ACC,
+        )
         plane = image + start.to(INDEX) * VALUE_STRIDE
         grad_plane = grad_image + start.to(INDEX) * GRAD_VALUE_STRIDE
         for first_point in range(0, POINTS, CHUNK):
@@ -525,6 +604,8 @@ def backward(
                     k,
                     scale_x,
                     scale_y,
+                    shift_x,
+                    shift_y,
                     KERNEL_H,
                     DILATION_H,
                     DILATION_W,
@@ -553,6 +634,8 @@ def backward(
                 grads_y = _put(grads_y, slot, k, grad_y * scale_y)
                 grads_weight = _put(grads_weight, slot, k, grad_weight)
         start = end
+        if reference is not None:
+            reference += reference_level
     if SOFTMAX:
         logits = _logits(weights, exists, slot, COUNT, ACC)
         grads_weight = _softmax_backward(grads_weight, logits, peak, norm)
@@ -573,6 +656,6 @@ def backward(
     tl.store(to, grads_weight.to(to.dtype.element_ty), mask=mask)
     if grad_weights is None:
         padding = exists & (group == GROUPS - 1)
-        for place in range(3 * GROUPS * COUNT, GRAD_COORDINATES_STRIDE):
+        for place in range(3 * GROUPS * COUNT, CHANNELS):
             to_padding = grad_coordinates + pixel * GRAD_COORDINATES_STRIDE + place
             tl.store(to_padding, 0.0, mask=padding)

@@ -29,8 +29,8 @@ from .report import Row
 
 _EPILOG = """\
 A result is checked before it is timed: output and gradients against the reference backend in
-float64 (a layer: against itself on the reference backend), by relative L2 error: 1e-4 for fp32,
-1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
+float64 (a layer or a model: against itself on the reference backend), by relative L2 error: 1e-4
+for fp32, 1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
 
 median, p20-p80  of single calls, in µs. On a GPU with a cold L2, by CUDA events; a call whose host
                  time exceeds its device time shows the host's. On a CPU by the wall clock.
@@ -79,17 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="globs or parts of the names of peers and yardsticks; 'none' for none",
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases, shorter timing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="shorter timing, and few cases unless --cases names them",
+    )
     parser.add_argument(
         "--budget",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         help="for timing one contestant in one direction; default 0.5 (0.1 with --quick)",
     )
     parser.add_argument(
         "--limit",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         default=float("inf"),
         help="start no contestant after this much time; what was left out is said",
     )
@@ -101,6 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be a number > 0; got {text}")
+    return seconds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,12 +133,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--backends must be of {', '.join(backends.NAMES)}; got {', '.join(unknown)}"
             )
+        _check_peers(device, args.peers)
         old = report.load(args.compare) if args.compare else None
         for file in filter(None, (args.json, args.plot)):
             if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
                 raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
         if args.plot:
-            report.require_matplotlib()
+            report.check_plot(args.plot)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"dcnv4 bench: {error}", file=sys.stderr)
         return 2
@@ -198,6 +213,17 @@ def _contestants(
         else:
             missing[contestant.requires or contestant.name] = reason
     return able, missing
+
+
+def _check_peers(device: torch.device, patterns: Sequence[str]) -> None:
+    names = dict.fromkeys(
+        c.name for c in CONTESTANTS if c.kind != "backend" and c.device in (None, device.type)
+    )
+    for pattern in patterns:
+        if pattern != "none" and not any(cases.matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"--peers must match one of {', '.join(names)}, or be none; got {pattern}"
+            )
 
 
 def _environment(device: torch.device, bandwidth: float, missing: dict[str, str]) -> dict[str, str]:
@@ -291,7 +317,12 @@ class _Bench:
                 row.memory = measure.peak_memory(call, self.device)
                 ready.append((row, call))
         with self._explained(*(row for row, _ in ready)):
-            timed = measure.times([call for _, call in ready], self.device, self.budget)
+            calls = [call for _, call in ready]
+            if isinstance(case, Layer) and self.device.type == "cuda":
+                # The reference takes numbers from the host, which no graph can hold.
+                held = ("reference" in contestant.name for _, contestant in entries)
+                calls = [c if h else _captured(c)[0] for c, h in zip(calls, held, strict=False)]
+            timed = measure.times(calls, self.device, self.budget)
             for (row, call), measured in zip(ready, timed, strict=True):
                 row.median, row.p20, row.p80, row.least = measured
                 if self.device.type == "cuda" and row.median < _LONG:
@@ -301,7 +332,7 @@ class _Bench:
         """What a call costs the host, where there is next to nothing to do."""
         inputs = case.inputs(self.device)
         expected = Expected(case, inputs)
-        modes = ["eager, no grad", "eager, grad", "compiled, no grad"]
+        modes = ["eager, no grad", "eager, grad", "eager, forward+backward", "compiled, no grad"]
         if self.device.type == "cuda":
             modes.append("graph replay")
         for mode in modes:
@@ -316,10 +347,13 @@ class _Bench:
                 with self._explained(row):
                     self._check_time()
                     job = contestant.make(case, inputs)
-                    call = _issue(job, mode)
-                    output = call()
+                    if mode == "eager, forward+backward":
+                        call, error_of = prepare(job, "forward+backward", expected)
+                    else:
+                        call, error_of = _issue(job, mode), partial(expected.output_error, job)
+                    result = call()
                     if contestant.kind != "yardstick":
-                        row.error = expected.verify(expected.output_error(job, output))
+                        row.error = expected.verify(error_of(result))
                     measured = measure.host_time(call, self.device)
                     row.median, row.p20, row.p80, row.least = measured
             if rows:
@@ -401,6 +435,19 @@ def _issue(job: Job, mode: str) -> Callable[[], Tensor]:
 
     if mode != "graph replay":
         return call
+    replay, output = _captured(call)
+    assert isinstance(output, Tensor)
+    output.fill_(float("nan"))  # so that only a replay can make it right
+
+    def replayed() -> Tensor:
+        replay()
+        return output
+
+    return replayed
+
+
+def _captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """What replays the call's work on the GPU, and where it leaves the result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -408,11 +455,5 @@ def _issue(job: Job, mode: str) -> Callable[[], Tensor]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = call()
-    output.fill_(float("nan"))  # so that only a replay can make it right
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
+        result = call()
+    return graph.replay, result

@@ -37,6 +37,11 @@ class Case:
         raise NotImplementedError
 
     @property
+    def words(self) -> str:
+        """The name for people who read a table."""
+        raise NotImplementedError
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
@@ -70,6 +75,13 @@ class Conv(Case):
         kernel = f"-k{self.kernel}" if self.kernel != 3 else ""
         spread = f"-spread{self.spread:g}" if self.spread != 0.5 else ""
         return f"conv-{shape}-{self.precision}{kernel}{spread}"
+
+    @property
+    def words(self) -> str:
+        kernel = f", {self.kernel} x {self.kernel} points" if self.kernel != 3 else ""
+        spread = f", spread {self.spread:g}" if self.spread != 0.5 else ""
+        image = f"{self.batch} x {self.height} x {self.width}"
+        return f"{image}, {self.groups} x {self.depth}, {_dtype(self.precision)}{kernel}{spread}"
 
     @property
     def window(self) -> Window:
@@ -128,6 +140,15 @@ class Attention(Case):
         exact = f"-{self.locations}-locations" if self.locations else ""
         return f"{what}-{self.precision}{exact}"
 
+    @property
+    def words(self) -> str:
+        height, width = self.levels[0]
+        what = f"Encoder, {self.batch} x {height} x {width}"
+        if self.queries is not None:
+            what = f"Decoder, {self.batch} x {self.queries} queries"
+        exact = f", {_dtype(self.locations)} locations" if self.locations else ""
+        return f"{what}, {_dtype(self.precision)}{exact}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """value [B, S, G, D], locations [B, Q, G, L, P, 2] and logits [B, Q, G, L, P]."""
         options: dict[str, Any] = {"device": device, "generator": self.random(device)}
@@ -158,9 +179,21 @@ class Attention(Case):
         return call
 
 
-@dataclass(frozen=True)
 class Layer(Case):
-    """A whole `DCNv4` layer with float32 parameters, under autocast where the dtype is a half."""
+    """A whole layer with float32 parameters, under autocast where the dtype is a half."""
+
+    operator: ClassVar[str]
+    """The one inside."""
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+
+@dataclass(frozen=True)
+class ConvLayer(Layer):
+    """`DCNv4`; its input is float32 under autocast, as a normalisation leaves it."""
 
     batch: int
     height: int
@@ -170,22 +203,99 @@ class Layer(Case):
     note: str = ""
     quick: bool = False
     op: ClassVar[str] = "layer"
+    operator: ClassVar[str] = "deform_conv"
 
     @property
     def name(self) -> str:
         shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
         return f"layer-{shape}-{self.precision}"
 
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.height} x {self.width} x {self.channels}"
+        return f"Layer, {image}, {_dtype(self.precision)}"
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """x [B, H, W, C]"""
         image = (self.batch, self.height, self.width, self.channels)
-        x = torch.randn(image, device=device, generator=self.random(device))
-        return (x.to(self.dtype),)
+        return (torch.randn(image, device=device, generator=self.random(device)),)
 
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(device.type, self.dtype)
+
+@dataclass(frozen=True)
+class AttentionLayer(Layer):
+    """`FlashDeformAttn`, with an encoder's queries, a pixel each, or a decoder's."""
+
+    batch: int
+    levels: tuple[tuple[int, int], ...]
+    queries: int | None = None
+    precision: str = "fp32"
+    channels: int = 256
+    heads: int = 8
+    points: int = 4
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "attention layer"
+    operator: ClassVar[str] = "ms_deform_attn"
+
+    @property
+    def name(self) -> str:
+        height, width = self.levels[0]
+        what = f"encoder-{self.batch}x{height}x{width}"
+        if self.queries is not None:
+            what = f"decoder-{self.batch}x{self.queries}"
+        return f"layer-{what}-{self.precision}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """query [B, Q, C] and the levels' pixels [B, S, C]."""
+        options: dict[str, Any] = {"device": device, "generator": self.random(device)}
+        pixels = sum(height * width for height, width in self.levels)
+        queries = pixels if self.queries is None else self.queries
+        return tuple(
+            torch.randn(self.batch, n, self.channels, **options) for n in (queries, pixels)
+        )
+
+    def reference_points(self, device: torch.device) -> Tensor:
+        """[B, Q, 1, 2]"""
+        if self.queries is None:
+            places = torch.cat([_centers(height, width, device) for height, width in self.levels])
+            return places.expand(self.batch, -1, -1)[:, :, None]
+        generator = self.random(device)
+        return torch.rand(self.batch, self.queries, 1, 2, device=device, generator=generator)
+
+
+@dataclass(frozen=True)
+class Model(Layer):
+    """A whole model of `dcnv4.models` that is not in training."""
+
+    model: str
+    batch: int
+    size: int = 224
+    precision: str = "fp32"
+    note: str = ""
+    quick: bool = False
+    op: ClassVar[str] = "model"
+    operator: ClassVar[str] = "deform_conv"
+    checked: ClassVar[int] = 1
+    """The first images, which those behind them do not change."""
+
+    @property
+    def name(self) -> str:
+        return f"model-{self.model}-{self.batch}x{self.size}-{self.precision}"
+
+    @property
+    def words(self) -> str:
+        image = f"{self.batch} x {self.size} x {self.size}"
+        return f"{self.model}, {image}, {_dtype(self.precision)}"
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W], channels_last."""
+        shape = (self.batch, 3, self.size, self.size)
+        images = torch.randn(shape, device=device, generator=self.random(device))
+        return (images.to(self.dtype, memory_format=torch.channels_last),)
+
+
+def _dtype(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 def between_pixels(x: Tensor) -> Tensor:
@@ -205,11 +315,23 @@ _COST = "what a call itself costs"
 TINY: tuple[Case, ...] = (
     Conv(1, 2, 2, 1, 16, note=_COST, quick=True),
     Attention(1, ((2, 2),), heads=1, depth=16, note=_COST, quick=True),
+    ConvLayer(1, 2, 2, 16, "bf16", note=_COST, quick=True),
+    AttentionLayer(1, ((2, 2),), None, "bf16", 16, heads=1, note=_COST, quick=True),
 )
 """Next to no work: the time of their calls is measured in each way to call."""
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
 _HALF_DETR = ((50, 67), (25, 34), (13, 17), (7, 9))
+
+CUDA_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 64, 224, "fp16"),
+    Model("flash_internimage_b", 64, 224, "fp16"),
+    Model("flash_internimage_t", 2, 800, "fp16", note="a detector's images"),
+)
+CPU_MODELS: tuple[Case, ...] = (
+    Model("flash_internimage_t", 1),
+    Model("flash_internimage_t", 1, 224, "bf16"),
+)
 
 # The most telling first: a plot shows as many as it has room for, a time limit cuts the last.
 CUDA: tuple[Case, ...] = (
@@ -217,7 +339,8 @@ CUDA: tuple[Case, ...] = (
     Conv(64, 56, 56, 4, 16, "fp16", spread=8, quick=True),
     Attention(2, _DETR, None, "fp16", note="Deformable DETR encoder", quick=True),
     Attention(8, _DETR, 300, "fp16", note="Deformable DETR decoder", quick=True),
-    Layer(64, 56, 56, 64, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    ConvLayer(64, 56, 56, 64, "fp16", note="FlashInternImage-T/224 stage 1", quick=True),
+    AttentionLayer(2, _DETR, None, "fp16", note="Deformable DETR encoder", quick=True),
     Conv(64, 28, 28, 8, 16, "fp16", note="FlashInternImage-T/224 stage 2"),
     Conv(64, 14, 14, 16, 16, "fp16", note="FlashInternImage-T/224 stage 3"),
     Conv(64, 7, 7, 32, 16, "fp16", note="FlashInternImage-T/224 stage 4"),
@@ -233,7 +356,12 @@ CUDA: tuple[Case, ...] = (
     Conv(64, 56, 56, 4, 32, "fp16"),
     Conv(64, 56, 56, 7, 16, "fp16", note="FlashInternImage-B/224 stage 1"),
     Conv(16, 100, 160, 8, 64, "fp16"),
-    Layer(64, 14, 14, 256, "fp16", note="FlashInternImage-T/224 stage 3"),
+    ConvLayer(64, 28, 28, 128, "fp16", note="FlashInternImage-T/224 stage 2"),
+    ConvLayer(64, 14, 14, 256, "fp16", note="FlashInternImage-T/224 stage 3"),
+    ConvLayer(64, 7, 7, 512, "fp16", note="FlashInternImage-T/224 stage 4"),
+    ConvLayer(1, 200, 320, 64, "fp16", note="FlashInternImage-T/800x1280 stage 1"),
+    ConvLayer(64, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    AttentionLayer(8, _DETR, 300, "fp16", note="Deformable DETR decoder"),
     Conv(16, 56, 56, 4, 16, "fp16", kernel=5),
     Conv(16, 56, 56, 4, 16, "fp16", kernel=7),
     Conv(1, 14, 14, 4, 16, "fp16", note="small"),
@@ -241,13 +369,14 @@ CUDA: tuple[Case, ...] = (
     Conv(2, 31, 29, 5, 24, "fp16", note="odd"),
     Attention(2, _DETR, None, "bf16"),
     Attention(2, _DETR, None, "fp16", locations="fp32"),
+    *CUDA_MODELS,
     *TINY,
 )
 
 CPU: tuple[Case, ...] = (
     Conv(1, 56, 56, 4, 16, note="FlashInternImage-T/224 stage 1", quick=True),
     Attention(1, _HALF_DETR, 300, note="Deformable DETR decoder", quick=True),
-    Layer(1, 56, 56, 64, note="FlashInternImage-T/224 stage 1", quick=True),
+    ConvLayer(1, 56, 56, 64, note="FlashInternImage-T/224 stage 1", quick=True),
     Conv(4, 28, 28, 8, 16, note="FlashInternImage-T/224 stage 2"),
     Conv(4, 14, 14, 16, 16, note="FlashInternImage-T/224 stage 3"),
     Conv(4, 7, 7, 32, 16, note="FlashInternImage-T/224 stage 4"),
@@ -264,25 +393,26 @@ CPU: tuple[Case, ...] = (
     Conv(3, 17, 23, 3, 5, note="odd"),
     Attention(1, _HALF_DETR, note="Deformable DETR encoder, half resolution"),
     Attention(1, _HALF_DETR, None, "bf16", locations="fp32"),
-    Layer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    ConvLayer(1, 56, 56, 64, "bf16", note="FlashInternImage-T/224 stage 1"),
+    ConvLayer(4, 14, 14, 256, note="FlashInternImage-T/224 stage 3"),
+    AttentionLayer(1, _HALF_DETR, 300, note="Deformable DETR decoder"),
+    *CPU_MODELS,
     *TINY,
 )
 
 
 def choose(device: torch.device, patterns: Sequence[str], quick: bool) -> list[Case]:
-    """The device's cases that a pattern names, or whose name or note one matches; all without."""
+    """The device's cases that a pattern names, or whose name or note one matches; all without, or
+    all quick ones."""
     cases = CUDA if device.type == "cuda" else CPU
     named = [case for case in cases if case.name in patterns]
     loose = [pattern for pattern in patterns if pattern not in {case.name for case in named}]
     return [
         case
         for case in cases
-        if (case.quick or not quick)
-        and (
-            not patterns
-            or case in named
-            or (loose and (matches(case.name, loose) or matches(case.note, loose)))
-        )
+        if (not patterns and (case.quick or not quick))
+        or case in named
+        or (loose and (matches(case.name, loose) or matches(case.note, loose)))
     ]
 
 

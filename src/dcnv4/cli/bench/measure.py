@@ -51,7 +51,8 @@ def times(calls: Sequence[Call], device: torch.device, seconds: float) -> list[T
 
 
 METHOD = {
-    "cuda": "CUDA events around one call, cold L2 (256 MiB written before each)",
+    "cuda": "CUDA events around one call, cold L2 (256 MiB written before each); of a layer, "
+    "around the replay of a CUDA graph",
     "cpu": "wall clock of one call, warm, contestants in turn",
 }
 

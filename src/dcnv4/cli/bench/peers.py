@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import backends
-from ...layers import DCNv4
-from .cases import TOLERANCE, Attention, Case, Conv, Layer
+from ...layers import DCNv4, FlashDeformAttn
+from .cases import TOLERANCE, Attention, AttentionLayer, Case, Conv, ConvLayer, Layer, Model
 
 
 class Unable(Exception):  # noqa: N818
@@ -96,7 +96,8 @@ class Contestant:
     def why_not(self, device: torch.device) -> str | None:
         """None where this can run anything on the device; otherwise the reason."""
         if self.kind == "backend":
-            op = "deform_conv" if self.op == "layer" else self.op
+            layers = (ConvLayer, AttentionLayer, Model)
+            op = next((c.operator for c in layers if c.op == self.op), self.op)
             call = backends.Call(op, device, torch.float32)
             return backends.why_not(self.name.removeprefix("dcnv4 "), call)
         try:
@@ -143,8 +144,8 @@ def _enter_backend(name: str) -> None:
         usable(case.op, inputs)
         return Job(inputs, case.operator(name))
 
-    def layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
-        usable("deform_conv", inputs)
+    def layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.operator, inputs)
         module = DCNv4(case.channels, group=case.channels // 16, backend=name)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -157,22 +158,50 @@ def _enter_backend(name: str) -> None:
                 projection.weight.uniform_(-bound, bound, generator=generator)
         return _layer_job(case, inputs, module)
 
+    def attention_layer(case: AttentionLayer, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.operator, inputs)
+        sizes = case.channels, len(case.levels), case.heads, case.points
+        module = FlashDeformAttn(*sizes, backend=name)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # Offsets vary by 2 pixels, logits by 1.
+            for linear, spread in ((module.sampling_offsets, 2), (module.attention_weights, 1)):
+                deviation = spread / case.channels**0.5
+                linear.weight.normal_(0, deviation, generator=generator)
+            for projection in (module.value_proj, module.output_proj):
+                bound = (3 / case.channels) ** 0.5
+                projection.weight.uniform_(-bound, bound, generator=generator)
+        places = case.reference_points(inputs[0].device)
+        return _layer_job(case, inputs, module, others=(places, case.levels))
+
+    def model(case: Model, inputs: tuple[Tensor, ...]) -> Job:
+        usable(case.operator, inputs)
+        return _model_job(case, inputs, case.model, backend=name)
+
     contestant(f"dcnv4 {name}", "deform_conv", "backend")(operator)
     contestant(f"dcnv4 {name}", "ms_deform_attn", "backend")(operator)
     contestant(f"dcnv4 {name}", "layer", "backend")(layer)
+    contestant(f"dcnv4 {name}", "attention layer", "backend")(attention_layer)
+    contestant(f"dcnv4 {name}", "model", "backend")(model)
 
 
 def _layer_job(
-    case: Layer, inputs: tuple[Tensor, ...], module: nn.Module, nchw: bool = False
+    case: Layer,
+    inputs: tuple[Tensor, ...],
+    module: nn.Module,
+    nchw: bool = False,
+    others: tuple[Any, ...] = (),
 ) -> Job:
+    """`others`: arguments of the module, one between the inputs and those behind them."""
     device = inputs[0].device
     module = module.to(device)
     if nchw:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def call(x: Tensor, *_: Tensor) -> Any:
+    def call(*leaves: Tensor) -> Any:
+        first, *rest = leaves[: len(inputs)]
         with case.autocast(device):
-            return module(x)
+            return module(first, *others[:1], *rest, *others[1:])
 
     if not nchw:
         return Job(inputs, call, parameters=tuple(module.parameters()))
@@ -183,6 +212,34 @@ def _layer_job(
         lambda y: y.permute(0, 2, 3, 1),
         tuple(module.parameters()),
     )
+
+
+def _model_job(case: Model, inputs: tuple[Tensor, ...], name: str, **settings: Any) -> Job:
+    """A model of timm's registry, its offsets about half a pixel.
+
+    Blocks that change little of their input, as trained ones do, keep rounding errors small.
+    """
+    try:
+        import timm
+
+        from ... import models  # noqa: F401, which registers ours
+    except (ImportError, RuntimeError) as error:
+        raise Unable(f"cannot: needs timm; {describe(error)}") from error
+    device = inputs[0].device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = timm.create_model(name, **settings).eval()
+        for layer in module.modules():
+            if isinstance(layer, DCNv4) and layer.output_proj is not None:
+                nn.init.normal_(layer.offset_mask.weight, 0, 0.5 / layer.channels**0.5)
+                nn.init.xavier_uniform_(layer.output_proj.weight, 0.03)
+    module = module.to(device, memory_format=torch.channels_last)
+
+    def call(images: Tensor, *_: Tensor) -> Any:
+        with case.autocast(device):
+            return module(images)
+
+    return Job(inputs, call, parameters=tuple(module.parameters()))
 
 
 for _name in backends.NAMES:
@@ -392,13 +449,13 @@ def _depthwise(case: Conv, inputs: tuple[Tensor, ...]) -> Job:
 
 
 @contestant("Conv2d 3x3", "layer", "yardstick")
-def _conv2d_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+def _conv2d_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
     module = nn.Conv2d(case.channels, case.channels, 3, padding=1)
     return _layer_job(case, inputs, module, nchw=True)
 
 
 @contestant("depthwise + pointwise", "layer", "yardstick")
-def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
+def _separable_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
     channels = case.channels
     module = nn.Sequential(
         nn.Conv2d(channels, channels, 1),
@@ -408,18 +465,32 @@ def _separable_layer(case: Layer, inputs: tuple[Tensor, ...]) -> Job:
     return _layer_job(case, inputs, module, nchw=True)
 
 
+@contestant("Linear", "layer", "yardstick")
+def _linear_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
+    return _layer_job(case, inputs, nn.Linear(case.channels, case.channels))
+
+
+@contestant("ConvNeXt-T", "model", "yardstick", requires="timm")
+def _convnext(case: Model, inputs: tuple[Tensor, ...]) -> Job:
+    return _model_job(case, inputs, "convnext_tiny")
+
+
 class Expected:
     """What a case must give: the output, and the gradients of its inputs for one random gradient.
 
-    An operator's come from the reference backend in float64. A layer's come from the same layer
-    with the reference backend in the same dtypes, so that only the operator differs.
+    An operator's come from the reference backend in float64. A layer's or a model's come from the
+    same one with the reference backend in the same dtypes, so that only the operator differs; of a
+    model, those of the first images.
     """
 
     def __init__(self, case: Case, inputs: tuple[Tensor, ...]) -> None:
+        batch = len(inputs[0])
         if isinstance(case, Layer):
             reference = next(
-                c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", "layer")
+                c for c in CONTESTANTS if (c.name, c.op) == ("dcnv4 reference", case.op)
             )
+            if isinstance(case, Model):
+                inputs = tuple(t[: case.checked] for t in inputs)
             job = reference.make(case, inputs)
         else:
             assert isinstance(case, (Conv, Attention))
@@ -429,9 +500,10 @@ class Expected:
         self._tolerance = TOLERANCE[case.precision]
         self.output = output.detach()
         self.grad = torch.randn(
-            output.shape, device=output.device, generator=case.random(output.device)
+            (batch, *output.shape[1:]), device=output.device, generator=case.random(output.device)
         ).to(case.dtype)
-        grads = torch.autograd.grad(output, job.leaves, self.grad.to(output.dtype))
+        grad = self.grad[: len(output)].to(output.dtype)
+        grads = torch.autograd.grad(output, job.leaves, grad)
         self.gradients = job.gradients(grads)
 
     def output_error(self, job: Job, output: Tensor) -> float:
@@ -453,6 +525,7 @@ def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative L2 error; infinite for a wrong shape or anything not finite."""
     worst = 0.0
     for result, exact in zip(got, wanted, strict=True):
+        result = result[: len(exact)]
         if result.shape != exact.shape:
             return float("inf")
         exact = exact.double()

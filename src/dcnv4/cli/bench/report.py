@@ -10,6 +10,8 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
+from .. import LETTERS
+
 SCHEMA = 1
 """Of the JSON: {"schema", "environment": {name: text}, "rows": [Row as an object]}."""
 
@@ -63,7 +65,7 @@ def table(rows: Sequence[Row]) -> str:
     first, best = rows[0], best_peer(rows)
     title = [first.case, first.direction, *([first.note] if first.note else [])]
     if first.floor:
-        title.append(f"floor {_figures(first.floor)} µs")
+        title.append(f"floor {figures(first.floor)} µs")
     if len({row.problem for row in rows}) == 1 and first.problem:
         return f"{'  '.join(title)}\n  {first.problem}"
     names = max(24, *(len(row.contestant) + 2 for row in rows))
@@ -77,18 +79,18 @@ def table(rows: Sequence[Row]) -> str:
         if row.median is None:
             lines.append(f"  {label:<{names}}{row.problem}")
             continue
-        spread = f"{_figures(row.p20)}-{_figures(row.p80)}"
+        spread = f"{figures(row.p20)}-{figures(row.p80)}"
         versus = f"{best / row.median:.2f}" if best and row.kind != "yardstick" else "-"
         memory = "-" if row.memory is None else f"{row.memory / 1e6:.1f}"
         error = "-" if row.error is None else f"{row.error:.0e}"
         lines.append(
-            f"  {label:<{names}}{_figures(row.median):>10}{spread:>18}{_figures(row.least):>9}"
-            f"{_figures(row.ratio):>9}{versus:>9}{memory:>11}{_figures(row.host):>9}{error:>9}"
+            f"  {label:<{names}}{figures(row.median):>10}{spread:>18}{figures(row.least):>9}"
+            f"{figures(row.ratio):>9}{versus:>9}{memory:>11}{figures(row.host):>9}{error:>9}"
         )
     return "\n".join(lines)
 
 
-def _figures(number: float | None) -> str:
+def figures(number: float | None) -> str:
     """Three significant figures, never in exponents."""
     if number is None:
         return "-"
@@ -155,7 +157,7 @@ def compare(
 
 
 def _state(row: Row) -> str:
-    return row.problem or f"{_figures(row.median)} µs"
+    return row.problem or f"{figures(row.median)} µs"
 
 
 def _verdict(was: Row, now: Row, ratio: float) -> str:
@@ -173,12 +175,19 @@ _PLOTTED = 6
 """Cases that a plot has room for."""
 
 
-def require_matplotlib() -> None:
-    """Raise where there is nothing to plot with."""
+_Style = dict[str, Any]
+"""What a bar looks like, as matplotlib names it."""
+
+
+def check_plot(path: str) -> None:
+    """Raise where there is nothing to plot with, or no such kind of picture."""
     try:
-        import_module("matplotlib.figure")
+        figure = import_module("matplotlib.figure").Figure()
     except ImportError as error:
         raise RuntimeError(f"--plot needs matplotlib, pip install dcnv4[bench]; {error}") from None
+    kinds = figure.canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise ValueError(f"--plot must end in one of .{', .'.join(sorted(kinds))}; got {path}")
 
 
 def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
@@ -189,8 +198,10 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
     Returns:
         How many of the rows' cases were left out for want of room.
     """
-    require_matplotlib()
+    check_plot(path)
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     by_case: dict[str, dict[str, list[Row]]] = {}
     for group in groups(row for row in rows if row.ratio is not None):
@@ -206,33 +217,35 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
             for directions in shown
         ],
     ]
-    colours = _colours([row for panel in panels for group in panel for row in group])
-    figure = Figure(figsize=(13, 2 + 0.22 * sum(heights)), layout="constrained")
-    figure.suptitle(
-        f"DCNv4 on {environment.get('device', 'this machine')}: time over that of a copy "
-        "of the same bytes",
-        fontsize=15,
-        fontweight="bold",
-    )
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, panel, title in zip(axes, panels, ("forward", "backward"), strict=True):
-        _draw(axis, panel, heights, colours)
-        axis.set_title(title, fontsize=13)
-    _label(axes[0], shown, heights)
-    figure.legend(
-        handles=[_patch(colour, name) for name, colour in colours.items()],
-        loc="outside lower center",
-        ncols=min(6, len(colours)),
-        frameon=False,
-        fontsize=11,
-    )
-    figure.savefig(path, dpi=150)
+    styles = _styles([row for panel in panels for group in panel for row in group])
+    with rc_context(LETTERS):
+        figure = Figure(figsize=(13, 2 + 0.22 * sum(heights)), layout="constrained")
+        figure.suptitle(
+            f"DCNv4 on {environment.get('device', 'this machine')}: time over that of a copy "
+            "of the same bytes",
+            fontsize=15,
+            fontweight="bold",
+        )
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, panel, title in zip(axes, panels, ("forward", "backward"), strict=True):
+            _draw(axis, panel, heights, styles)
+            axis.set_title(title, fontsize=13)
+        _label(axes[0], shown, heights)
+        figure.legend(
+            handles=[Patch(label=name, **style) for name, style in styles.items()],
+            loc="outside lower center",
+            ncols=min(6, len(styles)),
+            frameon=False,
+            fontsize=11,
+        )
+        figure.savefig(path, dpi=150, transparent=True)
     return len(by_case) - len(shown)
 
 
 _OURS = {"cuda": "#0b7a53", "cpu": "#0b7a53", "triton": "#55b98f", "reference": "#b5dfca"}
 _PEERS = ("#5b6c8f", "#c08552", "#8e6aa8", "#c9a13b", "#a34a5c", "#6f9bb8")
-_YARDSTICKS = ("#c4c6cb", "#a5a8af", "#868a92")
+_YARDSTICK = "#c4c6cb"
+_HATCHES = ("", "////", "....", "xxxx")
 
 
 def _contestants(group: Sequence[Row]) -> list[Row]:
@@ -242,27 +255,28 @@ def _contestants(group: Sequence[Row]) -> list[Row]:
     return sorted((r for r in group if r.contestant != left_out), key=lambda row: row.ratio or 0)
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Greens for this library, greys for yardsticks, other hues for peers."""
+def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
+    """Greens for this library, hatched greys for yardsticks, other hues for peers."""
     named = {
         kind: list(dict.fromkeys(row.contestant for row in rows if row.kind == kind))
         for kind in ("backend", "peer", "yardstick")
     }
-    return {
+    colours = {
         **{name: _OURS.get(name.removeprefix("dcnv4 "), "#0b7a53") for name in named["backend"]},
         **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(named["peer"])},
-        **{name: _YARDSTICKS[i % len(_YARDSTICKS)] for i, name in enumerate(named["yardstick"])},
+    }
+    hatches = {name: _HATCHES[i % len(_HATCHES)] for i, name in enumerate(named["yardstick"])}
+    return {
+        **{name: {"facecolor": colour} for name, colour in colours.items()},
+        **{
+            name: {"facecolor": _YARDSTICK, "edgecolor": "#55585f", "hatch": hatch}
+            for name, hatch in hatches.items()
+        },
     }
 
 
-def _patch(colour: str, name: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=colour, label=name)
-
-
 def _draw(
-    axis: Any, panel: Sequence[Sequence[Row]], heights: Sequence[float], colours: dict[str, str]
+    axis: Any, panel: Sequence[Sequence[Row]], heights: Sequence[float], styles: dict[str, _Style]
 ) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -274,19 +288,19 @@ def _draw(
         for at, row in enumerate(group):
             ratio = row.ratio or 1
             weight = "bold" if row.kind == "backend" else "normal"
-            axis.barh(top + at, ratio, 0.84, color=colours[row.contestant])
+            axis.barh(top + at, ratio, 0.84, **styles[row.contestant])
             axis.annotate(
-                f" {_figures(ratio)}", (ratio, top + at), va="center", fontsize=9, weight=weight
+                f" {figures(ratio)}", (ratio, top + at), va="center", fontsize=9, weight=weight
             )
         top += height
     axis.set_ylim(top - 0.5, -0.8)
-    axis.axvline(1, color="#333333", linewidth=1)
+    axis.axvline(1, color=LETTERS["text.color"], linewidth=1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("times the floor; shorter is better", fontsize=10)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color="#e3e3e3", linewidth=0.8)
+    axis.grid(axis="x", alpha=0.3, linewidth=0.8)
     axis.set_axisbelow(True)
 
 

@@ -29,24 +29,23 @@ inline unsigned mul_f16x2(unsigned a, unsigned b) {
         return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift));
     });
 }
+inline unsigned add_f16x2(unsigned a, unsigned b) {
+    return each_half([=](int shift) {
+        return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) + cvt_f32_f16(b >> shift));
+    });
+}
 inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     return each_half([=](int shift) {
         return cvt_f16_f32(double(cvt_f32_f16(a >> shift)) * cvt_f32_f16(b >> shift) +
                            cvt_f32_f16(c >> shift));
     });
 }
-constexpr unsigned half_bits(int number) {
-    unsigned bits = number < 0 ? 0x8000 : 0, magnitude = number < 0 ? -number : number;
-    for (int exponent = 0; exponent < 11; ++exponent)
-        if (magnitude >> exponent == 1)
-            bits |= (exponent + 15) << 10 | (magnitude << (10 - exponent) & 0x3ff);
-    return bits;
-}
-constexpr unsigned two_f16(int lower, int upper) {
-    return half_bits(lower) | half_bits(upper) << 16;
-}
 inline unsigned cvt_f16x2_f32(float lower, float upper) {
     return cvt_f16_f32(lower) | unsigned(cvt_f16_f32(upper)) << 16;
+}
+template <int OF>
+unsigned two_f16(int lower, int upper) {
+    return cvt_f16x2_f32(float(lower) / OF, float(upper) / OF);
 }
 inline unsigned cvt_bf16x2_f32(float lower, float upper) {
     return cvt_bf16_f32(lower) | unsigned(cvt_bf16_f32(upper)) << 16;

@@ -6,20 +6,36 @@
 
 namespace dcnv4 {
 
+// Points, and where their gradients go.
+struct AttnGradients : AttnPoints {
+    COORDINATES* grad_coordinates;
+    WEIGHTS* grad_weights;
+
+    DCNV4_DEVICE AttnGradients(const Arguments& a, const Levels& levels, const Slice& slice,
+                               Index image, Index query)
+        : AttnPoints(a, levels, slice.group, image, query),
+          grad_coordinates(a.grad_coordinates + slice.pixel * a.grad_coordinates_row +
+                           slice.group * (2 * POINTS)),
+          grad_weights(a.grad_weights + slice.pixel * a.grad_weights_row + slice.group * POINTS) {}
+
+    DCNV4_DEVICE void store_gradient(int k, Sum grad_x, Sum grad_y) const {
+        const Map map = this->map(level(k));
+        store(grad_coordinates + 2 * k, grad_x * map.scale[0]);
+        store(grad_coordinates + 2 * k + 1, grad_y * map.scale[1]);
+    }
+    DCNV4_DEVICE void store_weight_gradient(int k, Sum grad) const {
+        store(grad_weights + k, grad);
+    }
+};
+
 // The head of a slice.
 struct Head {
-    AttnPoints points;
+    AttnGradients points;
     Operands operands;
 
     DCNV4_DEVICE Head(const Arguments& a, const Levels& levels, const Slice& slice, Index image,
                       Index query)
-        : points{
-              levels,
-              a.locations + image * a.locations_image + query * a.locations_query +
-                  slice.group * (2 * POINTS),
-              a.weights + image * a.weights_image + query * a.weights_query + slice.group * POINTS,
-              a.grad_locations + (slice.pixel * (long long)GROUPS + slice.group) * (2 * POINTS),
-              a.grad_weights + (slice.pixel * (long long)GROUPS + slice.group) * POINTS},
+        : points(a, levels, slice, image, query),
           operands{a.value + image * a.value_image + slice.group * DEPTH,
                    a.grad + image * a.grad_image + query * a.grad_query + slice.group * DEPTH,
                    a.grad_value + image * a.length * (GROUPS * DEPTH) + slice.group * DEPTH,

@@ -5,9 +5,12 @@
 
 namespace dcnv4 {
 
-// What an image's sums are multiplied by where they are made of integers.
-DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image) {
-    return DETERMINISTIC ? a.fixed_point_scale[image] : Sum(1);
+// What an image's sums are multiplied by where they are made of integers. `share` is the most that
+// a weight of a softmax can be, NaN if its logits are not finite: then the image has no scale.
+DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image, Sum share = 1) {
+    if (!DETERMINISTIC) return 1;
+    if (SOFTMAX && !(share <= 1)) a.fixed_point_scale[image] = share;
+    return a.fixed_point_scale[image];
 }
 
 // What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
@@ -17,7 +20,7 @@ struct Operands {
     const VALUE* grad;   // the output's gradient
     Total* sums;         // of the value's gradient, at the first pixel
     Index number;        // of the image
-    static constexpr Index sums_bytes = GROUPS * DEPTH * sizeof(Total);  // from pixel to pixel
+    static constexpr Index sums_bytes = SUMS_PIXEL * sizeof(Total);  // from pixel to pixel
 };
 
 // Gives `points` the gradients of point k from the dot products of its corners with the output's

@@ -13,7 +13,7 @@ struct Group {
     Operands operands;
 
     DCNV4_DEVICE Group(const Arguments& a, const Slice& slice, const OutputPixel& at)
-        : grad_offset_mask(a.grad_offset_mask + slice.pixel * a.offset_mask_channels),
+        : grad_offset_mask(a.grad_offset_mask + slice.pixel * a.grad_offset_mask_pixel),
           points(a, at,
                  a.offset_mask + at.image * a.offset_mask_image +
                      at.in_image * a.offset_mask_pixel + slice.group * (3 * POINTS),
@@ -21,7 +21,7 @@ struct Group {
           operands{
               a.value + at.image * a.value_image + slice.group * DEPTH,
               a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel + slice.group * DEPTH,
-              a.grad_value + at.image * (a.height * (long long)a.width) * (GROUPS * DEPTH) +
+              a.grad_value + at.image * (a.height * (long long)a.width) * SUMS_PIXEL +
                   slice.group * DEPTH,
               at.image} {}
 

@@ -2,7 +2,7 @@
 //
 // Work: LANES threads a slice (query, head), the heads of a query side by side; in an encoder, a
 // tile of queries a block, with as many heads as fill a line of L1.
-// Memory: every location and weight once, every output once; 4*L*P vectors of channels a slice,
+// Memory: every coordinate and weight once, every output once; 4*L*P vectors of channels a slice,
 // out of L1 where neighbouring queries look at neighbouring pixels, out of L2 otherwise.
 // Limit: the number of instructions, then L1; few queries: the latency of one slice's loads.
 #include <common/queries.cuh>
@@ -17,12 +17,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, OCCUPANCY) attn_forwar
     __shared__ Levels levels;
     levels.fill(a);
     each_slice(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const AttnPoints points{
-            levels,
-            a.locations + image * a.locations_image + query * a.locations_query +
-                slice.group * (2 * POINTS),
-            a.weights + image * a.weights_image + query * a.weights_query + slice.group * POINTS,
-            nullptr, nullptr};
+        const AttnPoints points(a, levels, slice.group, image, query);
         gather_slice(a, points, image, slice);
     });
 }

@@ -13,7 +13,7 @@ template <typename Points>
 DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Operands& o,
                           const Slice& slice) {
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number);
+    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     ptx::griddepcontrol_wait();  // for zeros to add to
     Sum slope[ROUNDS], mean = 0;

@@ -5,7 +5,7 @@
 // Memory: an encoder of 100 x 134 pixels and three more levels, whose points are normal with a
 // deviation of 2 pixels, has 56 legal corners a slice, and 10 runs of corners at one pixel. So many
 // times a pixel's channels are read and its gradient is added to. A corner moves DEPTH output
-// gradients and 28 bytes of list through shared memory. Locations and weights are read once.
+// gradients and 28 bytes of list through shared memory. Coordinates and weights are read once.
 // Limit: instructions: a warp has 8 slices of 32 halves, and needs 67 for a corner of each and 1600
 // besides, 200 M for that encoder, which takes 400 us on an H100.
 #include <common/attn_backward.cuh>

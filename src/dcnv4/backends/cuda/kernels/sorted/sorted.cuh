@@ -321,7 +321,7 @@ template <typename Points>
 DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Points& points,
                                  const Operands& o, const Slice& slice) {
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number);
+    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
     {

@@ -5,6 +5,8 @@
 
 using namespace dcnv4;
 
+using Index = INDEX;
+
 struct alignas(VECTOR * sizeof(TOTAL) % 16 ? sizeof(TOTAL) : 16) Sums {
     TOTAL number[VECTOR];
 };
@@ -17,14 +19,16 @@ DCNV4_DEVICE float number(long long sum, const float* fixed_point_scale) {
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) convert_sums(Arguments a) {
     ptx::griddepcontrol_wait();
     const int image = blockIdx.x / a.blocks;
-    const long long in_image =
-        (blockIdx.x - image * a.blocks) * (long long)(MAX_THREADS * VECTOR) + threadIdx.x * VECTOR;
+    const Index in_image =
+        (blockIdx.x - image * a.blocks) * Index(MAX_THREADS * VECTOR) + threadIdx.x * VECTOR;
     if (in_image >= a.count) return;
-    const long long first = image * a.count + in_image;
+    const Index first = image * a.count + in_image;
     const Sums held = *(const Sums*)(a.sums + first);
     Vector<VALUE, VECTOR> out;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i)
         out.set(i, number(held.number[i], a.fixed_point_scale + image));
-    out.store(a.result + first);
+    // In one piece, or in pixels that others' numbers lie between.
+    const Index row = ROW ? first / (ROW ? ROW : 1) : 0;
+    out.store(a.result + row * a.result_row + (first - row * ROW));
 }

@@ -15,7 +15,8 @@ using namespace dcnv4;
 // V T' at the pixels' patches: a number for every row, column and pixel. A quad's lanes write
 // columns two apart, of eight pixels: to different banks.
 struct Products {
-    static constexpr int OF_ROW = TILE_W * 4, COLUMN = 36 * 4, ROW = 8 * COLUMN;
+    static constexpr int OF_ROW = TILE_W * 4, COLUMN = 36 * 4;
+    static constexpr int ROW = (PAIRS > 4 ? 2 * PAIRS : 8) * COLUMN;
     unsigned char bytes[PATCH_H * ROW];
 
     static DCNV4_DEVICE int at(int c, int r) { return c * 4 + r * OF_ROW; }
@@ -52,12 +53,12 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                         (long long)tile.image * a.height * a.width * (GROUPS * DEPTH) +
                         group * DEPTH + 4 * t;
     OFFSET_MASK* grad_offset_mask = a.grad_offset_mask + (long long)tile.image * a.out_height *
-                                                             a.out_width * a.offset_mask_channels;
-    const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
+                                                             a.out_width * a.grad_offset_mask_pixel;
+    const int left = tile.column - LEFT;
     // What the lane copies first of the next tile.
     StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image,
                                 a.offset_mask_pixel);
-    const char* window = Rows::first(left, tile.row - above, a.width, image, a.pixel_bytes);
+    const char* window = Rows::first(left, tile.row - ABOVE, a.width, image, a.pixel_bytes);
     const Sum fixed_point_scale = scale_of_sums(a, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
@@ -80,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 
     shared.staged.load(tile, source, a.offset_mask_pixel);
     ptx::cp_async_commit();
-    shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, a.height, a.width, window,
+    shared.window.load<WINDOW_H>(0, 0, left, tile.row - ABOVE, a.height, a.width, window,
                                  a.pixel_bytes);
     ptx::cp_async_commit();
 #pragma unroll 1
@@ -127,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         ptx::cp_async_wait<1>();
         __syncwarp();
         ptx::griddepcontrol_wait();  // for zeros to add to
-        const int top = tile.row - above;
+        const int top = tile.row - ABOVE;
         int first_share = Spread::first(lane);
         ptx::hold(first_share);
 #pragma unroll
@@ -199,9 +200,12 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                 unsigned char* to =
                     lane_products + (row - r) * Products::ROW + r * Products::OF_ROW;
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int i = 0; i < 2; ++i) {
                     *(float*)(to + i * Products::COLUMN) =
                         in_first ? products[0][r % 2 * 2 + i] : products[1][r % 2 * 2 + i];
+                    if (PAIRS > 4 && t == g / 2)
+                        *(float*)(to + (8 + i) * Products::COLUMN) = products[1][r % 2 * 2 + i];
+                }
             }
         }
         __syncwarp();
@@ -216,9 +220,9 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             shared.products.bytes + Products::at(g, t) + g % 2 * Products::COLUMN;
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
-            const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
-            const Sum x = Number<float16>::get(&own.offsets[k], 0);
-            const Sum y = Number<float16>::get(&own.offsets[k], 1);
+            const int i = column_of(k), j = row_of(k);
+            const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
+            const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
             const int whole_x = integer_below(x), whole_y = integer_below(y);
             const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
             const unsigned char* from = own_products + (j + REACH + whole_y) * Products::ROW +
@@ -233,10 +237,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
-                const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
-                const Sum x = left + g + i + REACH + Number<float16>::get(&own.offsets[k], 0);
-                const Sum y = top + t + j + REACH + Number<float16>::get(&own.offsets[k], 1);
-                if (x == -1 || y == -1) gradient[k] = {0, 0, 0};
+                const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
+                const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
+                if (left + g + column_of(k) + REACH + x == -1 ||
+                    top + t + row_of(k) + REACH + y == -1)
+                    gradient[k] = {0, 0, 0};
             }
         const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum share[4], dot[4] = {0, 0, 0, 0};
@@ -288,8 +293,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         unsigned words[StagedPoints::WORDS];
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
-            Number<OFFSET_MASK>::set(words, 2 * k, gradient[k].x);
-            Number<OFFSET_MASK>::set(words, 2 * k + 1, gradient[k].y);
+            Number<OFFSET_MASK>::set(words, 2 * k, SCALE * gradient[k].x);
+            Number<OFFSET_MASK>::set(words, 2 * k + 1, SCALE * gradient[k].y);
         }
 #pragma unroll
         for (int k = 0; k < POINTS; ++k)
@@ -300,17 +305,17 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
         }
-        shared.gradients.store(tile, group, words, grad_offset_mask, a.offset_mask_channels);
+        shared.gradients.store(tile, group, words, grad_offset_mask, a.grad_offset_mask_pixel);
         if (group == GROUPS - 1 && tile.has(g, t))  // channels that no group owns
             for (long long i = 3 * GROUPS * POINTS; i < a.offset_mask_channels; ++i)
-                store(grad_offset_mask + tile.pixel(g, t) * a.offset_mask_channels + i, Sum(0));
+                store(grad_offset_mask + tile.pixel(g, t) * a.grad_offset_mask_pixel + i, Sum(0));
         __syncwarp();
     }
     ptx::griddepcontrol_wait();
     tile.leave(a, tile.row);
     if constexpr (KEPT != 0)
 #pragma unroll
-        for (int row = 0; row < KEPT; ++row) add_to(tile.row - above + row, 0, kept[row]);
+        for (int row = 0; row < KEPT; ++row) add_to(tile.row - ABOVE + row, 0, kept[row]);
     ptx::cp_async_wait<0>();
     ptx::griddepcontrol_launch_dependents();
 }

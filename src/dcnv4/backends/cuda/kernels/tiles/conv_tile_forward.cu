@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     Patches& patches = shared.of_warp[warp].patches;
     StagedPoints& staged = shared.of_warp[warp].staged;
     // A row of a patch, four words, lies in the first or in the second half of the window: a lane's
-    // word is in the first.
+    // word is in the first. A fifth is in the second.
     const bool in_first = t >= g / 2;
     int own_word = Patches::at(g, 0) + (t - g / 2 & 3) * 4, values[STRIP_CHANNELS / 16];
     ptx::hold(own_word);
@@ -56,10 +56,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     while (strip < strips) {
         const int group = tile.part / PARTS;
         const VALUE* image = a.value + tile.image * a.value_image;
-        const int left = tile.column - PADDING_W - REACH, above = PADDING_H + REACH;
+        const int left = tile.column - LEFT;
         // What the thread copies or stores first of the next tile.
         const char* window =
-            Rows::first(left, tile.row - above, a.width,
+            Rows::first(left, tile.row - ABOVE, a.width,
                         image + (tile.part - warp) * STRIP_CHANNELS, a.pixel_bytes);
         const long long pixel =
             (long long)tile.image * a.out_height * a.out_width + tile.pixel(g, 0);
@@ -78,12 +78,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
             ends = any_of_block(limit != tile.last || !own.fits || own.count > MOST_FAR);
             if (ends) break;
             if (tile.row == tile.begin) {
-                shared.window.load<WINDOW_H>(0, 0, left, tile.row - above, a.height, a.width,
+                shared.window.load<WINDOW_H>(0, 0, left, tile.row - ABOVE, a.height, a.width,
                                              window, a.pixel_bytes);
             } else {
                 first = Rows::row(first, TILE_H);
                 shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left,
-                                           tile.row - above + WINDOW_H - TILE_H, a.height, a.width,
+                                           tile.row - ABOVE + WINDOW_H - TILE_H, a.height, a.width,
                                            window, a.pixel_bytes);
             }
             ptx::cp_async_commit();
@@ -141,12 +141,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const int r = 2 * m + i, plane = row - r;
+                        const bool there = plane >= 0 && plane < PATCH_H;
+                        const unsigned char* of_plane = patches.bytes + plane * Patches::PLANE;
                         const unsigned word =
-                            plane < 0 || plane >= PATCH_H
-                                ? 0
-                                : *(const unsigned*)(patches.bytes + (own_word ^ r * 16) +
-                                                     plane * Patches::PLANE);
-                        shares[i] = in_first ? word : 0, shares[2 + i] = in_first ? 0 : word;
+                            there ? *(const unsigned*)(of_plane + (own_word ^ r * 16)) : 0;
+                        const unsigned fifth =
+                            PAIRS > 4 && there && t == g / 2
+                                ? *(const unsigned*)(of_plane + Patches::FIFTHS + (4 * g + r) * 4)
+                                : 0;
+                        shares[i] = in_first ? word : 0, shares[2 + i] = in_first ? fifth : word;
                     }
 #pragma unroll
                     for (int n = 0; n < STRIP_CHANNELS / 8; ++n)

@@ -5,9 +5,9 @@
 
 namespace dcnv4 {
 
-// S as the patches of the pixels, four words a row of each.
+// S as the patches of the pixels, four words a row of each, and of wide ones a fifth behind all.
 struct Patches {
-    static constexpr int PLANE = PIXELS * 16;
+    static constexpr int FIFTHS = PIXELS * 16, PLANE = FIFTHS + (PAIRS > 4 ? PIXELS * 4 : 0);
     unsigned char bytes[PATCH_H * PLANE];
 
     // Words of a pixel. Without the XOR, columns two apart, of 64 bytes each, would share banks.
@@ -16,12 +16,15 @@ struct Patches {
     DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
         unsigned char* to = bytes + at(lane / 4, lane % 4);
 #pragma unroll
-        for (int row = 0; row < PATCH_H; ++row)
+        for (int row = 0; row < PATCH_H; ++row) {
             *(uint4*)(to + row * PLANE) = make_uint4(patch[row][0], patch[row][1], patch[row][2],
-                                                     PAIRS > 3 ? patch[row][PAIRS - 1] : 0);
+                                                     PAIRS > 3 ? patch[row][PAIRS > 3 ? 3 : 0] : 0);
+            if (PAIRS > 4)
+                *(unsigned*)(bytes + row * PLANE + FIFTHS + lane * 4) = patch[row][PAIRS - 1];
+        }
     }
 };
-static_assert(PAIRS == 3 || PAIRS == 4, "a patch must fit");
+static_assert(PAIRS >= 3 && PAIRS <= 5, "a patch must fit");
 
 // S as it is, for every row of the patches and every pixel the WINDOW_W halves of the window's row
 // in two blocks of 8: for products that sum over pixels.
@@ -69,28 +72,43 @@ constexpr DCNV4_DEVICE bool reaches(int row, int m) {
     return row >= 2 * m && row <= 2 * m + PATCH_H;
 }
 
-// Whether a point is near, from its offset, a pair of float16: numbers from 2 on, infinity and NaN
-// have the exponent's highest bit.
-DCNV4_DEVICE bool is_near(unsigned offset) { return !(offset & 0x40004000u); }
+// Where a point is from its home, with steps from there to its cell; `offset` is scaled.
+DCNV4_DEVICE Sum from_home(Sum offset, int steps) {
+    return steps ? offset + Sum(steps) / PIXEL_STEPS : offset;
+}
+// Both coordinates of point k, a pair of float16.
+DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
+    if (rest_x(k) == 0 && rest_y(k) == 0) return offset;
+    return ptx::add_f16x2(offset, ptx::two_f16<PIXEL_STEPS>(rest_x(k), rest_y(k)));
+}
+// Whether it is near: numbers from 2 on, infinity and NaN have the exponent's highest bit.
+DCNV4_DEVICE bool is_near(unsigned from_home) { return !(from_home & 0x40004000u); }
 static_assert(REACH == 2, "as is_near says");
 
+// A row or column and the next, so many steps less.
+DCNV4_DEVICE unsigned pair_from(int first, int steps) {
+    return ptx::two_f16<PIXEL_STEPS>(first * PIXEL_STEPS - steps,
+                                     (first + 1) * PIXEL_STEPS - steps);
+}
+
+// Columns of the patch of a pixel in column c, so many after a point's first: the patch of an odd
+// pixel begins a column earlier.
+DCNV4_DEVICE unsigned columns_of(int c, int after, int steps) {
+    return c % 2 ? pair_from(after - REACH - 1, steps) : pair_from(after - REACH, steps);
+}
+
 // The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
+// The steps to a cell are taken from columns and rows, which hold the difference, not added to an
+// offset.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
-    // The columns of a pair of the patch, from a point's undeformed one. The patch of an odd pixel
-    // begins a column earlier.
-    unsigned columns[2 * REACH + 3];
-#pragma unroll
-    for (int i = 0; i < 2 * REACH + 3; ++i)
-        columns[i] = c % 2 ? ptx::two_f16(i - 2 - REACH, i - 1 - REACH)
-                           : ptx::two_f16(i - 1 - REACH, i - REACH);
 #pragma unroll
     for (int row = 0; row < PATCH_H; ++row)
 #pragma unroll
         for (int q = 0; q < PAIRS; ++q) patch[row][q] = 0;
 #pragma unroll
     for (int k = 0; k < POINTS; ++k) {
-        const int i = cell_of(k) / KERNEL_H, j = cell_of(k) % KERNEL_H;
+        const int i = column_of(k), j = row_of(k);
         const unsigned x = ptx::lower_twice(offsets[k]), y = ptx::upper_twice(offsets[k]);
         const unsigned weight =
             k % 2 ? ptx::upper_twice(weights[k / 2]) : ptx::lower_twice(weights[k / 2]);
@@ -98,10 +116,12 @@ DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned 
 #pragma unroll
         for (int r = 0; r <= REACH; ++r)
             rows[r] = ptx::mul_f16x2(
-                weight, ptx::hat_f16x2(ptx::two_f16(2 * r - REACH, 2 * r + 1 - REACH), y));
+                weight, ptx::hat_f16x2(pair_from(2 * r - REACH, rest_y(k)), y));
 #pragma unroll
-        for (int q = i / 2; q <= (i + 2 * REACH + 1) / 2; ++q) {
-            const unsigned column = ptx::hat_f16x2(columns[2 * q - i + 1], x);
+        for (int pair = 0; pair < REACH + 2; ++pair) {
+            const int q = i / 2 + pair;
+            if (q > (i + 2 * REACH + 1) / 2) break;
+            const unsigned column = ptx::hat_f16x2(columns_of(c, 2 * q - i, rest_x(k)), x);
 #pragma unroll
             for (int r = 0; r <= 2 * REACH; ++r) {
                 const unsigned row =

@@ -21,7 +21,7 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
 
 // A lane's pixel.
 struct Own {
-    unsigned offsets[POINTS];   // pairs of float16; 0 of far points
+    unsigned offsets[POINTS];   // scaled, pairs of float16; 0 of far points
     unsigned weights[COUPLES];  // what the points count, as float16; 0 of far points
     unsigned logits[COUPLES];   // the weights, or logits of them, as they are in memory
     Sum peak, share;            // of the softmax
@@ -34,7 +34,13 @@ struct Own {
         staged.read(lane, group, words);
         unsigned all = 0;
 #pragma unroll
-        for (int k = 0; k < POINTS; ++k) all |= offsets[k] = Number<OFFSET_MASK>::as_f16(words[k]);
+        for (int k = 0; k < POINTS; ++k) {
+            offsets[k] = Number<OFFSET_MASK>::as_f16(words[k]);
+            if (SCALE != 1)
+                offsets[k] = ptx::mul_f16x2(
+                    offsets[k], ptx::two_f16<PIXEL_STEPS>(SCALE_STEPS, SCALE_STEPS));
+            all |= from_home(offsets[k], k);
+        }
         unsigned any = 0;
 #pragma unroll
         for (int i = 0; i < COUPLES; ++i) {
@@ -71,7 +77,7 @@ struct Own {
         if (!__any_sync(~0u, !is_near(all))) return;
 #pragma unroll
         for (int k = 0; k < POINTS; ++k) {
-            if (is_near(offsets[k])) continue;
+            if (is_near(from_home(offsets[k], k))) continue;
             far |= 1u << k;
             offsets[k] = 0;
             weights[k / 2] &= k % 2 ? 0xffff : 0xffff0000u;

@@ -122,6 +122,9 @@ template <int COUNT>
 struct HaloWindow {
     static constexpr int PIECES = COUNT / 8, ROW = WINDOW_W * COUNT * 2;
     static constexpr int SLOTS = (WINDOW_H + 1) / 2 * 2, AT_ONCE = 32 * WARPS / PIECES;
+    // Copies of a row, and one more where columns that are sampled are left.
+    static constexpr int COPIES = WINDOW_W / AT_ONCE;
+    static constexpr int REST = COPIES * AT_ONCE < SAMPLED_W;
     unsigned char bytes[SLOTS * ROW];
 
     static DCNV4_DEVICE int at(int column, int piece) {
@@ -153,8 +156,9 @@ struct HaloWindow {
         for (int r = 0; r < COUNT_ROWS; ++r) {
             const bool legal = unsigned(top + r) < unsigned(height);
 #pragma unroll
-            for (int i = 0; i < WINDOW_W / AT_ONCE; ++i) {
+            for (int i = 0; i < COPIES + REST; ++i) {
                 const int column = i * AT_ONCE + threadIdx.x / PIECES;
+                if (i == COPIES && column >= WINDOW_W) continue;
                 const bool there = unsigned(left + column) < unsigned(width) && column < SAMPLED_W;
                 const int slot = at(column, threadIdx.x % PIECES) + row(first, begin + r);
                 ptx::cp_async<16>(bytes + slot, from + i * AT_ONCE * (long long)stride,

@@ -1,10 +1,11 @@
 // Tiles of output pixels as small dense products on tensor cores.
 //
 // A warp goes down a strip of tiles, each TILE_W x TILE_H output pixels of one group: pixel
-// (column, row) in lane 4 * column + row. Offsets are small: where both numbers of one are less
-// than REACH pixels, its point is NEAR, and all corners that near points sample lie in a window of
-// WINDOW_W x WINDOW_H pixels, the tile and its halo. Let S, of [window positions, pixels], hold at
-// every corner its share of the point's weight. Then
+// (column, row) in lane 4 * column + row. Offsets are small: a point is NEAR if it is less than
+// REACH pixels, in x and in y, from its HOME, the pixel nearest to its cell of the undeformed
+// kernel. All corners that near points sample lie in a window of WINDOW_W x WINDOW_H pixels, the
+// tile and its halo. Let S, of [window positions, pixels], hold at every corner its share of the
+// point's weight. Then
 //
 //     output of a pixel               S' V        V: the window of the value
 //     gradient of the value           S T         T: the output's gradient
@@ -30,15 +31,46 @@
 
 namespace dcnv4 {
 
+// The offset's scale is a power of two, so that float16 holds a scaled offset as exactly as the
+// offset. Cells lie at whole steps from the window's centre, of which a pixel has PIXEL_STEPS.
+constexpr float SCALE = float(SCALE_STEPS) / PIXEL_STEPS;
+constexpr DCNV4_DEVICE int steps_x(int cell) {
+    return SCALE_STEPS * (cell / KERNEL_H * DILATION_W - CENTER_W);
+}
+constexpr DCNV4_DEVICE int steps_y(int cell) {
+    return SCALE_STEPS * (cell % KERNEL_H * DILATION_H - CENTER_H);
+}
+constexpr DCNV4_DEVICE int nearest(int steps) {
+    constexpr int half = PIXEL_STEPS / 2 - 1;
+    return (steps + (steps < 0 ? -half : half)) / PIXEL_STEPS;
+}
+// Homes' columns and rows: the first of them, and how many.
+constexpr int FIRST_CELL = SCALE_STEPS < 0 ? CELLS - 1 : 0, LAST_CELL = CELLS - 1 - FIRST_CELL;
+constexpr int HOME_W = nearest(steps_x(FIRST_CELL)), HOME_H = nearest(steps_y(FIRST_CELL));
+constexpr int HOMES_W = nearest(steps_x(LAST_CELL)) - HOME_W + 1;
+constexpr int HOMES_H = nearest(steps_y(LAST_CELL)) - HOME_H + 1;
+// A point's, counted from the first, and the steps from there to its cell.
+constexpr DCNV4_DEVICE int column_of(int k) { return nearest(steps_x(cell_of(k))) - HOME_W; }
+constexpr DCNV4_DEVICE int row_of(int k) { return nearest(steps_y(cell_of(k))) - HOME_H; }
+constexpr DCNV4_DEVICE int rest_x(int k) {
+    return steps_x(cell_of(k)) - PIXEL_STEPS * (column_of(k) + HOME_W);
+}
+constexpr DCNV4_DEVICE int rest_y(int k) {
+    return steps_y(cell_of(k)) - PIXEL_STEPS * (row_of(k) + HOME_H);
+}
+
 constexpr int PIXELS = TILE_W * TILE_H;
 constexpr int REACH = 2;
-constexpr int PATCH_H = KERNEL_H + 2 * REACH;
-constexpr int PAIRS = (KERNEL_W + 2 * REACH) / 2 + 1;
+constexpr int PATCH_H = HOMES_H + 2 * REACH;
+constexpr int PAIRS = (HOMES_W + 2 * REACH) / 2 + 1;
 constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
-constexpr int SAMPLED_W = TILE_W - 1 + KERNEL_W + 2 * REACH;  // columns of them that are sampled
+constexpr int SAMPLED_W = TILE_W - 1 + HOMES_W + 2 * REACH;  // columns of them that are sampled
+// From the window's first column and row to those of the tile.
+constexpr int LEFT = REACH - HOME_W + PADDING_W - CENTER_W;
+constexpr int ABOVE = REACH - HOME_H + PADDING_H - CENTER_H;
 
-static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W * DILATION_H * DILATION_W == 1,
-              "a patch must fit");
+static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W == 1, "few points in order");
+static_assert(SAMPLED_W <= WINDOW_W && HOMES_H <= 5, "a patch must fit");
 static_assert(DEPTH % 16 == 0 && sizeof(VALUE) == 2 && sizeof(OFFSET_MASK) == 2, "halves alone");
 
 // Of the warps of a block, that share a window.

@@ -1,0 +1,315 @@
+"""The Linears around an operator as few products, and a layer as one node of autograd.
+
+What PyTorch records of a layer call by call costs the host a dozen nodes, and the device casts and
+sums between them. Where nobody but autograd, autocast and a backend is interested in a call, and
+nobody could tell that the submodules were not called, a layer is a `Formula` instead: Linears of
+the same input are one product, all parameters are cast at once, and gradients are made in the dtype
+that they are wanted in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..eager import below, has_interested, is_autocast, needs_grad
+from .base import are_bare
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""What calls a submodule."""
+
+Weights = list[tuple[Tensor, "Tensor | None"]]
+"""Weight and bias of each product."""
+
+_flatten = torch._C._nn.flatten_dense_tensors
+# PyTorch 2.8 has products of halves that come out in float32, on CUDA.
+_WIDENS = hasattr(torch.ops.aten.mm, "dtype_out") and torch.version.hip is None
+
+
+_Place = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides and first element of a tensor in a flat one."""
+
+
+class Parameters(NamedTuple):
+    """What is read of the submodules behind some products: all weights, then all biases."""
+
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+    places: tuple[tuple[_Place, _Place | None], ...]
+    """Of each product's weight and bias, where all parameters lie one after another."""
+    rows: tuple[tuple[int, ...], ...]
+    """Of the weights that are a product's."""
+
+    def dtype(self) -> torch.dtype | None:
+        """That of all of them, or None."""
+        first = self.tensors[0].dtype
+        for tensor in self.tensors:
+            if tensor.dtype is not first:
+                return None
+        return first
+
+    def join(self, dtype: torch.dtype) -> Weights:
+        """The products' weights and biases, cast at once."""
+        flat = _flatten(self.tensors)
+        if flat.dtype is not dtype:
+            flat = flat.to(dtype)
+        return [
+            (flat.as_strided(*weight), None if bias is None else flat.as_strided(*bias))
+            for weight, bias in self.places
+        ]
+
+    def split(self, gradients: Weights) -> list[Tensor]:
+        """The parameters' gradients, of those of products."""
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for rows, (weight, bias) in zip(self.rows, gradients, strict=True):
+            weights += weight.split_with_sizes(rows) if rows[1:] else (weight,)
+            if bias is not None:
+                biases += bias.split_with_sizes(rows) if rows[1:] else (bias,)
+        return weights + biases
+
+    def caller(self, tensors: Sequence[Tensor]) -> Call:
+        """How to call a submodule as if `tensors` were these, cast to the dtype of its input."""
+        biases = iter(tensors[len(self.modules) :])
+        held = {
+            module: (weight, None if module.bias is None else next(biases))
+            for module, weight in zip(self.modules, tensors, strict=False)
+        }
+
+        def call(module: nn.Module, x: Tensor) -> Any:
+            weight, bias = (None if t is None else t.to(x.dtype) for t in held[module])
+            if isinstance(module, nn.Conv2d):
+                return module._conv_forward(x, weight, bias)
+            return F.linear(x, weight, bias)
+
+        return call
+
+
+def read(*products: tuple[nn.Module | None, ...]) -> Parameters | None:
+    """What to read of submodules, those of a product together; None where one has to be called."""
+    modules = [module for product in products for module in product if module is not None]
+    if not are_bare(modules):
+        return None
+    held = [module.__dict__["_parameters"] for module in modules]
+    weights, biases = ([one[name] for one in held] for name in ("weight", "bias"))
+    shapes = tuple([(w.shape, b is not None) for w, b in zip(weights, biases, strict=True)])
+    layout = _layout(tuple(map(len, products)), shapes)
+    if layout is None:
+        return None
+    return Parameters(modules, weights + [bias for bias in biases if bias is not None], *layout)
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]
+) -> tuple[tuple[tuple[_Place, _Place | None], ...], tuple[tuple[int, ...], ...]] | None:
+    """`places` and `rows` of products of so many modules; None where some do not fit together."""
+    numbers = sum(shape.numel() for shape, _ in shapes)
+    left, places, rows, start, bias_start = list(shapes), [], [], 0, numbers
+    for count in counts:
+        product, left = left[:count], left[count:]
+        if len({(shape[1:], biased) for shape, biased in product}) > 1:
+            return None
+        rows.append(tuple(shape[0] for shape, _ in product))
+        joined = torch.empty(sum(rows[-1]), *product[0][0][1:], device="meta")
+        weight = tuple(joined.shape), joined.stride(), start
+        biased = product[0][1]
+        places.append((weight, ((sum(rows[-1]),), (1,), bias_start) if biased else None))
+        start += joined.numel()
+        bias_start += sum(rows[-1]) if biased else 0
+    return tuple(places), tuple(rows)
+
+
+def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as products read it: cast and contiguous, in one pass."""
+    if x.dtype is dtype:
+        return x.contiguous()
+    return x.to(dtype, memory_format=torch.contiguous_format)
+
+
+def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> torch.dtype | None:
+    """The dtype that products with these are made in, where `dtype` is that of the input, cast by
+    autocast; None where PyTorch shall refuse them."""
+    own = parameters.dtype()
+    if own is dtype:
+        return dtype
+    cast = own is not None and is_autocast(device)
+    return dtype if cast and torch.float64 not in (own, dtype) else None
+
+
+class Formula:
+    """How a layer makes its output of tensors, by hand; `composed` says the same to autograd.
+
+    Args:
+        parameters: of its products, in the order in which `forward` gets their weights.
+        dtype: that everything is computed in.
+        wide: the dtypes that the gradients of its inputs are wanted in.
+    """
+
+    def __init__(
+        self, parameters: Parameters, dtype: torch.dtype, wide: tuple[torch.dtype, ...]
+    ) -> None:
+        self.parameters, self.dtype, self.wide = parameters, dtype, wide
+
+    def forward(
+        self, inputs: Sequence[Tensor], weights: Weights
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what the backward needs beside inputs and weights."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        kept: list[Tensor],
+        sums: Sums | None,
+        needed: Sequence[bool],
+    ) -> tuple[Sequence[Tensor | None], Weights]:
+        """The gradients of the inputs that need one and, where there are `sums` to make them with,
+        those of the weights. What is taken out of `kept` is freed."""
+        raise NotImplementedError
+
+    def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
+        """The output, by operations that autograd knows."""
+        raise NotImplementedError
+
+    def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """The output.
+
+        Args:
+            given: what the inputs were made of, or they themselves; gradients are for these.
+            inputs: recorded by autograd as made of what was given.
+        """
+        tensors = (*inputs, *self.parameters.tensors)
+        if needs_grad(tensors, range(len(tensors))):
+            sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
+            output: Tensor = _apply(self, *sources, *tensors)  # type: ignore[no-untyped-call]
+            return output
+        return below(inputs[0].device.type, self._forward, inputs)[0]
+
+    def _forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+        weights = self.parameters.join(self.dtype)
+        output, kept = self.forward(inputs, weights)
+        return output, [weight for weight, _ in weights], kept
+
+    def _backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        kept: list[Tensor],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs and of the parameters; `kept` begins with the weights."""
+        count, products = len(inputs), len(self.parameters.rows)
+        weights = kept[:products]
+        del kept[:products]
+        sums = Sums(tensors[0].dtype, self.parameters.places) if any(needed[count:]) else None
+        grads, made = self.backward(grad, inputs, weights, kept, sums, needed)
+        if sums is None:
+            return [*grads, *[None] * len(tensors)]
+        found = zip(self.parameters.split(made), needed[count:], strict=True)
+        return [*grads, *[gradient if needs else None for gradient, needs in found]]
+
+    def _differentiated(
+        self, grad: Tensor, inputs: Sequence[Tensor], tensors: Sequence[Tensor], needed: Any
+    ) -> list[Tensor | None]:
+        """Gradients that can be differentiated, of the inputs and of the parameters."""
+        create = torch.is_grad_enabled()
+        every = [*inputs, *tensors]
+        wanted = [tensor for tensor, needs in zip(every, needed, strict=True) if needs]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            output = self.composed(inputs, self.parameters.caller(tensors))
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create))
+        return [next(found) if needs else None for needs in needed]
+
+
+class _Node(torch.autograd.Function):
+    """What autograd records of a formula."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, *tensors: Tensor) -> Tensor:
+        count = len(formula.wide)
+        inputs = tensors[count : 2 * count]
+        output, weights, kept = below(inputs[0].device.type, formula._forward, inputs)
+        ctx.formula = formula
+        ctx.save_for_backward(*tensors[count:], *weights, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        formula: Formula = ctx.formula
+        count, saved, needed = len(formula.wide), list(ctx.saved_tensors), ctx.needs_input_grad
+        # What the backward has done with shall make room, unless the graph is run once more.
+        getattr(ctx, "maybe_clear_saved_tensors", bool)()
+        inputs, saved = saved[:count], saved[count:]
+        tensors = saved[: len(formula.parameters.tensors)]
+        del saved[: len(tensors)]
+        through, needed = needed[1 : 1 + count], needed[1 + count :]
+        if torch.is_grad_enabled() or has_interested((grad,), (0,)):
+            grads = formula._differentiated(grad, inputs, tensors, needed)
+            return None, *[None] * count, *grads
+        grads = below(
+            *(grad.device.type, formula._backward),
+            *(grad, inputs, tensors, saved, needed),
+        )
+        # To the source past what made the input of it, which would cast the gradient once more.
+        sources: list[Tensor | None] = [None] * count
+        for i, source in enumerate(through):
+            if source:
+                sources[i], grads[i] = grads[i], None
+        return None, *sources, *grads
+
+
+# `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
+_apply = super(torch.autograd.Function, _Node).apply
+
+
+# Products.
+
+
+class Sums:
+    """Makes the gradients of products' weights and biases.
+
+    PyTorch's sum of a tall, narrow matrix takes a GPU several times what a product with ones does.
+    """
+
+    def __init__(self, dtype: torch.dtype, places: Sequence[tuple[_Place, _Place | None]]) -> None:
+        self.dtype, self.places = dtype, places
+        self.ones: Tensor | None = None
+
+    def of(self, product: int, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of one product, from its input `x` [N, C] and the gradient [N, M] of its output."""
+        weight = multiplied(grad.t(), x, self.dtype)
+        return weight, None if self.places[product][1] is None else self._rows(grad)
+
+    def _rows(self, grad: Tensor) -> Tensor:
+        """The sum [M] over the rows of a gradient [N, M]."""
+        if grad.device.type == "cpu" or (grad.dtype is torch.float32 and _is_rounding()):
+            return grad.sum(0).to(self.dtype)
+        if self.ones is None or self.ones.shape[1] != grad.shape[0]:
+            self.ones = grad.new_ones((1, grad.shape[0]))
+        return multiplied(self.ones, grad, self.dtype)[0]
+
+
+def _is_rounding() -> bool:
+    """Whether PyTorch may round float32 numbers before a GPU multiplies them."""
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if chosen is None:  # before PyTorch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(chosen == "tf32")
+
+
+def multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a·b in this dtype."""
+    if a.dtype is dtype:
+        return torch.mm(a, b)
+    if _WIDENS and dtype is torch.float32 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)

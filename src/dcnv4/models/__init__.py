@@ -1,0 +1,17 @@
+"""Models in timm's registry, which importing this registers: FlashInternImage and InternImage.
+
+import timm, dcnv4.models
+model = timm.create_model("flash_internimage_t", pretrained=True)
+"""
+
+try:
+    import timm as _timm  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"dcnv4.models needs timm (pip install 'dcnv4[models]'); got {error}"
+    ) from error
+
+from .internimage import InternImage
+from .rates import parameter_groups
+
+__all__ = ["InternImage", "parameter_groups"]
