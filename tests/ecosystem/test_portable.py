@@ -18,6 +18,7 @@ import dcnv4
 from dcnv4 import DCNv4
 from dcnv4.export import decompositions, portable
 from support.portable import LAYERS, MODELS, Portable, assert_same, flat, get
+from support.tiers import one_in
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning"),
 ]
-EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
+EVERY_LAYER = pytest.mark.parametrize("name", one_in(2, LAYERS))
 EVERY_MODEL = pytest.mark.parametrize("name", [*LAYERS, *MODELS])
 
 
@@ -61,6 +62,7 @@ def test_exported_programs(name: str) -> None:
     assert_same(name, model, program.module())
 
 
+@pytest.mark.exhaustive
 def test_strictly_exported_programs() -> None:
     model = get("DCNv4Conv2d").model()
     program = exported("DCNv4Conv2d", model, strict=True)
@@ -147,7 +149,7 @@ def run_elsewhere(kind: str, path: Path, some: Portable, model: nn.Module) -> No
     subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True)
 
 
-@EVERY_MODEL
+@pytest.mark.parametrize("name", one_in(5, [*LAYERS, *MODELS]))
 def test_traces_load_anywhere(name: str, tmp_path: Path) -> None:
     some = get(name)
     model = some.model()
@@ -157,6 +159,7 @@ def test_traces_load_anywhere(name: str, tmp_path: Path) -> None:
     run_elsewhere("jit", path, some, model)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["FlashDeformAttn", *MODELS])
 def test_programs_load_anywhere(name: str, tmp_path: Path) -> None:
     some = get(name)
