@@ -135,8 +135,9 @@ def levels(
         sizes = [size for pair in spatial_shapes for size in pair]
         filled = [torch.full((), size, dtype=torch.int64, device=device) for size in sizes]
         shapes = torch.stack(filled).view(-1, 2)
-    areas = shapes.prod(1)
-    return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
+    heights, widths = shapes[:, :1], shapes[:, 1:]
+    areas = heights * widths
+    return heights, widths, areas.cumsum(0) - areas
 
 
 class Reference(NamedTuple):

@@ -210,8 +210,7 @@ def _attn_problem(
     of_rows = _by_row(reference, *coordinates.shape[:2])
     heights, widths, starts = geometry.levels(spatial_shapes, value.device)
     # Shapes on an accelerator are not checked on the host: a wrong one must not read elsewhere.
-    areas = torch.cat((heights, widths), 1).prod(1, keepdim=True)
-    fits = (heights <= length) & (widths <= length) & (starts + areas <= length)
+    fits = (heights <= length) & (widths <= length) & (starts + heights * widths <= length)
     of_levels = torch.where(fits, heights, 0), widths, starts
     points_of_level = coordinates.shape[4]
     of_points = [sizes.to(integers).expand(-1, points_of_level).flatten() for sizes in of_levels]

@@ -36,6 +36,7 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    called,
     computed_dtype,
     multiplied,
     prepared,
@@ -191,7 +192,7 @@ class FlashDeformAttn(Layer):
         input_flatten: Tensor,
         shapes: Tensor | Sequence[Sequence[int]],
         mask: Tensor | None,
-        call: Call = nn.Module.__call__,
+        call: Call = called,
     ) -> Tensor:
         """The output of arguments that were checked; `call` calls submodules."""
         offsets, logits = self._predict(query, call)
@@ -268,7 +269,7 @@ class FlashDeformAttn(Layer):
         locations = (x_y + 0.5) / torch.cat((widths, heights), 1)[:, None]
         return locations, logits.flatten(3).softmax(-1).view_as(logits)
 
-    def _predict(self, query: Tensor, call: Call = nn.Module.__call__) -> tuple[Tensor, Tensor]:
+    def _predict(self, query: Tensor, call: Call = called) -> tuple[Tensor, Tensor]:
         """Offsets [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of the weights."""
         offsets, logits = call(self.sampling_offsets, query), call(self.attention_weights, query)
         # As many heads as the projection has weights for. Not `unflatten`, after which PyTorch's

@@ -43,6 +43,7 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    called,
     computed_dtype,
     multiplied,
     prepared,
@@ -156,7 +157,7 @@ class _DeformConv(WindowedLayer):
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
         return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
 
-    def _deform(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+    def _deform(self, x: Tensor, call: Call = called) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
         value = x if self.value_proj is None else call(self.value_proj, x)
         y = windowed_conv(value, self._predict(x, call), self.window, self.backend)
@@ -164,7 +165,7 @@ class _DeformConv(WindowedLayer):
             y = self._blend(y, value, y)
         return y if self.output_proj is None else call(self.output_proj, y)
 
-    def _predict(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+    def _predict(self, x: Tensor, call: Call = called) -> Tensor:
         """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
         if self.offset_mask_dw is not None:
             x = call(self.offset_mask_dw, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
