@@ -105,7 +105,7 @@ def test_deform_conv(tmp_path: Path) -> None:
 PORTABLE = "odd_scale remove_center_even softmax_padded stride_pair not_finite double_coordinates"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *one_in(2, [torch.float16, torch.float64])])
+@pytest.mark.parametrize("dtype", one_in(3, [torch.float16, torch.float32, torch.float64]))
 def test_deform_conv_by_gather(tmp_path: Path, dtype: torch.dtype) -> None:
     calls = choose(cases.CONV, PORTABLE)
     model = exported_calls(tmp_path / "model.onnx", calls, dtype, opset_version=18)
@@ -119,6 +119,7 @@ def test_deform_conv_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     exported_calls(tmp_path / "model.onnx", calls, dtype, deform_conv="DeformConv")
 
 
+@pytest.mark.exhaustive
 def test_attention_by_gather(tmp_path: Path) -> None:
     calls = [
         *choose(cases.ATTENTION, "three_levels softmax_flat empty_level shapes_tensor"),
@@ -204,10 +205,13 @@ def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
 @pytest.mark.parametrize(
     ("axes", "names"),
     [
-        ({"x": {0: "batch"}, "y": {0: "batch"}, "found": {0: "batch"}}, ["x", "y"]),
-        ({"image": [0, -1], "references": [0]}, None),
+        pytest.param(
+            {"x": {0: "batch"}, "y": {0: "batch"}, "found": {0: "batch"}}, ["x", "y"], id="names"
+        ),
+        pytest.param(
+            {"image": [0, -1], "references": [0]}, None, id="lists", marks=pytest.mark.exhaustive
+        ),
     ],
-    ids=["names", "lists"],
 )
 def test_dynamic_axes(tmp_path: Path, axes: dict[str, Any], names: list[str] | None) -> None:
     """The old exporter's way to say which sizes change."""
