@@ -8,6 +8,7 @@ of them is interested in does by hand what is left: autocast, autograd, the back
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -60,7 +61,7 @@ def run(operator: Operator, *call: Any) -> Tensor:
         if device in AUTOCAST_KEYS:
             operator, exact = operator.under_autocast(device, *call)
             return without_autocast(device, _run_plain, operator, operator.inputs, exact)
-    elif _is_transformed():
+    elif _is_transformed() or is_portable():
         device = call[1].device.type
         if not is_autocast(device):
             return operator.differentiable(*call)
@@ -178,6 +179,16 @@ def is_traced_by_jit() -> bool:
     return _C._is_tracing()
 
 
+portable: ContextVar[bool] = ContextVar("portable", default=False)
+"""Whether `export.portable` is on."""
+
+
+def is_portable() -> bool:
+    """Whether what is traced must hold PyTorch's own operations alone: `export.portable` is on, or
+    PyTorch's own exporter to ONNX asks."""
+    return portable.get() or torch.onnx.is_in_onnx_export()
+
+
 def traced_levels(spatial_shapes: Tensor | Sequence[Sequence[Any]]) -> Any:
     """Level sizes as a trace can follow them: where some are tensors, as one tensor [L, 2], since
     numbers would be constants of the graph."""
@@ -212,7 +223,7 @@ def _is_vmap() -> bool:
 
 
 # The tracer of torch 2.4 cannot ask these itself. The answers are constants of a graph.
-for _function in (is_traced_by_jit, _is_transformed, _is_vmap):
+for _function in (is_traced_by_jit, is_portable, _is_transformed, _is_vmap):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

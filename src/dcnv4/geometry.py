@@ -68,6 +68,19 @@ class Window(NamedTuple):
             del cells[self.center_index()]
         return cells
 
+    def cells_beside(self, offsets: Tensor) -> Tensor:
+        """`cells` [K, 2] as a tensor, made of operations: a constant could be added to no graph
+        that was traced before."""
+        y, x = (
+            torch.arange(size, dtype=offsets.dtype, device=offsets.device) * step - center
+            for size, step, center in zip(
+                self.kernel_size, self.dilation, self.center(), strict=True
+            )
+        )
+        grid = torch.stack((x[:, None].expand(-1, y.shape[0]), y.expand(x.shape[0], -1)), -1)
+        cells, center = grid.flatten(0, 1), self.center_index()
+        return torch.cat((cells[:center], cells[center + 1 :])) if self.remove_center else cells
+
     def center_index(self) -> int:
         """Which point of the whole kernel is its centre, the one that `remove_center` drops."""
         kh, kw = self.kernel_size
@@ -96,8 +109,7 @@ def conv_points(offset_mask: Tensor, window: Window) -> tuple[Tensor, Tensor, Te
     x and y are input pixels from the centre of the window, `Window.origins`.
     """
     offsets, weights = window.split(offset_mask)
-    base = torch.tensor(window.cells(), dtype=offsets.dtype, device=offsets.device)
-    x, y = (window.offset_scale * (base + offsets)).unbind(-1)
+    x, y = (window.offset_scale * (window.cells_beside(offsets) + offsets)).unbind(-1)
     return x, y, weights.softmax(-1) if window.softmax else weights
 
 
@@ -115,9 +127,17 @@ def levels(
     spatial_shapes: Tensor | Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heights, widths and first rows in the value, each [L, 1], of levels of these (H, W)."""
-    shapes = torch.as_tensor(spatial_shapes, dtype=torch.int64, device=device)
-    areas = shapes.prod(1)
-    return shapes[:, :1], shapes[:, 1:], (areas.cumsum(0) - areas)[:, None]
+    if isinstance(spatial_shapes, Tensor):
+        shapes = spatial_shapes.to(device, torch.int64)
+    else:
+        # Filled in, because a size may be symbolic, and a constant could be added to no graph that
+        # was traced before.
+        sizes = [size for pair in spatial_shapes for size in pair]
+        filled = [torch.full((), size, dtype=torch.int64, device=device) for size in sizes]
+        shapes = torch.stack(filled).view(-1, 2)
+    heights, widths = shapes[:, :1], shapes[:, 1:]
+    areas = heights * widths
+    return heights, widths, areas.cumsum(0) - areas
 
 
 class Reference(NamedTuple):
@@ -205,46 +225,55 @@ def corners(
     heights: Tensor | int,
     widths: Tensor | int,
     origins: tuple[Tensor | int, Tensor | int] = (0, 0),
+    first: Tensor | int = 0,
+    step: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The four pixels around each point and where the point lies between them.
 
     A point is (x, y) pixels from the pixel of `origins`, which are integers (column, row). Returns
-    `index` [..., 4] (y·width + x; top left, top right, bottom left, bottom right) and the fractions
-    of a pixel [...] from the left and from the top corners. The index of a corner outside the image
-    is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at NaN: such corners
-    contribute nothing.
+    `index` [..., 4] (first + step·(y·width + x); top left, top right, bottom left, bottom right)
+    and the fractions of a pixel [...] from the left and from the top corners. The index of a corner
+    outside the image is -1, and all four are when the point lies outside (-1, W) x (-1, H) or at
+    NaN: such corners contribute nothing.
     """
-    column, fraction_x, legal_x = _around(x, origins[0], widths)
-    row, fraction_y, legal_y = _around(y, origins[1], heights)
-    index = [
-        torch.where(legal_x[dx] & legal_y[dy], (row + dy) * widths + (column + dx), -1)
-        for dy in (0, 1)
-        for dx in (0, 1)
-    ]
-    return torch.stack(index, -1), fraction_x, fraction_y
+    columns, fraction_x, legal_x = _around(x, origins[0], widths)
+    rows, fraction_y, legal_y = _around(y, origins[1], heights)
+    first_of_row = rows * _beside_pairs(widths * step) + _beside_pairs(first)
+    # Illegal along either axis leaves the sum below 0: a fraction of the memory of four conditions.
+    far = torch.iinfo(first_of_row.dtype).min // 2
+    across = torch.where(legal_x, columns * step, far)
+    down = torch.where(legal_y, first_of_row, far)
+    index = (down[..., :, None] + across[..., None, :]).clamp(min=-1)
+    return index.flatten(-2), fraction_x, fraction_y
 
 
-def _around(
-    x: Tensor, origin: Tensor | int, size: Tensor | int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Along one axis, the pixel at or before each point `origin` + x, the fraction of a pixel from
-    it, and whether that pixel and the next count.
+def _around(x: Tensor, origin: Tensor | int, size: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis, the pixels at or before each point `origin` + x and after it [..., 2], the
+    fraction of a pixel from the former, and whether each of them counts.
 
-    Floor and fraction are those of x alone: no precision is lost where the origin is large.
+    Floor and fraction are those of x alone: no precision is lost where the origin is large. Pixels
+    are integers as wide as `origin` and `size`, of 32 bits or more.
     """
-    near = x.abs() < 2**31  # false for NaN; no image is larger
+    near = x.abs() < 2**30  # false for NaN; no image is larger
     x = torch.where(near, x, 0.0)
     floor = x.detach().floor()
-    before, fraction = origin + floor.long(), x - floor
-    inside = near & (before < size) & ((before >= 0) | ((before == -1) & (fraction > 0)))
-    return before, fraction, (inside & (before >= 0), inside & (before < size - 1))
+    before, fraction = origin + floor.int(), x - floor
+    pixels = torch.stack((before, before + 1), -1)
+    # Not `|`, which the converter to Core ML does not know.
+    inside = near & torch.logical_or(before >= 0, fraction > 0)
+    return pixels, fraction, inside[..., None] & (pixels >= 0) & (pixels < _beside_pairs(size))
+
+
+def _beside_pairs(number: Tensor | int) -> Tensor | int:
+    """What points [...] have in common, as it stands beside [..., 2]."""
+    return number[..., None] if isinstance(number, Tensor) and number.dim() else number
 
 
 def coefficients(weights: Tensor, fraction_x: Tensor, fraction_y: Tensor) -> Tensor:
     """What each of a point's four corners counts [..., 4]: its bilinear share of the weight."""
-    top, bottom = weights * (1 - fraction_y), weights * fraction_y
-    left = 1 - fraction_x
-    return torch.stack((top * left, top * fraction_x, bottom * left, bottom * fraction_x), -1)
+    down = torch.stack((weights * (1 - fraction_y), weights * fraction_y), -1)
+    across = torch.stack((1 - fraction_x, fraction_x), -1)
+    return (down[..., :, None] * across[..., None, :]).flatten(-2)
 
 
 def coefficients_backward(

@@ -1,4 +1,4 @@
-"""Export to ONNX: deformable convolution as the standard `DeformConv`, attention as gathers.
+"""Export to ONNX: the operators as gathers and products, or as standard operators of their kind.
 
 `lower` rewrites an exported program, `export` goes all the way from a model to a file.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import geometry, ops
-from .backends import reference
+from .export import decompositions
 from .geometry import Reference, Window, sum_dtype, unpacked
 
 __all__ = ["export", "lower"]
@@ -33,8 +32,9 @@ def export(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
+    deform_conv: str = "gather",
     attention: str = "gather",
-    opset_version: int = 20,
+    opset_version: int | None = None,
     verbose: bool = False,
     **options: Any,
 ) -> Any:
@@ -49,9 +49,11 @@ def export(
             any size.
         dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
             input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
-        attention: "gather": ms_deform_attn as index arithmetic and `Gather`. "grid_sample": a
-            `GridSample` per level; the level sizes must then be numbers in the model.
-        opset_version: of the standard opset; at least 19, the first with `DeformConv`.
+        deform_conv: "gather": deform_conv as index arithmetic, `Gather` and `MatMul`. "DeformConv":
+            as that operator, which fewer runtimes have.
+        attention: "gather": ms_deform_attn likewise. "grid_sample": a `GridSample` per level; the
+            level sizes must then be numbers in the model.
+        opset_version: of the standard opset; None for the lowest: 18, and 19 with `DeformConv`.
         verbose: print the exporter's progress.
         options: more keywords of `torch.onnx.export`, such as `input_names`.
 
@@ -66,14 +68,12 @@ def export(
         >>> import torch
         >>> import dcnv4.onnx
         >>> model = dcnv4.DCNv4Conv2d(3, 16, padding=1).eval()
-        >>> program = dcnv4.onnx.export(model, (torch.randn(1, 3, 32, 48),), "model.onnx")
+        >>> image = torch.randn(1, 3, 32, 48)
+        >>> program = dcnv4.onnx.export(model, (image,), "model.onnx", deform_conv="DeformConv")
         >>> sum(node.op_type == "DeformConv" for node in program.model.graph)
         1
     """
-    if opset_version < 19:
-        raise ValueError(
-            f"opset_version must be >= 19, the first with DeformConv; got {opset_version}"
-        )
+    opset_version = _opset(opset_version, deform_conv)
     _require_torch()
     _require_packages()
     if dynamic_axes is not None:
@@ -85,15 +85,58 @@ def export(
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=tree_map(_dimension, dynamic_shapes)
         )
-    return torch.onnx.export(
-        lower(program, attention=attention),
-        f=path,
+    saving = {save: options.pop(own) for own, save in _SAVING.items() if own in options}
+    written: Any = torch.onnx.export(
+        lower(program, deform_conv=deform_conv, attention=attention),
         dynamo=True,
         opset_version=opset_version,
         dynamic_shapes=tree_map(_dimension_name, dynamic_shapes),
         verbose=verbose,
         **options,
     )
+    _forget_sizes(written)
+    if path is not None:
+        written.save(path, **{"external_data": True, **saving})
+    return written
+
+
+# What writes the file, by PyTorch's names, and by those of its program.
+_SAVING = {
+    "export_params": "include_initializers",
+    "keep_initializers_as_inputs": "keep_initializers_as_inputs",
+    "external_data": "external_data",
+}
+
+
+def _opset(version: int | None, deform_conv: str) -> int:
+    """The version that is written."""
+    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    if deform_conv == "DeformConv":
+        if version is not None and version < 19:
+            raise ValueError(
+                f"opset_version must be >= 19, the first with DeformConv; got {version}; "
+                'deform_conv="gather" needs 18'
+            )
+        return version or 19
+    if version is not None and version < 18:
+        raise ValueError(
+            "opset_version must be >= 18, the lowest that PyTorch's new exporter writes; got "
+            f"{version}; torch.onnx.export(..., dynamo=False) writes 16"
+        )
+    return version or 18
+
+
+def _forget_sizes(program: Any) -> None:
+    """Drop what is noted of the sizes of intermediate results.
+
+    ONNX Runtime keeps a buffer for results of the same noted size until the last of them was used:
+    without the notes, a portable layer takes half the memory. They can be inferred.
+    """
+    outputs = set(program.model.graph.outputs)
+    for node in program.model.graph:
+        for result in node.outputs:
+            if result not in outputs:
+                result.shape = None
 
 
 def _from_axes(
@@ -136,21 +179,27 @@ def _dimension_name(size: Any) -> Any:
     return size.__name__ if isinstance(size, torch.export.Dim) else size
 
 
-def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -> Any:
+def lower(
+    program: torch.export.ExportedProgram,
+    *,
+    deform_conv: str = "gather",
+    attention: str = "gather",
+) -> Any:
     """An exported program in which this package's operators are those that ONNX has.
 
     `torch.onnx.export(lowered, …, dynamo=True)` takes it as it is.
 
     Args:
         program: from `torch.export.export`.
-        attention: as in `export`.
+        deform_conv, attention: as in `export`.
 
     Returns:
-        The `torch.export.ExportedProgram`; it is not meant to be run in PyTorch.
+        The `torch.export.ExportedProgram`; with `DeformConv` it is not meant to be run in PyTorch.
 
     Raises:
         ImportError: torch is older than 2.8.
-        ValueError: an unknown `attention`, or level sizes that "grid_sample" cannot take.
+        ValueError: an unknown `deform_conv` or `attention`, or level sizes that "grid_sample"
+            cannot take.
 
     Example:
         >>> import torch
@@ -161,21 +210,23 @@ def lower(program: torch.export.ExportedProgram, *, attention: str = "gather") -
         >>> onnx = torch.onnx.export(lowered, f="model.onnx", dynamo=True, verbose=False)
     """
     _require_torch()
-    if attention not in _ATTENTION:
-        raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}; got {attention!r}")
-    attend = _ATTENTION[attention]
-    table = {
-        torch.ops.dcnv4.deform_conv.default: _deform_conv,
-        torch.ops.dcnv4.deform_conv_packed.default: _deform_conv_packed,
-        torch.ops.dcnv4.ms_deform_attn.default: partial(_attention, attend),
-        torch.ops.dcnv4.ms_deform_attn_from_offsets.default: partial(_from_offsets, attend),
-    }
+    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    _check("attention", attention, _ATTENTION)
+    table = decompositions() | _DEFORM_CONV[deform_conv] | _ATTENTION[attention]
     return program.run_decompositions(table)
+
+
+def _check(name: str, choice: str, choices: Mapping[str, Any]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {choice!r}")
 
 
 def _require_torch() -> None:
     if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
-        raise ImportError(f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}")
+        raise ImportError(
+            f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}; "
+            "torch.onnx.export(..., dynamo=False) does without"
+        )
 
 
 def _require_packages() -> None:
@@ -216,7 +267,8 @@ def _lowered_conv(value: Tensor, offset_mask: Tensor, window: Window) -> Tensor:
         fraction, exponent = math.frexp(window.offset_scale)
         digits = torch.full((), int(fraction * 2**53), dtype=torch.int64, device=value.device)
         scale = digits.to(dtype) * 2.0 ** (exponent - 53)
-        offsets = scale * offsets + (scale - 1) * _cells(window, offsets)
+        cells = window._replace(remove_center=False).cells_beside(offsets)
+        offsets = scale * offsets + (scale - 1) * cells.unflatten(0, (kw, kh))
     output: Tensor = torch.onnx.ops.symbolic(
         "DeformConv",
         (
@@ -248,51 +300,19 @@ def _with_zero(points: Tensor, index: int, dim: int) -> Tensor:
     return torch.cat((before, zero, after), dim)
 
 
-def _cells(window: Window, like: Tensor) -> Tensor:
-    """(x, y) of the undeformed points from the window's centre, [kw, kh, 2]."""
-    y, x = (
-        torch.arange(size, dtype=like.dtype, device=like.device) * step - center
-        for size, step, center in zip(
-            window.kernel_size, window.dilation, window.center(), strict=True
-        )
-    )
-    return torch.stack(torch.broadcast_tensors(x[:, None], y), -1)
-
-
 def _exact_dtype(value: Tensor, coordinates: Tensor) -> torch.dtype:
     return torch.promote_types(sum_dtype(value.dtype), coordinates.dtype)
 
 
-def _attention(attend: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _located_grid_sample(*arguments: Any) -> Tensor:
     _, *call = ops.DeformAttn.unflatten(*arguments)
-    return attend(*call)
+    return _grid_sample(*call)
 
 
-def _from_offsets(attend: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _offset_grid_sample(*arguments: Any) -> Tensor:
     call = ops.DeformAttnFromOffsets.unflatten(*arguments)
     _, value, shapes, points, offsets, weights, box_normalizer, softmax, _ = call
-    return attend(value, shapes, offsets, weights, softmax, Reference(points, box_normalizer))
-
-
-def _gather(
-    value: Tensor,
-    shapes: Any,
-    coordinates: Tensor,
-    weights: Tensor,
-    softmax: bool,
-    place: Reference | None = None,
-) -> Tensor:
-    inputs = value, _sizes(shapes, value), coordinates, weights, softmax
-    return reference.attn_forward(*inputs, reference=place, differentiable=True)
-
-
-def _sizes(shapes: Any, beside: Tensor) -> Tensor:
-    """As a tensor that is no constant, which a lowering cannot add to a program."""
-    if isinstance(shapes, Tensor):
-        return shapes
-    numbers = [size for pair in shapes for size in pair]
-    sizes = [torch.full((), n, dtype=torch.int64, device=beside.device) for n in numbers]
-    return torch.stack(sizes).view(-1, 2)
+    return _grid_sample(value, shapes, offsets, weights, softmax, Reference(points, box_normalizer))
 
 
 def _grid_sample(
@@ -311,7 +331,7 @@ def _grid_sample(
     locations = coordinates.to(dtype)
     if place is not None:
         place = place._replace(points=place.points.to(dtype))
-        heights, widths, _ = geometry.levels(_sizes(sizes, value), value.device)
+        heights, widths, _ = geometry.levels(sizes, value.device)
         x, y = geometry.attn_points(locations, heights, widths, place)
         locations = torch.stack(((x + 0.5) / widths, (y + 0.5) / heights), -1)
     heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
@@ -328,4 +348,18 @@ def _grid_sample(
     return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
-_ATTENTION = {"gather": _gather, "grid_sample": _grid_sample}
+# What is made of an operator other than what any runtime knows.
+_DEFORM_CONV: dict[str, dict[Any, Callable[..., Tensor]]] = {
+    "gather": {},
+    "DeformConv": {
+        torch.ops.dcnv4.deform_conv.default: _deform_conv,
+        torch.ops.dcnv4.deform_conv_packed.default: _deform_conv_packed,
+    },
+}
+_ATTENTION: dict[str, dict[Any, Callable[..., Tensor]]] = {
+    "gather": {},
+    "grid_sample": {
+        torch.ops.dcnv4.ms_deform_attn.default: _located_grid_sample,
+        torch.ops.dcnv4.ms_deform_attn_from_offsets.default: _offset_grid_sample,
+    },
+}

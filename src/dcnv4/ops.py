@@ -74,7 +74,7 @@ class Operator:
     that one is not wanted."""
     differentiable: Callable[..., Tensor]
     """The forward, made of PyTorch's own operations: the derivatives of the backward come from it,
-    and it runs under `torch.func` transforms and in forward mode."""
+    it runs under `torch.func` transforms and in forward mode, and is what portable exports hold."""
 
     def __init__(self) -> None:
         name, results = self.name, ", ".join(["Tensor"] * len(self.inputs))

@@ -213,3 +213,12 @@ def test_inductor(case: cases.Case) -> None:
         results.append((output, *torch.autograd.grad(output, inputs, grad)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_nodes_know_their_submodules() -> None:
+    """What quantizers go by."""
+    model = nn.Sequential(dcnv4.DCNv4(8, group=2))
+    program = torch.export.export(model, (torch.randn(1, 4, 4, 8),))
+    stacks = [n.meta["nn_module_stack"] for n in program.graph.nodes if "linear" in str(n.target)]
+    paths = [list(stack.values())[-1][0] for stack in stacks]
+    assert paths == ["0.value_proj", "0.offset_mask", "0.output_proj"]

@@ -69,9 +69,10 @@ def exported_calls(
     path: Path, calls: list[Any], dtype: torch.dtype, **options: Any
 ) -> onnx.ModelProto:
     """Export these cases, and hold what ONNX Runtime makes of them against the oracle."""
+    opset = options.setdefault("opset_version", 20)
     inputs = [tuple(t.detach() for t in case.inputs(dtype)[:-1]) for case in calls]
     dcnv4.onnx.export(Calls(calls), (inputs,), path, **options)
-    model, session = load(path, 20)
+    model, session = load(path, opset)
     outputs = run(session, *(tensor for tensors in inputs for tensor in tensors))
     for case, output in zip(calls, outputs, strict=True):
         expected, budget = case.expected(dtype)["output"]
@@ -96,16 +97,29 @@ def test_deform_conv(tmp_path: Path) -> None:
     ONNX Runtime's own positions, columns plus offsets, lose what the budget grants."""
     small = [case for case in cases.CONV if max(case.size) < 100]
     calls = [case for case in small if all(array.size for array in case.exact)]
-    model = exported_calls(tmp_path / "model.onnx", calls, torch.float32)
+    path = tmp_path / "model.onnx"
+    model = exported_calls(path, calls, torch.float32, deform_conv="DeformConv")
     assert count(model, "DeformConv") == len(calls)
+
+
+PORTABLE = "odd_scale remove_center_even softmax_padded stride_pair not_finite double_coordinates"
+
+
+@pytest.mark.parametrize("dtype", one_in(3, [torch.float16, torch.float32, torch.float64]))
+def test_deform_conv_by_gather(tmp_path: Path, dtype: torch.dtype) -> None:
+    calls = choose(cases.CONV, PORTABLE)
+    model = exported_calls(tmp_path / "model.onnx", calls, dtype, opset_version=18)
+    assert count(model, "Gather") >= len(calls)
+    assert not count(model, "DeformConv") + count(model, "GridSample")
 
 
 @OTHER_DTYPES
 def test_deform_conv_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     calls = choose(cases.CONV, "odd_scale float_coordinates half_coordinates double_coordinates")
-    exported_calls(tmp_path / "model.onnx", calls, dtype)
+    exported_calls(tmp_path / "model.onnx", calls, dtype, deform_conv="DeformConv")
 
 
+@pytest.mark.exhaustive
 def test_attention_by_gather(tmp_path: Path) -> None:
     calls = [
         *choose(cases.ATTENTION, "three_levels softmax_flat empty_level shapes_tensor"),
@@ -170,6 +184,7 @@ def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
         network_inputs(2, 16, 20),
         path,
         dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, {0: "batch"}),
+        deform_conv="DeformConv",
         attention=attention,
         opset_version=19,
         input_names=["image", "references"],
@@ -190,10 +205,13 @@ def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
 @pytest.mark.parametrize(
     ("axes", "names"),
     [
-        ({"x": {0: "batch"}, "y": {0: "batch"}, "found": {0: "batch"}}, ["x", "y"]),
-        ({"image": [0, -1], "references": [0]}, None),
+        pytest.param(
+            {"x": {0: "batch"}, "y": {0: "batch"}, "found": {0: "batch"}}, ["x", "y"], id="names"
+        ),
+        pytest.param(
+            {"image": [0, -1], "references": [0]}, None, id="lists", marks=pytest.mark.exhaustive
+        ),
     ],
-    ids=["names", "lists"],
 )
 def test_dynamic_axes(tmp_path: Path, axes: dict[str, Any], names: list[str] | None) -> None:
     """The old exporter's way to say which sizes change."""
@@ -210,7 +228,7 @@ def test_dynamic_axes(tmp_path: Path, axes: dict[str, Any], names: list[str] | N
         output_names=["found"],
         **options,
     )
-    _, session = load(path, 20)
+    _, session = load(path, 18)
     shape = session.get_inputs()[0].shape
     if names is not None:
         assert [entry.name for entry in session.get_inputs()] == names
@@ -242,7 +260,7 @@ def test_dynamic_axes_of_nested_inputs(tmp_path: Path) -> None:
         dcnv4.onnx.export(Calls([case]), (inputs,), dynamic_axes={}, dynamic_shapes=())
     axes = {"value": {0: "batch"}, "offset_mask": {0: "batch"}}
     dcnv4.onnx.export(Calls([case]), (inputs,), path, dynamic_axes=axes, **options)
-    session = load(path, 20)[1]
+    session = load(path, 18)[1]
     assert [entry.shape[0] for entry in session.get_inputs()] == ["batch", "batch"]
 
 
@@ -250,7 +268,7 @@ def test_lowered_program(tmp_path: Path) -> None:
     """`lower`, for those who call the exporter themselves."""
     network = Network().eval()
     inputs = network_inputs(1, 12, 12)
-    lowered = dcnv4.onnx.lower(torch.export.export(network, inputs))
+    lowered = dcnv4.onnx.lower(torch.export.export(network, inputs), deform_conv="DeformConv")
     targets = {str(node.target) for node in lowered.graph.nodes}
     assert not [target for target in targets if target.startswith("dcnv4")]
     path = tmp_path / "model.onnx"
@@ -260,8 +278,8 @@ def test_lowered_program(tmp_path: Path) -> None:
     torch.testing.assert_close(run(load(path, 20)[1], *inputs)[0], expected)
 
 
-@pytest.mark.exhaustive
-def test_half_precision_keeps_coordinates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deform_conv", one_in(2, ["gather", "DeformConv"]))
+def test_half_precision_keeps_coordinates(tmp_path: Path, deform_conv: str) -> None:
     """In float16 neighbours of 300.125 are 0.25 apart: such a column must not be rounded."""
     value = torch.zeros(1, 1, 400, 1).half()
     value[0, 0, 301] = 1
@@ -274,15 +292,23 @@ def test_half_precision_keeps_coordinates(tmp_path: Path) -> None:
                 value, offset_mask, kernel_size=1, padding=0, groups=1
             )
 
-    dcnv4.onnx.export(Shift(), (value, offset_mask), path := tmp_path / "model.onnx")
-    (output,) = run(load(path, 20)[1], value, offset_mask)
+    path = tmp_path / "model.onnx"
+    program = dcnv4.onnx.export(
+        Shift(), (value, offset_mask), path, deform_conv=deform_conv, external_data=False
+    )
+    assert program.model_proto.opset_import[0].version == (18 if deform_conv == "gather" else 19)
+    (output,) = run(onnxruntime.InferenceSession(path), value, offset_mask)
     assert output[0, 0, 299:303, 0].tolist() == [0, 0.125, 0.875, 0]
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = Network(), network_inputs(1, 8, 8)
-    with pytest.raises(ValueError, match=r"opset_version must be >= 19.*got 17"):
+    with pytest.raises(ValueError, match=r"opset_version must be >= 18.*got 17.*dynamo=False\) wr"):
         dcnv4.onnx.export(network, inputs, opset_version=17)
+    with pytest.raises(ValueError, match=r'opset_version must be >= 19.*got 18; deform_conv="gath'):
+        dcnv4.onnx.export(network, inputs, opset_version=18, deform_conv="DeformConv")
+    with pytest.raises(ValueError, match=r"deform_conv must be one of gather, DeformConv; got 'x'"):
+        dcnv4.onnx.export(network, inputs, deform_conv="x")
     with pytest.raises(ValueError, match=r"attention must be one of gather, grid_sample; got 'x'"):
         dcnv4.onnx.export(network, inputs, attention="x")
     tensor = cases.AttnCase("onnx_tensor", tensor=True)
@@ -303,6 +329,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_without_onnx(tmp_path: Path) -> None:
     """Without a path nothing is written; the program is returned."""
-    program = dcnv4.onnx.export(Network().eval(), network_inputs(1, 8, 8))
-    assert count(program.model_proto, "DeformConv") == 2
+    program = dcnv4.onnx.export(
+        dcnv4.DCNv4(8, group=2).eval(), (torch.randn(1, 5, 5, 8),), deform_conv="DeformConv"
+    )
+    assert count(program.model_proto, "DeformConv") == 1
     assert not list(tmp_path.iterdir())

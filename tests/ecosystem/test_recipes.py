@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -192,6 +192,15 @@ def test_yolo_with_a_deformable_neck_trains(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(fused, found, rtol=1e-3, atol=1e-3)
 
 
+def keep_norms(model: nn.Module, replaced: Iterable[str]) -> None:
+    """Have `fuse` leave the blocks alone whose norm it cannot fold into a weight."""
+    for name in replaced:
+        block = model.get_submodule(name.rpartition(".")[0])
+        block.conv = nn.Sequential(block.conv, block.bn)
+        del block.bn
+        block.forward = block.forward_fuse
+
+
 def test_yolo_converted_trains_and_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fuse` folds each norm into a convolution's weight, so blocks without one fold first."""
     model = yolo(monkeypatch, "yolov8n.yaml")
@@ -203,10 +212,27 @@ def test_yolo_converted_trains_and_fuses(monkeypatch: pytest.MonkeyPatch) -> Non
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         found = model(images)[0]
-        for name in replaced:
-            block = model.get_submodule(name.rpartition(".")[0])
-            block.conv = nn.Sequential(block.conv, block.bn)
-            del block.bn
-            block.forward = block.forward_fuse
+        keep_norms(model, replaced)
         fused = model.fuse(verbose=False)(images)[0]
     torch.testing.assert_close(fused, found, rtol=1e-3, atol=1e-3)
+
+
+def test_ultralytics_exports_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own exporter, which takes PyTorch's old one, for any batch and size of image."""
+    needed("ultralytics")
+    onnxruntime = needed("onnxruntime")
+    from ultralytics import YOLO
+
+    monkeypatch.setenv("YOLO_AUTOINSTALL", "false")
+    monkeypatch.chdir(tmp_path)
+    yolo = YOLO("yolov8n.yaml")
+    replaced = dcnv4.convert(yolo.model, ["model.12", "model.15"])
+    keep_norms(yolo.model, replaced)
+    path = yolo.export(format="onnx", imgsz=64, simplify=False, opset=16, dynamic=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((1, 3, 64, 64), (2, 3, 96, 64)):
+        image = torch.rand(size)
+        with torch.no_grad():
+            expected = yolo.model.eval()(image)[0]
+        (found,) = session.run(None, {"images": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)

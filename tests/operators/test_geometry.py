@@ -126,10 +126,11 @@ def test_fractions_do_not_depend_on_the_origin(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = 4 * torch.randn(2, 100, generator=generator, dtype=dtype)
     near = geometry.corners(x, y, 64, 64, (32, 32))
-    column, row = torch.tensor(2**29 + 3), torch.tensor(2**30 + 5)
+    column, row = torch.tensor([2**29 + 3]), torch.tensor([2**30 + 5])
     far = geometry.corners(x, y, 2**31 - 1, 2**31 - 1, (column, row))
     assert all(torch.equal(*pair) for pair in zip(near[1:], far[1:], strict=True))
     moved = (near[0] % 64 - 32 + column) + (near[0] // 64 - 32 + row) * (2**31 - 1)
+    assert (near[0] >= 0).all()
     assert torch.equal(far[0], moved)
 
 

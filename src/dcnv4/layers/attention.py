@@ -36,6 +36,7 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    called,
     computed_dtype,
     multiplied,
     prepared,
@@ -191,15 +192,16 @@ class FlashDeformAttn(Layer):
         input_flatten: Tensor,
         shapes: Tensor | Sequence[Sequence[int]],
         mask: Tensor | None,
-        call: Call = nn.Module.__call__,
+        call: Call = called,
     ) -> Tensor:
         """The output of arguments that were checked; `call` calls submodules."""
         offsets, logits = self._predict(query, call)
         value = call(self.value_proj, input_flatten)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
+        heads = logits.shape[2]
         output = ms_deform_attn_from_offsets(
-            *(value.unflatten(-1, (logits.shape[2], -1)), shapes),
+            *(value.view(*value.shape[:2], heads, value.shape[2] // heads), shapes),
             *(reference_points, offsets, logits),
             box_normalizer=self._box_normalizer(),
             softmax=True,
@@ -267,12 +269,14 @@ class FlashDeformAttn(Layer):
         locations = (x_y + 0.5) / torch.cat((widths, heights), 1)[:, None]
         return locations, logits.flatten(3).softmax(-1).view_as(logits)
 
-    def _predict(self, query: Tensor, call: Call = nn.Module.__call__) -> tuple[Tensor, Tensor]:
+    def _predict(self, query: Tensor, call: Call = called) -> tuple[Tensor, Tensor]:
         """Offsets [B, Q, G, L, P, 2] and the logits [B, Q, G, L, P] of the weights."""
-        # As many heads as the projection has offsets for.
-        points = (-1, self.n_levels, self.n_points)
-        offsets = call(self.sampling_offsets, query).unflatten(-1, (*points, 2))
-        return offsets, call(self.attention_weights, query).unflatten(-1, points)
+        offsets, logits = call(self.sampling_offsets, query), call(self.attention_weights, query)
+        # As many heads as the projection has weights for. Not `unflatten`, after which PyTorch's
+        # old exporter takes sizes for constants.
+        heads = logits.shape[2] // (self.n_levels * self.n_points)
+        shape = *query.shape[:2], heads, self.n_levels, self.n_points
+        return offsets.view(*shape, 2), logits.view(shape)
 
     def _box_normalizer(self) -> str:
         return "size" if self.use_4D_normalizer else "points"

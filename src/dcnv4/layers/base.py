@@ -222,6 +222,13 @@ class WindowedLayer(Layer):
         return x[:, row.clamp(0, height - 1)[:, None], column.clamp(0, width - 1)]
 
 
+def same_padding(kernel_size: int | tuple[int, int]) -> str | tuple[int, int]:
+    """The `padding` of a convolution that keeps the size: numbers, which quantisers want, except
+    where one side needs more than the other."""
+    height, width = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+    return (height // 2, width // 2) if height % 2 and width % 2 else "same"
+
+
 def original_window(channels: int, pad: int | Sequence[int], group: int, **settings: Any) -> Window:
     """The checked settings of a layer that has the original layers' words."""
     checked = window(

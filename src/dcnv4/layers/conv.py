@@ -34,6 +34,7 @@ from .base import (
     original_window,
     other_words,
     pair,
+    same_padding,
     width_read,
 )
 from .projections import (
@@ -42,6 +43,7 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    called,
     computed_dtype,
     multiplied,
     prepared,
@@ -90,7 +92,7 @@ class _DeformConv(WindowedLayer):
                 in_channels,
                 in_channels,
                 dw_kernel_size,
-                padding="same",
+                padding=same_padding(dw_kernel_size),
                 groups=in_channels,
                 **factory,
             )
@@ -155,7 +157,7 @@ class _DeformConv(WindowedLayer):
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
         return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
 
-    def _deform(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+    def _deform(self, x: Tensor, call: Call = called) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
         value = x if self.value_proj is None else call(self.value_proj, x)
         y = windowed_conv(value, self._predict(x, call), self.window, self.backend)
@@ -163,7 +165,7 @@ class _DeformConv(WindowedLayer):
             y = self._blend(y, value, y)
         return y if self.output_proj is None else call(self.output_proj, y)
 
-    def _predict(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+    def _predict(self, x: Tensor, call: Call = called) -> Tensor:
         """The operator's `offset_mask` [B, Ho, Wo, M], predicted from the input [B, H, W, C_in]."""
         if self.offset_mask_dw is not None:
             x = call(self.offset_mask_dw, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -298,10 +300,10 @@ class _ConvFormula(Formula):
         module, biased = self._depthwise(), self.parameters.places[2][1] is not None
         image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
         grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
-        padding = [d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         grad_x, *depthwise = torch.ops.aten.convolution_backward(
             *(grad_seen, image, weights[2], [module.out_channels] if biased else None),
-            *(module.stride, padding, module.dilation, False, (0, 0), module.groups),
+            *(module.stride, _centered_padding(module), module.dilation),
+            *(False, (0, 0), module.groups),
             (needed, sums is not None, sums is not None and biased),
         )
         if needed:
@@ -324,9 +326,16 @@ def _is_centered(depthwise: nn.Module) -> bool:
     return (
         type(depthwise) is nn.Conv2d
         and depthwise.padding_mode == "zeros"
-        and depthwise.padding == "same"
+        and depthwise.stride == (1, 1)
+        and depthwise.padding in ("same", _centered_padding(depthwise))
         and all(size % 2 for size in depthwise.kernel_size)
     )
+
+
+def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
+    """What keeps the size, of a kernel of odd size."""
+    sizes = zip(depthwise.dilation, depthwise.kernel_size, strict=True)
+    return tuple(dilation * (size // 2) for dilation, size in sizes)
 
 
 @lru_cache(maxsize=256)

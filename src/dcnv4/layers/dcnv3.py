@@ -27,6 +27,7 @@ from .base import (
     is_readable,
     original_window,
     other_words,
+    same_padding,
     width_read,
 )
 
@@ -116,8 +117,9 @@ class DCNv3(WindowedLayer, OriginalNames):
             self.dw_kernel_size = self.kernel_size
         else:
             self.dw_kernel_size = check_integer("dw_kernel_size", dw_kernel_size, 1)
+        padding = same_padding(self.dw_kernel_size)
         depthwise = nn.Conv2d(
-            channels, channels, self.dw_kernel_size, padding="same", groups=channels, **made
+            channels, channels, self.dw_kernel_size, padding=padding, groups=channels, **made
         )
         norm = _norm(norm_layer, channels, made)
         activation = _ACTIVATIONS[check_choice("act_layer", act_layer, tuple(_ACTIVATIONS))]
@@ -170,7 +172,14 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def _interleave(self, offset: Tensor, mask: Tensor, dim: int) -> Tensor:
         """A group's 2K of `offset`, then its K of `mask`, group after group, along `dim` < 0."""
-        parts = [part.unflatten(dim, (self.window.groups, -1)) for part in (offset, mask)]
+        groups = self.window.groups
+        # Not `unflatten`, after which PyTorch's old exporter takes sizes for constants.
+        parts = [
+            part.reshape(
+                *part.shape[:dim], groups, part.shape[dim] // groups, *part.shape[dim:][1:]
+            )
+            for part in (offset, mask)
+        ]
         return torch.cat(parts, dim).flatten(dim - 1, dim)
 
     def extra_repr(self) -> str:

@@ -90,6 +90,12 @@ class Parameters(NamedTuple):
         return call
 
 
+def called(module: nn.Module, x: Tensor) -> Any:
+    """The plain call, looked up when it is made: exporters replace `nn.Module.__call__` by one that
+    records which module a node is of."""
+    return module(x)
+
+
 def read(*products: tuple[nn.Module | None, ...]) -> Parameters | None:
     """What to read of submodules, those of a product together; None where one has to be called."""
     modules = [module for product in products for module in product if module is not None]

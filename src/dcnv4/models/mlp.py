@@ -16,6 +16,7 @@ from ..layers.projections import (
     Parameters,
     Sums,
     Weights,
+    called,
     computed_dtype,
     multiplied,
     prepared,
@@ -51,7 +52,7 @@ class Mlp(nn.Module):
                     return _MlpFormula(self, parameters, dtype, x.dtype).run((x,), (cast,))
         return self.composed(x)
 
-    def composed(self, x: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+    def composed(self, x: Tensor, call: Call = called) -> Tensor:
         """The same by submodules, which `call` calls."""
         return call(self.fc2, F.gelu(call(self.fc1, x)))
 

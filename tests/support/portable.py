@@ -1,0 +1,171 @@
+"""Models that are exported to run where nobody knows the package, and what loads them there."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dcnv4
+from dcnv4.integrations.transformers import enable
+
+Sizes = tuple[tuple[int, int, int], ...]
+
+
+class Portable(NamedTuple):
+    """A model, its inputs for (batch, height, width), and the sizes that it is run on.
+
+    Other sizes than the first where the model's own code exports them.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int, int], tuple[Tensor, ...]]
+    sizes: Sizes
+    std: float = 0.2
+    """Of the parameters of layers."""
+
+    @property
+    def dynamic(self) -> bool:
+        return len(self.sizes) > 1
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make()
+        for layer in model.modules():
+            if isinstance(layer, (dcnv4.DCNv4, dcnv4.DCNv4Conv2d, dcnv4.FlashDeformAttn)):
+                for parameter in layer.parameters():
+                    nn.init.normal_(parameter, std=self.std)
+        return model.eval()
+
+    def axes(self) -> tuple[dict[int, str], ...]:
+        """The names of the sizes that change, by input."""
+        if not self.dynamic:
+            return tuple({} for _ in self.inputs(*self.sizes[0]))
+        image = {0: "batch", 1: "height", 2: "width"}
+        return image, *({0: "batch"} for _ in self.inputs(*self.sizes[0])[1:])
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
+        return tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in self.axes())
+
+
+class Conv2d(nn.Module):
+    """`DCNv4Conv2d` on NHWC, as the other models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = dcnv4.DCNv4Conv2d(4, 8, 3, 2, 1, groups=2, dw_kernel_size=3, softmax=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 3, 1, 2))
+
+
+class Attention(nn.Module):
+    """`FlashDeformAttn` over a map and the same made smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = dcnv4.FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=2)
+
+    def forward(self, x: Tensor, references: Tensor) -> Tensor:
+        small = F.max_pool2d(x.permute(0, 3, 1, 2), 2)
+        value = torch.cat((x.flatten(1, 2), small.flatten(2).transpose(1, 2)), 1)
+        return self.layer(value[:, :3], references, value, [x.shape[1:3], small.shape[2:]])
+
+
+class Detector(nn.Module):
+    """A small Deformable DETR of transformers, with its attention enabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers
+
+        resnet = {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 8, 8],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage2", "stage3", "stage4"],
+        }
+        config = transformers.DeformableDetrConfig(
+            backbone_config=resnet,
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            num_queries=6,
+        )
+        self.detector = enable(transformers.DeformableDetrForObjectDetection(config))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.detector(image)
+        return found.logits, found.pred_boxes
+
+
+def classifier() -> nn.Module:
+    import timm
+
+    importlib.import_module("dcnv4.models")
+    return timm.create_model("flash_internimage_t", num_classes=5)
+
+
+def maps(channels: int) -> Callable[[int, int, int], tuple[Tensor, ...]]:
+    return lambda batch, height, width: (torch.randn(batch, height, width, channels),)
+
+
+def queries(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    return torch.randn(batch, height, width, 8), torch.rand(batch, 3, 2, 2)
+
+
+def images(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 3, height, width),)
+
+
+ANY: Sizes = ((2, 6, 8), (1, 6, 8), (3, 9, 5))
+LAYERS = {
+    "DCNv4": Portable(lambda: dcnv4.DCNv4(8, group=2, center_feature_scale=True), maps(8), ANY),
+    "DCNv4Conv2d": Portable(Conv2d, maps(4), ANY),
+    "FlashDeformAttn": Portable(Attention, queries, ANY),
+}
+MODELS = {
+    "deformable_detr": Portable(Detector, images, ((1, 96, 128),)),
+    # With larger parameters thirty layers in a row make much of the last bit.
+    "flash_internimage_t": Portable(classifier, images, ((1, 32, 32),), std=0.02),
+}
+NEEDS = {
+    "deformable_detr": ("transformers",),
+    "flash_internimage_t": ("timm", "dcnv4.models"),
+}
+
+
+def get(name: str) -> Portable:
+    for module in NEEDS.get(name, ()):
+        if find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}")
+    return {**LAYERS, **MODELS}[name]
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def assert_same(name: str, model: nn.Module, exported: Callable[..., Any]) -> None:
+    """That both give the same on every size."""
+    portable = get(name)
+    for size in portable.sizes:
+        inputs = portable.inputs(*size)
+        with torch.no_grad():
+            expected = flat(model(*inputs))
+        torch.testing.assert_close(flat(exported(*inputs)), expected, rtol=1e-4, atol=1e-4)
