@@ -181,6 +181,7 @@ class FlashDeformAttn(Layer):
                 return formula.run(given, (*inputs, reference_points))
         check_dtype("query", query, self.sampling_offsets)
         check_dtype("input_flatten", input_flatten, self.value_proj)
+        check_sizes("input_spatial_shapes", input_spatial_shapes, self.n_levels)
         return self._attend(
             *(query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask),
         )
