@@ -387,6 +387,7 @@ def test_pictures_show_what_the_pages_say() -> None:
 
 # What an example needs besides the packages that it imports, by its module.
 EXAMPLE_NEEDS = {
+    "dcnv4.export": ((2, 7), ()),
     "dcnv4.onnx": ((2, 8), ("onnx", "onnxscript")),
     "dcnv4.visualize": ((2, 0), ("matplotlib",)),
 }
