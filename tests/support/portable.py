@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -152,8 +151,10 @@ NEEDS = {
 
 def get(name: str) -> Portable:
     for module in NEEDS.get(name, ()):
-        if find_spec(module) is None:
-            pytest.skip(f"{name} needs {module}")
+        try:
+            importlib.import_module(module)
+        except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
+            pytest.skip(f"{name} needs {module}: {error}")
     return {**LAYERS, **MODELS}[name]
 
 
