@@ -298,11 +298,11 @@ def test_interpreted_corners_are_those_of_the_geometry(size: int) -> None:
     fraction = torch.zeros(256)
     triton_probe.around[(1,)](x, origin.int(), before, fraction, counts, size, COUNT=256)
     expected = geometry._around(x, origin, size)
-    legal = expected[2][0].int() + 2 * expected[2][1].int()
+    legal = expected[2][:, 0].int() + 2 * expected[2][:, 1].int()
     near = x.abs() < 2**24
     assert torch.equal(counts[near], legal[near])
     counted = counts > 0
-    assert torch.equal(before[counted & near], expected[0][counted & near].int())
+    assert torch.equal(before[counted & near], expected[0][counted & near, 0].int())
     assert torch.equal(fraction[counted & near], expected[1][counted & near])
     assert counted.any()
     for offset in (0, 1):

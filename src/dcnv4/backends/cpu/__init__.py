@@ -229,7 +229,7 @@ def _attn_plan(
     """`place`: of the reference points; `normalizer`: of boxes."""
     batch, pixels, groups, depth = tensors[0][0]
     _, queries, _, _, points, _ = tensors[1][0]
-    levels, clipped = _levels(shapes, pixels)
+    levels = _levels(shapes, pixels)
     views = _by_name([_heads_view(tensor) for tensor in tensors])
     numbers = 0
     if place is not None:
@@ -247,7 +247,6 @@ def _attn_plan(
         levels=len(levels),
         points=points,
         softmax=softmax,
-        clipped=clipped,
         shift=-0.5,
         reference_numbers=numbers,
     )
@@ -315,15 +314,13 @@ def _heads_view(tensor: _Layout) -> bytes:
     return VIEW.pack(dtype=DTYPES.index(dtype), image=image, column=column, group=group)
 
 
-def _levels(
-    shapes: Sequence[tuple[int, int]], pixels: int
-) -> tuple[list[tuple[int, int, int]], bool]:
-    """Height, width and first pixel of each level, and whether any leaves the value."""
-    levels, start, clipped = [], 0, False
+def _levels(shapes: Sequence[tuple[int, int]], pixels: int) -> list[tuple[int, int, int]]:
+    """Height, width and first pixel of each level; of one that leaves the value zeros."""
+    levels, start = [], 0
     for height, width in shapes:
         stop = start + height * width
-        clipped |= min(height, width, start) < 0 or stop > pixels
-        fits = 0 <= start <= pixels and min(height, width) >= 0 and max(height, width) <= _LARGEST
+        fits = start >= 0 and stop <= pixels and min(height, width) >= 0
+        fits &= max(height, width) <= _LARGEST
         levels.append((height, width, start) if fits else (0, 0, 0))
         start = stop
-    return levels, clipped
+    return levels

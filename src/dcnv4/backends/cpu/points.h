@@ -359,7 +359,6 @@ __attribute__((noinline)) void place(const Work& p, const Grid<A>& grid, int64_t
         }
     }
     s.whole = are_whole(legal, slices * count);
-    if (p.clipped) restrict_to(s, grid, slices * count, 0, p.pixels);
 }
 
 // Place groups [first_group, last_group) of output pixels [first, last) of one image, in order, a

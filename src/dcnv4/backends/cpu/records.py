@@ -74,7 +74,6 @@ PROBLEM = Record(
     int64_t pixels;                                // of one image of the value
     int64_t levels, points;                        // points of a slice in each level
     int64_t softmax;                               // whether the weights are logits
-    int64_t clipped;                               // whether levels may leave the value
     int64_t origin_x, origin_y;  // pixel of the value at the centre of output pixel (0, 0)
     int64_t step_x, step_y;      // from there to the next output pixel's; 0 for queries
     double shift;                // of every point, in pixels
