@@ -100,6 +100,8 @@ def tile_case(row: pairs.Row) -> cases.ConvCase:
     settings = {**WINDOWS[row["window"]], **DATA[row["data"]]}
     window = {**settings.pop("window", {}), "remove_center": row["remove_center"]}
     lost = 2 if row["window"] == "no_padding" else 0
+    if row["layout"] == "packed":  # beside the value: the width of both must be on 16 bytes
+        settings["extra"] = settings.get("extra", 0) // 8 * 8
     return _conv(
         row_id(row),
         row["depth"],
