@@ -324,7 +324,7 @@ def test_random_calls(technique: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", one_in(2, [torch.float32, torch.float16]))
-@pytest.mark.parametrize("name", one_in(5, NAMED[::9]))
+@pytest.mark.parametrize("name", one_in(5, [name for name in NAMED if "double" not in name][::9]))
 def test_deterministic(name: str, dtype: torch.dtype) -> None:
     """The same bits whichever thread adds first, and right ones."""
     case = dict(cases.CASES)[name]
