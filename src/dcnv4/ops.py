@@ -257,7 +257,7 @@ class DeformConvPacked(Operator):
         if packed.dtype in (torch.float64, dtype_of_autocast(device)):
             return self, list(call)
         # The value is rounded, the coordinates beside it are not.
-        return OPERATORS[0].under_autocast(device, backend, *unpacked(packed, channels), window)
+        return DEFORM_CONV.under_autocast(device, backend, *unpacked(packed, channels), window)
 
 
 class _Attention(Operator):

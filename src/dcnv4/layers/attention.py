@@ -381,16 +381,17 @@ def _checked_levels(
             return _kept_levels(shapes, levels, length, device)
         except TypeError:  # not to be kept, or wrong
             pass
-    check_sizes("input_spatial_shapes", shapes, levels)
-    return check_levels(shapes, levels, length, device)
+    return _named_levels(shapes, levels, length, device)
 
 
-@lru_cache(maxsize=256)
-def _kept_levels(
-    shapes: tuple[Any, ...], levels: int, length: int, device: torch.device
+def _named_levels(
+    shapes: Tensor | Sequence[Sequence[int]], levels: int, length: int, device: torch.device
 ) -> Tensor | list[tuple[int, int]]:
     check_sizes("input_spatial_shapes", shapes, levels)
     return check_levels(shapes, levels, length, device)
+
+
+_kept_levels = lru_cache(maxsize=256)(_named_levels)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:

@@ -133,12 +133,8 @@ class Attention(Case):
 
     @property
     def name(self) -> str:
-        height, width = self.levels[0]
-        what = f"encoder-{self.batch}x{height}x{width}"
-        if self.queries is not None:
-            what = f"decoder-{self.batch}x{self.queries}"
         exact = f"-{self.locations}-locations" if self.locations else ""
-        return f"{what}-{self.precision}{exact}"
+        return f"{_what(self)}-{self.precision}{exact}"
 
     @property
     def words(self) -> str:
@@ -153,11 +149,7 @@ class Attention(Case):
         """value [B, S, G, D], locations [B, Q, G, L, P, 2] and logits [B, Q, G, L, P]."""
         options: dict[str, Any] = {"device": device, "generator": self.random(device)}
         pixels = sum(height * width for height, width in self.levels)
-        if self.queries is None:
-            places = torch.cat([_centers(height, width, device) for height, width in self.levels])
-            places = places.expand(self.batch, -1, -1)
-        else:
-            places = torch.rand(self.batch, self.queries, 2, **options)
+        places = _places(self, options)
         shape = (self.batch, places.shape[1], self.heads, len(self.levels), self.points)
         value = torch.randn(self.batch, pixels, self.heads, self.depth, **options)
         sizes = torch.tensor(self.levels, device=device).flip(1)[:, None]
@@ -239,11 +231,7 @@ class AttentionLayer(Layer):
 
     @property
     def name(self) -> str:
-        height, width = self.levels[0]
-        what = f"encoder-{self.batch}x{height}x{width}"
-        if self.queries is not None:
-            what = f"decoder-{self.batch}x{self.queries}"
-        return f"layer-{what}-{self.precision}"
+        return f"layer-{_what(self)}-{self.precision}"
 
     @property
     def words(self) -> str:
@@ -264,11 +252,7 @@ class AttentionLayer(Layer):
 
     def reference_points(self, device: torch.device) -> Tensor:
         """[B, Q, 1, 2]"""
-        if self.queries is None:
-            places = torch.cat([_centers(height, width, device) for height, width in self.levels])
-            return places.expand(self.batch, -1, -1)[:, :, None]
-        generator = self.random(device)
-        return torch.rand(self.batch, self.queries, 1, 2, device=device, generator=generator)
+        return _places(self, {"device": device, "generator": self.random(device)})[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -300,6 +284,22 @@ class Model(Layer):
         shape = (self.batch, 3, self.size, self.size)
         images = torch.randn(shape, device=device, generator=self.random(device))
         return (images.to(self.dtype, memory_format=torch.channels_last),)
+
+
+def _what(case: Attention | AttentionLayer) -> str:
+    """An encoder or a decoder, as names have it."""
+    if case.queries is not None:
+        return f"decoder-{case.batch}x{case.queries}"
+    height, width = case.levels[0]
+    return f"encoder-{case.batch}x{height}x{width}"
+
+
+def _places(case: Attention | AttentionLayer, options: dict[str, Any]) -> Tensor:
+    """Where each query is, [B, Q, 2]: on the pixels of an encoder, anywhere for a decoder."""
+    if case.queries is not None:
+        return torch.rand(case.batch, case.queries, 2, **options)
+    centers = [_centers(height, width, options["device"]) for height, width in case.levels]
+    return torch.cat(centers).expand(case.batch, -1, -1)
 
 
 def _dtype(precision: str) -> str:
