@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,28 +20,7 @@ from dcnv4 import DCNv4Conv2d
 def needed(package: str) -> Any:
     if find_spec(package.partition(".")[0]) is None:
         pytest.skip(f"needs {package}: pip install {package.partition('.')[0]}")
-    torchvision()
     return import_module(package)
-
-
-@cache
-def torchvision() -> torch.library.Library:
-    """Import torchvision, which both packages do.
-
-    Its wheel is made for one build of PyTorch. With another, its operators do not exist, and an
-    import needs no more of them than names.
-    """
-    names = torch.library.Library("torchvision", "FRAGMENT")
-    while True:
-        try:
-            import_module("torchvision")
-        except RuntimeError as error:
-            unknown = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if unknown is None:
-                raise
-            names.define(f"{unknown[1]}(Tensor x) -> Tensor")
-        else:
-            return names
 
 
 @pytest.fixture(autouse=True)
