@@ -1,45 +1,57 @@
-"""The table of a run of `dcnv4 bench --json`, as docs/benchmarks.md has it.
+"""The tables of a run of `dcnv4 bench --json`, as docs/benchmarks.md has them.
 
-    python benchmarks/table.py RESULT.json [CONTESTANT …]
+    python benchmarks/table.py RESULT.json
 
-Times in µs; ʰ: bound by the host.
+Of operators, layers and models one for each direction in µs, and one of the memory in MB. ʰ: bound
+by the host.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from dcnv4.cli.bench import cases, report
-from dcnv4.cli.bench.report import Row, figures
-
-DIRECTIONS = "forward", "backward"
+from dcnv4.cli.bench import report
+from dcnv4.cli.bench.report import Row, Story, figures
 
 
-def time(row: Row | None) -> str:
+def time(story: Story, row: Row | None) -> str:
     if row is None or row.median is None:
         return "-" if row is None or row.problem is None else row.problem.split(":")[0]
-    bound = row.host is not None and row.host >= row.median
-    return figures(row.median) + " ʰ" * bound
+    return figures(row.median) + "ʰ" * story.bound_by_host(row)
 
 
-def table(rows: Sequence[Row], contestants: Sequence[str]) -> str:
-    """Markdown: for each case and direction the floor and the time of each contestant."""
-    words = {case.name: case.words for case in (*cases.CUDA, *cases.CPU)}
-    found = {row.key: row for row in rows}
-    names = [name for direction in DIRECTIONS for name in (f"{direction}: floor", *contestants)]
-    lines = [f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for case in dict.fromkeys(row.case for row in rows if row.direction in DIRECTIONS):
-        cells = [words.get(case, case)]
-        for direction in DIRECTIONS:
-            timed = [found.get((case, direction, name)) for name in contestants]
-            floors = [row.floor for row in timed if row is not None]
-            cells += [figures(floors[0] if floors else None), *map(time, timed)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def memory(story: Story, row: Row | None) -> str:
+    return "-" if row is None or row.memory is None else f"{row.memory / 1e6:.1f}"
+
+
+def table(story: Story, direction: str, cell=time) -> str:  # type: ignore[no-untyped-def]
+    """Markdown: the floor, where it is of times, and what each contestant took."""
+    floors = cell is time and story.name == "operators"
+    lines = [[story.name.removesuffix("s"), *["floor"] * floors, *story.contestants]]
+    for case, words in story.cases.items():
+        rows = [story.rows.get((case, direction, name)) for name in story.contestants]
+        floor = next((row.floor for row in rows if row is not None), None)
+        cells = [cell(story, row) for row in rows]
+        lines.append([words, *[figures(floor)] * floors, *cells])
+    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Every table of a run by what stands above it."""
+    result = {}
+    for story in report.stories(rows):
+        for direction in story.directions:
+            said = direction.replace("+", " and ")
+            result[f"{story.name.capitalize()}, {said}, µs"] = table(story, direction)
+        said = story.step.replace("+", " and ")
+        heading = f"{story.name.capitalize()}, memory of {said}, MB"
+        result[heading] = table(story, story.step, memory)
+    return result
 
 
 if __name__ == "__main__":
-    _, rows = report.load(sys.argv[1])
-    everyone = list(dict.fromkeys(row.contestant for row in rows if row.direction in DIRECTIONS))
-    print(table(rows, sys.argv[2:] or everyone))
+    environment, rows = report.load(sys.argv[1])
+    print(report.header(environment))
+    for heading, text in tables(rows).items():
+        print(f"\n{heading}:\n\n{text}")

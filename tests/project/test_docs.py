@@ -363,26 +363,75 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
             assert not unknown, f"{module}.{name} does not say what {', '.join(sorted(unknown))} is"
 
 
-def test_table_of_a_run_is_written_in_the_words_of_the_page() -> None:
-    case = cases.CUDA[0]
-    rows = [
-        report.Row(case.name, "", "forward", "dcnv4 cuda", "ours", 32.25, 52.4, host=60.0),
-        report.Row(case.name, "", "backward", "dcnv4 cuda", "ours", 55.9, 170.2, host=20.0),
-        report.Row(case.name, "", "backward", "peer", "peer", 55.9, problem="WRONG: error 3e-2"),
+SCRIPTS = {
+    name: runpy.run_path(str(ROOT / name)) for name in ("benchmarks/table.py", "docs/pictures.py")
+}
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+
+
+def gpu_rows() -> list[report.Row]:
+    """Of an operator, a layer and a call on next to nothing, as `dcnv4 bench --json` keeps them."""
+    conv, layer = cases.CUDA[0], next(case for case in cases.CUDA if case.op == "layer")
+    ours, peer = ("dcnv4 cuda", "backend"), ("peer", "peer")
+    return [
+        report.Row(conv.name, "", "forward", *ours, 32.25, 52.4, memory=2_000_000, host=60.0),
+        report.Row(conv.name, "", "forward", *peer, 32.25, 90.0, memory=3_000_000, host=20.0),
+        report.Row(conv.name, "", "backward", *ours, 55.9, 170.2, memory=4_000_000, host=20.0),
+        report.Row(conv.name, "", "backward", *peer, 55.9, problem="WRONG: error 3e-2"),
+        report.Row(layer.name, "", "forward", *ours, 30.0, 160.0, memory=5_000_000, host=250.0),
+        report.Row(layer.name, "", "forward+backward", *ours, 60.0, 534.0, memory=6_000_000),
+        report.Row(cases.TINY[0].name, "", "eager, grad", *ours, None, 33.0),
     ]
-    table = runpy.run_path(str(ROOT / "benchmarks/table.py"))["table"]
-    (*_, row) = table(rows, ["dcnv4 cuda", "peer"]).splitlines()
-    assert row == f"| {case.words} | 32.2 | 52.4 ʰ | - | 55.9 | 170 | WRONG |"
-    assert f"| {case.words} |" in read("docs/benchmarks.md")
+
+
+def test_tables_of_a_run_are_written_in_the_words_of_the_page() -> None:
+    conv, layer = cases.CUDA[0], next(case for case in cases.CUDA if case.op == "layer")
+    last = {
+        heading: text.splitlines()[-1]
+        for heading, text in SCRIPTS["benchmarks/table.py"]["tables"](gpu_rows()).items()
+    }
+    assert last == {
+        "Operators, forward, µs": f"| {conv.words} | 32.2 | 52.4ʰ | 90.0 |",
+        "Operators, backward, µs": f"| {conv.words} | 55.9 | 170 | WRONG |",
+        "Operators, memory of backward, MB": f"| {conv.words} | 4.0 | - |",
+        "Layers, forward, µs": f"| {layer.words} | 160 |",
+        "Layers, forward and backward, µs": f"| {layer.words} | 534 |",
+        "Layers, memory of forward and backward, MB": f"| {layer.words} | 6.0 |",
+    }
+    assert f"| {conv.words} |" in read("docs/benchmarks.md")
+
+
+def test_a_run_of_a_gpu_is_drawn_by_the_same_command(tmp_path: Path) -> None:
+    """A plot for operators and one for layers, without the call that is bound by the host."""
+    report.save(str(tmp_path / "gpu.json"), {"device": "NVIDIA H100"}, gpu_rows())
+    drawn = SCRIPTS["docs/pictures.py"]["of_results"](tmp_path)
+    assert list(drawn) == ["gpu-operators.svg", "gpu-layers.svg"]
+    text = str(drawn["gpu-operators.svg"])
+    assert "Operators on NVIDIA H100" in text
+    assert f">{cases.CUDA[0].words}<" in text
+    # In the legend; the peer forward, ours backward, the memory of ours.
+    assert [text.count(f'class="{kind}" d=') for kind in ("a", "line-c thick")] == [3, 2]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_page_has_every_table_of_a_run_that_is_kept(file: Path) -> None:
+    environment, rows = report.load(str(file))
+    page = read("docs/benchmarks.md")
+    assert environment["versions"] in page
+    assert environment["command"] in page
+    for heading, text in SCRIPTS["benchmarks/table.py"]["tables"](rows).items():
+        assert f"{heading}:\n\n{text}" in page, f"run python benchmarks/table.py {file}"
 
 
 def test_pictures_show_what_the_pages_say() -> None:
     """Each is what its script draws, the plots of the tables of today."""
-    drawn = runpy.run_path(str(DOCS / "pictures.py"))["pictures"]()
+    drawn = SCRIPTS["docs/pictures.py"]["pictures"]()
     for name, picture in drawn.items():
         file = DOCS / "images" / name
         assert file.read_text(encoding="utf-8") == str(picture), "run python docs/pictures.py"
         assert any(f"images/{name}" in read(page) for page in PAGES), f"no page shows {name}"
+    kept = {path.name for path in (DOCS / "images").glob("*.svg")}
+    assert kept == set(drawn), "remove what the script does not draw"
 
 
 # What an example needs besides the packages that it imports, by its module.
