@@ -341,13 +341,15 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
         "through the lens": chosen[:, :3],
         f"where {OURS} looks": chosen[:, :3],
         **{
-            f"{name}\nerror {result.errors[-1]:.1f}": predict(result.model, chosen)
+            "\n".join((*name.split(", "), f"error {result.errors[-1]:.1f}")): predict(
+                result.model, chosen
+            )
             for name, result in results.items()
         },
         "without the lens": photos.test_scenes[:2],
     }
     with rc_context(LETTERS):
-        figure = Figure(figsize=(17, 5.2), layout="constrained")
+        figure = Figure(figsize=(13, 4), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3.3, 1))  # type: ignore[misc]
         grid = left.subplots(2, len(columns))
         for (title, pictures), axes in zip(columns.items(), grid.T, strict=True):
@@ -370,7 +372,7 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
             )
             axis.set(xlim=(-0.5, SIDE - 0.5), ylim=(SIDE - 0.5, -0.5))
         _draw_curves(right.subplots(), results)
-    figure.savefig(path, dpi=90, transparent=True)
+    figure.savefig(path, dpi=120, transparent=True)
 
 
 def _draw_curves(axes, results: dict[str, Result]) -> None:  # type: ignore[no-untyped-def]
