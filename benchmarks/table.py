@@ -1,17 +1,26 @@
-"""The tables of a run of `dcnv4 bench --json`, as docs/benchmarks.md has them.
+"""The sections of docs/benchmarks.md that show runs of `dcnv4 bench --json`.
 
-    python benchmarks/table.py RESULT.json
+    python benchmarks/table.py              # write those of the runs in benchmarks/results
+    python benchmarks/table.py RESULT.json  # print that of one run
 
-Of operators, layers and models one for each direction in µs, and one of the memory in MB. ʰ: bound
-by the host.
+A section has plots, which `python docs/pictures.py` draws, and tables: of operators, layers and
+models the time in each direction in µs, and the memory in MB.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from dcnv4.cli.bench import report
 from dcnv4.cli.bench.report import Row, Story, figures
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/benchmarks.md"
+BEGIN, END = "<!-- runs in benchmarks/results -->\n", "<!-- end of runs -->\n"
+Cell = Callable[[Story, Row | None], str]
 
 
 def time(story: Story, row: Row | None) -> str:
@@ -24,34 +33,48 @@ def memory(story: Story, row: Row | None) -> str:
     return "-" if row is None or row.memory is None else f"{row.memory / 1e6:.1f}"
 
 
-def table(story: Story, direction: str, cell=time) -> str:  # type: ignore[no-untyped-def]
-    """Markdown: the floor, where it is of times, and what each contestant took."""
+def table(story: Story, direction: str, cell: Cell = time) -> str:
+    """Markdown: what each contestant took in every case, times of operators beside the floor."""
     floors = cell is time and story.name == "operators"
     lines = [[story.name.removesuffix("s"), *["floor"] * floors, *story.contestants]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for case, words in story.cases.items():
         rows = [story.rows.get((case, direction, name)) for name in story.contestants]
         floor = next((row.floor for row in rows if row is not None), None)
-        cells = [cell(story, row) for row in rows]
-        lines.append([words, *[figures(floor)] * floors, *cells])
-    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+        lines.append([words, *[figures(floor)] * floors, *(cell(story, row) for row in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tables(rows: list[Row]) -> dict[str, str]:
-    """Every table of a run by what stands above it."""
-    result = {}
+def section(file: Path) -> str:
+    """Markdown: a run's device, versions, command, plots and tables."""
+    environment, rows = report.load(str(file))
+    parts = [
+        f"## {environment['device']}, dcnv4 {environment['versions'].split()[1].rstrip(',')}",
+        f"{environment['versions']}; copy bandwidth {environment['copy'].partition(', ')[0]}. "
+        f"Median µs, {environment['timing']}:",
+        f"    {environment['command']}",
+    ]
     for story in report.stories(rows):
+        name = story.name.capitalize()
+        parts.append(f"![{name}: time and memory](images/{file.stem}-{story.name}.svg)")
         for direction in story.directions:
-            said = direction.replace("+", " and ")
-            result[f"{story.name.capitalize()}, {said}, µs"] = table(story, direction)
-        said = story.step.replace("+", " and ")
-        heading = f"{story.name.capitalize()}, memory of {said}, MB"
-        result[heading] = table(story, story.step, memory)
-    return result
+            parts.append(f"{name}, {direction.replace('+', ' and ')}, µs:")
+            parts.append(table(story, direction))
+        parts.append(f"{name}, memory of {story.step.replace('+', ' and ')}, MB:")
+        parts.append(table(story, story.step, memory))
+    return "\n\n".join(parts) + "\n"
+
+
+def page(text: str) -> str:
+    """The page with the sections of today."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    sections = "\n".join(section(file) for file in sorted(RESULTS.glob("*.json")))
+    return f"{before}{BEGIN}\n{sections}{END}{after}"
 
 
 if __name__ == "__main__":
-    environment, rows = report.load(sys.argv[1])
-    print(report.header(environment))
-    for heading, text in tables(rows).items():
-        print(f"\n{heading}:\n\n{text}")
+    if len(sys.argv) > 1:
+        print(section(Path(sys.argv[1])))
+    else:
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

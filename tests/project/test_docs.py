@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -366,61 +367,72 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
 SCRIPTS = {
     name: runpy.run_path(str(ROOT / name)) for name in ("benchmarks/table.py", "docs/pictures.py")
 }
-RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+CONV, LAYER = (next(c for c in cases.CUDA if c.op == op) for op in ("deform_conv", "layer"))
 
 
-def gpu_rows() -> list[report.Row]:
+@pytest.fixture
+def gpu_run(tmp_path: Path) -> Path:
     """Of an operator, a layer and a call on next to nothing, as `dcnv4 bench --json` keeps them."""
-    conv, layer = cases.CUDA[0], next(case for case in cases.CUDA if case.op == "layer")
     ours, peer = ("dcnv4 cuda", "backend"), ("peer", "peer")
-    return [
-        report.Row(conv.name, "", "forward", *ours, 32.25, 52.4, memory=2_000_000, host=60.0),
-        report.Row(conv.name, "", "forward", *peer, 32.25, 90.0, memory=3_000_000, host=20.0),
-        report.Row(conv.name, "", "backward", *ours, 55.9, 170.2, memory=4_000_000, host=20.0),
-        report.Row(conv.name, "", "backward", *peer, 55.9, problem="WRONG: error 3e-2"),
-        report.Row(layer.name, "", "forward", *ours, 30.0, 160.0, memory=5_000_000, host=250.0),
-        report.Row(layer.name, "", "forward+backward", *ours, 60.0, 534.0, memory=6_000_000),
+    rows = [
+        report.Row(CONV.name, "", "forward", *ours, 32.25, 52.4, memory=2_000_000, host=60.0),
+        report.Row(CONV.name, "", "forward", *peer, 32.25, 90.0, memory=3_000_000, host=20.0),
+        report.Row(CONV.name, "", "backward", *ours, 55.9, 170.2, memory=4_000_000, host=20.0),
+        report.Row(CONV.name, "", "backward", *peer, 55.9, problem="WRONG: error 3e-2"),
+        report.Row(LAYER.name, "", "forward", *ours, 30.0, 160.0, memory=5_000_000, host=250.0),
+        report.Row(LAYER.name, "", "forward+backward", *ours, 60.0, 534.0, memory=6_000_000),
         report.Row(cases.TINY[0].name, "", "eager, grad", *ours, None, 33.0),
     ]
-
-
-def test_tables_of_a_run_are_written_in_the_words_of_the_page() -> None:
-    conv, layer = cases.CUDA[0], next(case for case in cases.CUDA if case.op == "layer")
-    last = {
-        heading: text.splitlines()[-1]
-        for heading, text in SCRIPTS["benchmarks/table.py"]["tables"](gpu_rows()).items()
+    environment = {
+        "device": "NVIDIA H100",
+        "versions": "dcnv4 0.2.0, torch 2.11.0",
+        "command": "dcnv4 bench --json gpu.json",
+        "copy": "2,990.0 GB/s, bytes read and written",
+        "timing": "CUDA events",
     }
-    assert last == {
-        "Operators, forward, µs": f"| {conv.words} | 32.2 | 52.4ʰ | 90.0 |",
-        "Operators, backward, µs": f"| {conv.words} | 55.9 | 170 | WRONG |",
-        "Operators, memory of backward, MB": f"| {conv.words} | 4.0 | - |",
-        "Layers, forward, µs": f"| {layer.words} | 160 |",
-        "Layers, forward and backward, µs": f"| {layer.words} | 534 |",
-        "Layers, memory of forward and backward, MB": f"| {layer.words} | 6.0 |",
+    report.save(str(tmp_path / "gpu.json"), environment, rows)
+    return tmp_path / "gpu.json"
+
+
+def test_section_of_a_run_is_written_in_the_words_of_the_page(gpu_run: Path) -> None:
+    text = SCRIPTS["benchmarks/table.py"]["section"](gpu_run)
+    paragraphs = text.split("\n\n")
+    assert paragraphs[:4] == [
+        "## NVIDIA H100, dcnv4 0.2.0",
+        "dcnv4 0.2.0, torch 2.11.0; copy bandwidth 2,990.0 GB/s. Median µs, CUDA events:",
+        "    dcnv4 bench --json gpu.json",
+        "![Operators: time and memory](images/gpu-operators.svg)",
+    ]
+    tables = {
+        heading: table.splitlines()[-1]
+        for heading, table in pairwise(paragraphs)
+        if table.startswith("|")
     }
-    assert f"| {conv.words} |" in read("docs/benchmarks.md")
+    assert tables == {
+        "Operators, forward, µs:": f"| {CONV.words} | 32.2 | 52.4ʰ | 90.0 |",
+        "Operators, backward, µs:": f"| {CONV.words} | 55.9 | 170 | WRONG |",
+        "Operators, memory of backward, MB:": f"| {CONV.words} | 4.0 | - |",
+        "Layers, forward, µs:": f"| {LAYER.words} | 160 |",
+        "Layers, forward and backward, µs:": f"| {LAYER.words} | 534 |",
+        "Layers, memory of forward and backward, MB:": f"| {LAYER.words} | 6.0 |",
+    }
+    assert f"| {CONV.words} |" in read("docs/benchmarks.md")
 
 
-def test_a_run_of_a_gpu_is_drawn_by_the_same_command(tmp_path: Path) -> None:
+def test_a_run_of_a_gpu_is_drawn_by_the_same_command(gpu_run: Path) -> None:
     """A plot for operators and one for layers, without the call that is bound by the host."""
-    report.save(str(tmp_path / "gpu.json"), {"device": "NVIDIA H100"}, gpu_rows())
-    drawn = SCRIPTS["docs/pictures.py"]["of_results"](tmp_path)
+    drawn = SCRIPTS["docs/pictures.py"]["of_results"](gpu_run.parent)
     assert list(drawn) == ["gpu-operators.svg", "gpu-layers.svg"]
     text = str(drawn["gpu-operators.svg"])
     assert "Operators on NVIDIA H100" in text
-    assert f">{cases.CUDA[0].words}<" in text
-    # In the legend; the peer forward, ours backward, the memory of ours.
+    assert f">{CONV.words}<" in text
+    # Of ours the legend, the backward and the memory; of the peer the legend and the forward.
     assert [text.count(f'class="{kind}" d=') for kind in ("a", "line-c thick")] == [3, 2]
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
-def test_page_has_every_table_of_a_run_that_is_kept(file: Path) -> None:
-    environment, rows = report.load(str(file))
-    page = read("docs/benchmarks.md")
-    assert environment["versions"] in page
-    assert environment["command"] in page
-    for heading, text in SCRIPTS["benchmarks/table.py"]["tables"](rows).items():
-        assert f"{heading}:\n\n{text}" in page, f"run python benchmarks/table.py {file}"
+def test_page_has_a_section_for_every_run_that_is_kept() -> None:
+    text = read("docs/benchmarks.md")
+    assert SCRIPTS["benchmarks/table.py"]["page"](text) == text, "run python benchmarks/table.py"
 
 
 def test_pictures_show_what_the_pages_say() -> None:

@@ -379,7 +379,7 @@ def _draw_curves(axes, results: dict[str, Result]) -> None:  # type: ignore[no-u
     for (name, result), (style, colour) in zip(results.items(), CURVES, strict=True):
         epochs = range(1, len(result.errors) + 1)
         axes.plot(epochs, result.errors, style, color=colour, linewidth=2.5, label=name)
-    axes.set_title("mean error on another photo, of 255", fontsize=11)
+    axes.set_title("test error, of 255", fontsize=11)
     axes.set_xlabel(f"epoch of {STEPS} steps", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0)
