@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from itertools import cycle, islice
 from math import ceil, log, log2, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -334,19 +335,27 @@ def dots(title: str, kinds: dict[str, str], panels: Sequence[Panel]) -> Picture:
     return picture
 
 
+SHAPES = {
+    "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
+    "square": "M-4.5,-4.5h9v9h-9z",
+    "diamond": "M0,-6L6,0L0,6L-6,0z",
+    "triangle": "M0,-6L5.5,4H-5.5z",
+    "cross": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
+    "plus": "M-5.5,0H5.5M0,-5.5V5.5",
+    "wedge": "M0,6L5.5,-4H-5.5z",
+    "glass": "M-4.5,-5H4.5L-4.5,5H4.5z",
+}
+
+
 def _marks(kinds: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """The shape and the colour of each contestant."""
-    ours = [name for name, kind in kinds.items() if kind == "backend"]
-    others = [name for name in kinds if name not in ours]
-    return {
-        **dict(zip(ours, (("circle", "a"), ("square", "b"), ("diamond", "c")), strict=False)),
-        **{
-            name: (shape, "line-c thick")
-            for name, shape in zip(
-                others, ("diamond", "square", "triangle", "circle", "cross", "plus"), strict=False
-            )
-        },
-    }
+    """The shape and the colour of each contestant: this library's filled, the others in outline."""
+    shapes = {True: cycle(SHAPES), False: islice(cycle(SHAPES), 2, None)}
+    colours = cycle("abc")
+    marks = {}
+    for name, kind in kinds.items():
+        ours = kind == "backend"
+        marks[name] = SHAPES[next(shapes[ours])], next(colours) if ours else "line-c thick"
+    return marks
 
 
 def _legend(marks: Iterable[str], right: float) -> dict[str, tuple[int, float]]:
@@ -363,16 +372,8 @@ def _legend(marks: Iterable[str], right: float) -> dict[str, tuple[int, float]]:
 
 
 def _mark(picture: Picture, x: float, y: float, mark: tuple[str, str]) -> None:
-    shape, kind = mark
-    paths = {
-        "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
-        "square": "M-4.5,-4.5h9v9h-9z",
-        "diamond": "M0,-6L6,0L0,6L-6,0z",
-        "triangle": "M0,-6L5.5,4H-5.5z",
-        "cross": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
-        "plus": "M-5.5,0H5.5M0,-5.5V5.5",
-    }
-    picture.add("path", kind, d=paths[shape], transform=f"translate({x:.1f},{y:.1f})")
+    path, kind = mark
+    picture.add("path", kind, d=path, transform=f"translate({x:.1f},{y:.1f})")
 
 
 def _panel(
@@ -448,7 +449,8 @@ def _panels(story: Story) -> list[Panel]:
     unit = "times the floor" if story.name == "operators" else "ms"
     panels = [Panel(d.replace("+", " and "), unit, numbers(d, time)) for d in story.directions]
     memory = numbers(story.step, lambda row: row.memory and row.memory / 1e6)
-    return [*panels, Panel("memory", "MB", memory)]
+    panels.append(Panel("memory", "MB", memory))
+    return [panel for panel in panels if any(panel.numbers.values())]
 
 
 def against_floor() -> Picture:

@@ -430,6 +430,20 @@ def test_a_run_of_a_gpu_is_drawn_by_the_same_command(gpu_run: Path) -> None:
     assert [text.count(f'class="{kind}" d=') for kind in ("a", "line-c thick")] == [3, 2]
 
 
+def test_a_plot_has_room_for_every_contestant() -> None:
+    """Each has a mark of its own, and its name in the legend."""
+    script = SCRIPTS["docs/pictures.py"]
+    names = [f"another implementation {i}" for i in range(8)]
+    panel = script["Panel"]("forward", "µs", {"case": {n: i + 1.0 for i, n in enumerate(names)}})
+    text = str(script["dots"]("", dict.fromkeys(names, "peer"), [panel]))
+    paths = re.findall(r'<path class="line-c thick" d="(.+?)" ', text)
+    assert {paths.count(path) for path in paths} == {2}
+    assert len(paths) == 16
+    places = [float(x) for n in names for x in re.findall(rf'x="([\d.]+)" y=".+">{n}<', text)]
+    assert len(places) == 8
+    assert max(places) < 700
+
+
 def test_page_has_a_section_for_every_run_that_is_kept() -> None:
     text = read("docs/benchmarks.md")
     assert SCRIPTS["benchmarks/table.py"]["page"](text) == text, "run python benchmarks/table.py"

@@ -235,7 +235,8 @@ def _environment(
 ) -> dict[str, str]:
     from ... import __version__
 
-    where = f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     versions = f"dcnv4 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
