@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ Lines = list[Mutant]
 
 
 def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
-    """All that universalmutator makes of each line of these files.
+    """All that universalmutator changes in each line of these files.
 
     Raises:
         SystemExit: it is not installed.
@@ -47,6 +48,8 @@ def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
         lines = source.split("\n")
         found: dict[int, Lines] = {}
         for number, mutated, *_ in made:
+            if "\n" in mutated.rstrip("\n"):  # another statement behind the line
+                continue
             place = number - 1
             mutant = Mutant(file, number, lines[place], mutated.rstrip("\n"), context(lines, place))
             found.setdefault(number, []).append(mutant)
@@ -90,9 +93,12 @@ def _code(line: str) -> str:
 
 
 def _meaning(source: str) -> str:
-    """The syntax tree without docstrings and `pass`, and without annotations that nothing reads."""
+    """The syntax tree without docstrings and `pass`, without annotations that nothing reads and the
+    comments of C++ in strings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = re.sub("//.*", "", node.value)
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)
             if isinstance(body, list):

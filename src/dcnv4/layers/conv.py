@@ -31,6 +31,7 @@ from .base import (
     OriginalNames,
     WindowedLayer,
     check_dtype,
+    known,
     original_window,
     other_words,
     pair,
@@ -118,21 +119,18 @@ class _DeformConv(WindowedLayer):
     def _run(self, x: Tensor, layout: _Layout) -> Tensor:
         """The output for x, which was checked: as one node of autograd where nobody can tell."""
         pixels = x if layout.channels_last else layout.as_map(x)
-        dtype = autocast_dtype(x)
-        pixels = prepared(pixels, dtype)
+        pixels = prepared(pixels, autocast_dtype(x))
         if not has_interested((x,), (0,)):
-            formula = self._formula(dtype, x, layout)
+            formula = self._formula(pixels, x.dtype, layout)
             if formula is not None:
                 return formula.run((x,), (pixels,))
         check_dtype("x", pixels, self.offset_mask)
         return layout.leave(self._deform(layout.enter(pixels)))
 
-    def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:
-        """The layer as one node of autograd; None where it has to be composed.
-
-        Args:
-            dtype: of x as it is cast.
-        """
+    def _formula(
+        self, x: Tensor, wide: torch.dtype, layout: _Layout, *before: tuple[nn.Module, ...]
+    ) -> _ConvFormula | None:
+        """The layer as one node of autograd, as a `Part`."""
         settings, size = self.window, layout.size
         held = self._modules  # a module's own way to its submodules is a slow one
         value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
@@ -142,20 +140,21 @@ class _DeformConv(WindowedLayer):
         if self.center_feature_scale or settings.stride != (1, 1) or x.numel() == 0:
             return None
         if depthwise is None:
-            parameters = read((value_proj, offset_mask), (output_proj,))
+            parameters = read(*before, (value_proj, offset_mask), (output_proj,))
         elif _is_centered(depthwise):
-            parameters = read((value_proj,), (offset_mask,), (depthwise,), (output_proj,))
+            parameters = read(*before, (value_proj,), (offset_mask,), (depthwise,), (output_proj,))
         else:
             return None
         if parameters is None:
             return None
-        made = computed_dtype(dtype, x.device.type, parameters)
-        value, predicted = parameters.tensors[0].shape[0], parameters.tensors[1].shape[0]
-        if made is None or not _fits(size, value, predicted, settings):
+        dtype = computed_dtype(x.dtype, x.device.type, parameters)
+        first = sum(map(len, before))
+        value, predicted = (t.shape[0] for t in parameters.tensors[first : first + 2])
+        if dtype is None or not _fits(size, value, predicted, settings):
             return None
         deterministic = ops.must_be_deterministic(x, *parameters.tensors)
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
-        return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
+        return _ConvFormula(self, parameters, dtype, wide, backend, value, layout)
 
     def _deform(self, x: Tensor, call: Call = called) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
@@ -258,10 +257,11 @@ class _ConvFormula(Formula):
         of_last = [] if sums is None else [sums.of(last, grad, y.view(-1, y.shape[3]))]
         shape = y.shape
         del y
-        grad_y = torch.mm(grad, weights[last]).view(shape)
         rows = x.view(-1, x.shape[-1])
         step = self._packed_backward if last == 1 else self._depthwise_backward
-        grad_x, made = step(grad_y, rows, weights, kept, sums, needed[0])
+        grad_x, made = step(
+            torch.mm(grad, weights[last]).view(shape), rows, weights, kept, sums, needed[0]
+        )
         if grad_x is None:
             return (None,), made + of_last
         if not self.layout.channels_last:
@@ -274,12 +274,13 @@ class _ConvFormula(Formula):
         grad_y: Tensor,
         x: Tensor,
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
-        call = self.backend, kept[0], self.channels, self.window
+        call = self.backend, kept.pop(), self.channels, self.window
         (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
+        del call, grad_y
         grad = grad.view(-1, grad.shape[3])
         grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None
         return grad_x, [] if sums is None else [sums.of(0, grad, x)]
@@ -297,7 +298,8 @@ class _ConvFormula(Formula):
         call = self.backend, value, predicted, self.window
         grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
-        module, biased = self._depthwise(), self.parameters.places[2][1] is not None
+        module = self._depthwise()
+        biased = module.bias is not None
         image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
         grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
         grad_x, *depthwise = torch.ops.aten.convolution_backward(
@@ -347,6 +349,7 @@ def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window
     return True
 
 
+@known
 class DCNv4(_DeformConv, OriginalNames):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
@@ -469,6 +472,12 @@ class DCNv4(_DeformConv, OriginalNames):
         if isinstance(x, Proxy):
             return as_leaf(DCNv4, self, x, shape)
         return self._run(x, self._layout(x, shape))
+
+    def formula(
+        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
+    ) -> Formula | None:
+        """The layer on a map, as a `Part`."""
+        return self._formula(x, wide, self._layout(x, None), *before)
 
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None
