@@ -1,21 +1,27 @@
-"""Draw the diagrams and the plots of these pages as SVG, with Python alone.
+"""Draw the diagrams and the plots of these pages as SVG.
 
     python docs/pictures.py [FOLDER]
 
-The plots show the tables of benchmarks.md. A picture follows the light or dark colours of the page
-that shows it.
+The plots show every run of `dcnv4 bench --json` in benchmarks/results, and tables of benchmarks.md.
+A picture follows the light or dark colours of the page that shows it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from math import ceil, log2, sqrt
+from itertools import cycle, islice
+from math import ceil, log, log2, sqrt
 from pathlib import Path
+from typing import NamedTuple
+
+from dcnv4.cli.bench import report
+from dcnv4.cli.bench.report import Row, Story
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks/results"
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: #24292f }
 .small { font-size: 12px } .bold { font-weight: 600 } .middle { text-anchor: middle }
@@ -25,7 +31,7 @@ text { font: 14px system-ui, sans-serif; fill: #24292f }
 .a { fill: #0969da } .b { fill: #d4640d } .c { fill: #7d8590 } .pale { fill-opacity: 0.22 }
 .line-a { stroke: #0969da; fill: none } .line-b { stroke: #d4640d; fill: none }
 .line-c { stroke: #7d8590; fill: none }
-polyline { stroke-width: 2 }
+polyline { stroke-width: 2 } .thick { stroke-width: 1.8 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .grid { stroke: #444c56 } .axis { stroke: #9198a1 } .soft { fill: #9198a1 }
   .pixel { fill: #22272e; stroke: #444c56 }
@@ -280,88 +286,222 @@ def tiles() -> Picture:
     return picture
 
 
-Table = tuple[list[str], list[list[str]]]
-
-
-def tables(page: Path) -> dict[str, Table]:
-    """The tables of a Markdown page by their first row: names of columns, rows of cells."""
-    result = {}
-    for block in re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
-        head, _, *rows = (
-            [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()
-        )
-        result[" | ".join(head)] = head, rows
-    return result
+def table(words: str) -> list[list[str]]:
+    """The rows of cells of the table of benchmarks.md with these words in its first row."""
+    page = (HERE / "benchmarks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    _, _, *lines = next(b for b in blocks if words in b.partition("\n")[0]).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def number(cell: str) -> float:
     return float(cell.split()[0])
 
 
-def bars(
-    title: str,
-    unit: str,
-    rows: Sequence[tuple[str, Sequence[tuple[float, str]]]],
-    names: Sequence[str],
-) -> Picture:
-    """A group of bars for each row, each with its label."""
-    kinds = ("a", "b", "c")
-    high, left, wide = 13 * len(names) + 14, 285, 400
-    most = max(value for _, values in rows for value, _ in values)
-    picture = Picture(800, 78 + high * len(rows), title)
+class Panel(NamedTuple):
+    """Numbers on one logarithmic axis."""
+
+    title: str
+    unit: str
+    numbers: dict[str, dict[str, float]]
+    """Of each row, by its words, and of each contestant."""
+
+
+def dots(title: str, kinds: dict[str, str], panels: Sequence[Panel]) -> Picture:
+    """A row for each case, and in it a mark for each contestant: this library's are filled.
+
+    Args:
+        title: of the whole picture.
+        kinds: of the contestants, by name; "backend" for this library's.
+        panels: side by side, with the same rows.
+    """
+    every = dict.fromkeys(row for panel in panels for row in panel.numbers)
+    rows = [row for row in every if any(panel.numbers.get(row) for panel in panels)]
+    left, right, gap, high, below = 325, 890, 24, 22, 40
+    marks = _marks(kinds)
+    legend = _legend(marks, right)
+    top = 62 + 20 * (1 + max(line for line, _ in legend.values()))
+    picture = Picture(900, top + high * len(rows) + below, title)
     picture.text(10, 24, title, "bold")
-    for place, (name, kind) in enumerate(zip(names, kinds, strict=False)):
-        picture.box(10 + 150 * place, 38, 12, 12, kind)
-        picture.text(28 + 150 * place, 49, name, "small")
-    picture.text(790, 49, unit, "small end soft")
-    for index, (label, values) in enumerate(rows):
-        top = 66 + high * index
-        picture.text(left - 8, top + 6.5 * len(names) + 4, label, "small end")
-        for place, ((value, said), kind) in enumerate(zip(values, kinds, strict=False)):
-            length = wide * value / most
-            picture.box(left, top + 13 * place, length, 11, kind)
-            picture.text(left + length + 6, top + 13 * place + 10, said, "small soft")
+    for name, (line, x) in legend.items():
+        _mark(picture, x, 46 + 20 * line, marks[name])
+        picture.text(x + 10, 50 + 20 * line, name, "small")
+    for index, row in enumerate(rows):
+        picture.text(left - 14, top + high * (index + 0.5) + 4, row, "small end")
+    wide = (right - left - gap * (len(panels) - 1)) / len(panels)
+    for place, panel in enumerate(panels):
+        start = left + place * (wide + gap)
+        _panel(picture, panel, rows, marks, start, wide, top, high)
     return picture
 
 
-def against_floor(direction: str) -> Picture:
+SHAPES = {
+    "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
+    "square": "M-4.5,-4.5h9v9h-9z",
+    "diamond": "M0,-6L6,0L0,6L-6,0z",
+    "triangle": "M0,-6L5.5,4H-5.5z",
+    "cross": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
+    "plus": "M-5.5,0H5.5M0,-5.5V5.5",
+    "wedge": "M0,6L5.5,-4H-5.5z",
+    "glass": "M-4.5,-5H4.5L-4.5,5H4.5z",
+}
+
+
+def _marks(kinds: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The shape and the colour of each contestant: this library's filled, the others in outline."""
+    shapes = {True: cycle(SHAPES), False: islice(cycle(SHAPES), 2, None)}
+    colours = cycle("abc")
+    marks = {}
+    for name, kind in kinds.items():
+        ours = kind == "backend"
+        marks[name] = SHAPES[next(shapes[ours])], next(colours) if ours else "line-c thick"
+    return marks
+
+
+def _legend(marks: Iterable[str], right: float) -> dict[str, tuple[int, float]]:
+    """The line and the x of each name, so that none leaves the picture."""
+    result: dict[str, tuple[int, float]] = {}
+    line, x = 0, 16.0
+    for name in marks:
+        wide = 34 + 7.4 * len(name)
+        if x + wide > right:
+            line, x = line + 1, 16.0
+        result[name] = line, x
+        x += wide
+    return result
+
+
+def _mark(picture: Picture, x: float, y: float, mark: tuple[str, str]) -> None:
+    path, kind = mark
+    picture.add("path", kind, d=path, transform=f"translate({x:.1f},{y:.1f})")
+
+
+def _panel(
+    picture: Picture,
+    panel: Panel,
+    rows: Sequence[str],
+    marks: dict[str, tuple[str, str]],
+    left: float,
+    wide: float,
+    top: float,
+    high: float,
+) -> None:
+    """The axis below, and the marks of every row."""
+    ticks = _ticks([value for row in panel.numbers.values() for value in row.values()])
+
+    def place(value: float) -> float:
+        """The x of a value, the first tick left and the last one right."""
+        return left + 6 + (wide - 12) * log(value / ticks[0]) / log(ticks[-1] / ticks[0])
+
+    bottom = top + high * len(rows)
+    picture.text(left + wide / 2, top - 10, panel.title, "small bold middle")
+    for tick in ticks:
+        picture.line(place(tick), top, place(tick), bottom, "grid")
+        picture.text(place(tick), bottom + 16, f"{tick:,g}", "small middle soft")
+    picture.text(left + wide / 2, bottom + 33, panel.unit, "small middle soft")
+    for index, row in enumerate(rows):
+        y = top + high * (index + 0.5)
+        picture.line(left, y, left + wide, y, "grid")
+        for name, value in reversed(panel.numbers.get(row, {}).items()):
+            _mark(picture, place(value), y, marks[name])
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, … around the values; powers of ten alone where these are many."""
+    steps = [m * 10.0**e for e in range(-6, 10) for m in (1, 2, 5)]
+    first = max(index for index, step in enumerate(steps) if step <= min(values))
+    last = min(index for index, step in enumerate(steps) if step > max(values))
+    if last - first > 5:
+        first, last = first - first % 3, last + -last % 3
+        return steps[first : last + 1 : 3]
+    return steps[first : last + 1]
+
+
+def of_results(folder: Path) -> dict[str, Picture]:
+    """The plots of every run in a folder: of operators, layers and models."""
+    result = {}
+    for file in sorted(folder.glob("*.json")):
+        environment, rows = report.load(str(file))
+        for story in report.stories(rows):
+            title = f"{story.name.capitalize()} on {environment['device']}: less is better"
+            result[f"{file.stem}-{story.name}.svg"] = dots(title, story.contestants, _panels(story))
+    return result
+
+
+def _panels(story: Story) -> list[Panel]:
+    """Time in both directions, and memory."""
+
+    def numbers(direction: str, of: Callable[[Row], float | None]) -> dict[str, dict[str, float]]:
+        return {
+            words: {
+                name: value
+                for name in story.contestants
+                if (row := story.rows.get((case, direction, name))) and (value := of(row))
+            }
+            for case, words in story.cases.items()
+        }
+
+    def time(row: Row) -> float | None:
+        if story.bound_by_host(row):
+            return None
+        return row.ratio if story.name == "operators" else row.median and row.median / 1e3
+
+    unit = "times the floor" if story.name == "operators" else "ms"
+    panels = [Panel(d.replace("+", " and "), unit, numbers(d, time)) for d in story.directions]
+    memory = numbers(story.step, lambda row: row.memory and row.memory / 1e6)
+    panels.append(Panel("memory", "MB", memory))
+    return [panel for panel in panels if any(panel.numbers.values())]
+
+
+def against_floor() -> Picture:
     """Times on the GPU as multiples of the floor, where the host is not what takes the time."""
-    found = tables(HERE / "benchmarks.md")
-    (_, rows) = next(table for head, table in found.items() if "backward: floor" in head)
-    first = 1 if direction == "forward" else 5
-    drawn = []
-    for row in rows:
-        floor, *times = row[first : first + 4]
-        if "ʰ" not in times[0]:
-            ratios = [number(time) / number(floor) for time in times]
-            labels = [f"{ratio:.1f} ({time} µs)" for ratio, time in zip(ratios, times, strict=True)]
-            drawn.append((row[0], list(zip(ratios, labels, strict=True))))
-    names = "dcnv4, cuda", "dcnv4, triton", "deformops 3.0.1"
-    return bars(
-        f"{direction.capitalize()} on an NVIDIA H100: shorter is better",
-        "multiples of the floor",
-        drawn,
-        names,
-    )
+    rows = table("backward: floor")
+    names = "dcnv4 cuda", "dcnv4 triton", "deformops 3.0.1"
+    panels = []
+    for title, first in (("forward", 1), ("backward", 5)):
+        numbers: dict[str, dict[str, float]] = {}
+        for row in rows:
+            floor, *times = row[first : first + 4]
+            timed = zip(names, times, strict=True)
+            numbers[row[0]] = {
+                name: number(time) / number(floor) for name, time in timed if "ʰ" not in time
+            }
+        panels.append(Panel(title, "times the floor", numbers))
+    kinds = dict(zip(names, ("backend", "backend", "peer"), strict=True))
+    return dots("Operators on an NVIDIA H100: less is better", kinds, panels)
+
+
+def against_convolutions() -> Picture:
+    """Times and memory of layers on the GPU, of two versions and of ordinary convolutions."""
+    kinds = {"DCNv4, dcnv4 0.2": "backend", "DCNv4, dcnv4 0.1": "backend"}
+    kinds |= dict.fromkeys(("1 x 1, depthwise, 1 x 1", "3 x 3"), "yardstick")
+    panels = []
+    for title, unit in (("forward", "µs"), ("forward and backward", "µs"), ("peak memory", "MiB")):
+        rows = table(f"`DCNv4`, {title}, {unit}")
+        numbers = {}
+        for case, old, new, *others in rows:
+            timed = zip(kinds, (new, old, *others), strict=False)
+            numbers[case.replace("`", "")] = {n: number(c) for n, c in timed if c != "-"}
+        panels.append(Panel(title, unit, numbers))
+    return dots("Layers on an NVIDIA H100, float16 autocast: less is better", kinds, panels)
 
 
 def against_grid_sample() -> Picture:
-    """How many times as long grid_sample takes on the CPU."""
-    found = tables(HERE / "benchmarks.md")
-    (_, rows) = next(table for head, table in found.items() if "grid_sample" in head)
-    drawn = [(row[0], [(number(c), f"{c} x") for c in (row[2], row[4])]) for row in rows]
-    return bars(
-        "Speed on 2 cores of a CPU, grid_sample being 1: longer is better",
-        "times as fast",
-        drawn,
-        ("forward", "forward + backward"),
-    )
+    """Times on the CPU beside those of grid_sample."""
+    names = {"dcnv4 cpu": "backend", "grid_sample": "peer"}
+    panels = []
+    for title, first in (("forward", 1), ("forward and backward", 3)):
+        numbers = {}
+        for row in table("grid_sample | forward + backward"):
+            ours, ratio = number(row[first]), number(row[first + 1])
+            numbers[row[0]] = {"dcnv4 cpu": ours / 1e3, "grid_sample": ours * ratio / 1e3}
+        panels.append(Panel(title, "ms", numbers))
+    return dots("Operators on 2 cores of an AMD EPYC: less is better", names, panels)
 
 
 def against_spread() -> Picture:
     """Times of direct kernels and of what a call takes by default, over the spread of offsets."""
-    found = tables(HERE / "benchmarks.md")
-    (_, rows) = next(table for head, table in found.items() if "forward: direct" in head)
+    rows = table("forward: direct")
     case = "64 x 56 x 56, 4 x 16, float16"
     times = {
         float(row[0].partition("spread ")[2] or 0.5): [number(cell) for cell in row[1:]]
@@ -413,9 +553,10 @@ def pictures() -> dict[str, Picture]:
         "attention.svg": attention(),
         "offset_mask.svg": layout(),
         "tiles.svg": tiles(),
-        "gpu-forward.svg": against_floor("forward"),
-        "gpu-backward.svg": against_floor("backward"),
+        "h100.svg": against_floor(),
+        "h100-layers.svg": against_convolutions(),
         "cpu.svg": against_grid_sample(),
+        **of_results(RESULTS),
         "spread.svg": against_spread(),
     }
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+import dcnv4
 from dcnv4.cli import bench
 from dcnv4.cli.bench import cases, measure, peers, report
 from dcnv4.cli.bench.report import Row
@@ -77,6 +80,22 @@ def test_every_case_and_direction_is_timed_and_right(
     printed = capsys.readouterr().out
     assert f"{conv}  forward  a small map" in printed
     assert "depthwise conv2d ~" in printed
+
+
+def test_a_run_says_on_which_device_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(case: cases.Conv, inputs: tuple[torch.Tensor, ...]) -> peers.Job:
+        raise NotImplementedError
+
+    peer = peers.Contestant("peer", "deform_conv", "peer", make, "pytest")  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    environment = bench._environment(CPU, 1e10, [peer], {})
+    assert environment["versions"].startswith(
+        f"dcnv4 {dcnv4.__version__}, torch {torch.__version__}"
+    )
+    assert environment["versions"].endswith(f", pytest {pytest.__version__}")
+    assert environment["device"] == f"{bench._processor()}, 2 threads"
+    monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
+    assert bench._processor() == f"{platform.machine()} CPU"
 
 
 def distorted(where: str) -> object:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -363,26 +364,100 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
             assert not unknown, f"{module}.{name} does not say what {', '.join(sorted(unknown))} is"
 
 
-def test_table_of_a_run_is_written_in_the_words_of_the_page() -> None:
-    case = cases.CUDA[0]
+SCRIPTS = {
+    name: runpy.run_path(str(ROOT / name)) for name in ("benchmarks/table.py", "docs/pictures.py")
+}
+CONV, LAYER = (next(c for c in cases.CUDA if c.op == op) for op in ("deform_conv", "layer"))
+
+
+@pytest.fixture
+def gpu_run(tmp_path: Path) -> Path:
+    """Of an operator, a layer and a call on next to nothing, as `dcnv4 bench --json` keeps them."""
+    ours, peer = ("dcnv4 cuda", "backend"), ("peer", "peer")
     rows = [
-        report.Row(case.name, "", "forward", "dcnv4 cuda", "ours", 32.25, 52.4, host=60.0),
-        report.Row(case.name, "", "backward", "dcnv4 cuda", "ours", 55.9, 170.2, host=20.0),
-        report.Row(case.name, "", "backward", "peer", "peer", 55.9, problem="WRONG: error 3e-2"),
+        report.Row(CONV.name, "", "forward", *ours, 32.25, 52.4, memory=2_000_000, host=60.0),
+        report.Row(CONV.name, "", "forward", *peer, 32.25, 90.0, memory=3_000_000, host=20.0),
+        report.Row(CONV.name, "", "backward", *ours, 55.9, 170.2, memory=4_000_000, host=20.0),
+        report.Row(CONV.name, "", "backward", *peer, 55.9, problem="WRONG: error 3e-2"),
+        report.Row(LAYER.name, "", "forward", *ours, 30.0, 160.0, memory=5_000_000, host=250.0),
+        report.Row(LAYER.name, "", "forward+backward", *ours, 60.0, 534.0, memory=6_000_000),
+        report.Row(cases.TINY[0].name, "", "eager, grad", *ours, None, 33.0),
     ]
-    table = runpy.run_path(str(ROOT / "benchmarks/table.py"))["table"]
-    (*_, row) = table(rows, ["dcnv4 cuda", "peer"]).splitlines()
-    assert row == f"| {case.words} | 32.2 | 52.4 ʰ | - | 55.9 | 170 | WRONG |"
-    assert f"| {case.words} |" in read("docs/benchmarks.md")
+    environment = {
+        "device": "NVIDIA H100",
+        "versions": "dcnv4 0.2.0, torch 2.11.0",
+        "command": "dcnv4 bench --json gpu.json",
+        "copy": "2,990.0 GB/s, bytes read and written",
+        "timing": "CUDA events",
+    }
+    report.save(str(tmp_path / "gpu.json"), environment, rows)
+    return tmp_path / "gpu.json"
+
+
+def test_section_of_a_run_is_written_in_the_words_of_the_page(gpu_run: Path) -> None:
+    text = SCRIPTS["benchmarks/table.py"]["section"](gpu_run)
+    paragraphs = text.split("\n\n")
+    assert paragraphs[:4] == [
+        "## NVIDIA H100, dcnv4 0.2.0",
+        "dcnv4 0.2.0, torch 2.11.0; copy bandwidth 2,990.0 GB/s. Median µs, CUDA events:",
+        "    dcnv4 bench --json gpu.json",
+        "![Operators: time and memory](images/gpu-operators.svg)",
+    ]
+    tables = {
+        heading: table.splitlines()[-1]
+        for heading, table in pairwise(paragraphs)
+        if table.startswith("|")
+    }
+    assert tables == {
+        "Operators, forward, µs:": f"| {CONV.words} | 32.2 | 52.4ʰ | 90.0 |",
+        "Operators, backward, µs:": f"| {CONV.words} | 55.9 | 170 | WRONG |",
+        "Operators, memory of backward, MB:": f"| {CONV.words} | 4.0 | - |",
+        "Layers, forward, µs:": f"| {LAYER.words} | 160 |",
+        "Layers, forward and backward, µs:": f"| {LAYER.words} | 534 |",
+        "Layers, memory of forward and backward, MB:": f"| {LAYER.words} | 6.0 |",
+    }
+    assert f"| {CONV.words} |" in read("docs/benchmarks.md")
+
+
+def test_a_run_of_a_gpu_is_drawn_by_the_same_command(gpu_run: Path) -> None:
+    """A plot for operators and one for layers, without the call that is bound by the host."""
+    drawn = SCRIPTS["docs/pictures.py"]["of_results"](gpu_run.parent)
+    assert list(drawn) == ["gpu-operators.svg", "gpu-layers.svg"]
+    text = str(drawn["gpu-operators.svg"])
+    assert "Operators on NVIDIA H100" in text
+    assert f">{CONV.words}<" in text
+    # Of ours the legend, the backward and the memory; of the peer the legend and the forward.
+    assert [text.count(f'class="{kind}" d=') for kind in ("a", "line-c thick")] == [3, 2]
+
+
+def test_a_plot_has_room_for_every_contestant() -> None:
+    """Each has a mark of its own, and its name in the legend."""
+    script = SCRIPTS["docs/pictures.py"]
+    names = [f"another implementation {i}" for i in range(8)]
+    panel = script["Panel"]("forward", "µs", {"case": {n: i + 1.0 for i, n in enumerate(names)}})
+    text = str(script["dots"]("", dict.fromkeys(names, "peer"), [panel]))
+    paths = re.findall(r'<path class="line-c thick" d="(.+?)" ', text)
+    assert {paths.count(path) for path in paths} == {2}
+    assert len(paths) == 16
+    places = [float(x) for n in names for x in re.findall(rf'x="([\d.]+)" y=".+">{n}<', text)]
+    assert len(places) == 8
+    assert max(places) < 700
+
+
+def test_page_has_a_section_for_every_run_that_is_kept() -> None:
+    text = read("docs/benchmarks.md")
+    assert SCRIPTS["benchmarks/table.py"]["page"](text) == text, "run python benchmarks/table.py"
 
 
 def test_pictures_show_what_the_pages_say() -> None:
     """Each is what its script draws, the plots of the tables of today."""
-    drawn = runpy.run_path(str(DOCS / "pictures.py"))["pictures"]()
+    drawn = SCRIPTS["docs/pictures.py"]["pictures"]()
     for name, picture in drawn.items():
         file = DOCS / "images" / name
         assert file.read_text(encoding="utf-8") == str(picture), "run python docs/pictures.py"
         assert any(f"images/{name}" in read(page) for page in PAGES), f"no page shows {name}"
+    kept = {path.name for path in (DOCS / "images").glob("*.svg")}
+    assert kept == set(drawn), "remove what the script does not draw"
 
 
 # What an example needs besides the packages that it imports, by its module.

@@ -341,13 +341,15 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
         "through the lens": chosen[:, :3],
         f"where {OURS} looks": chosen[:, :3],
         **{
-            f"{name}\nerror {result.errors[-1]:.1f}": predict(result.model, chosen)
+            "\n".join((*name.split(", "), f"error {result.errors[-1]:.1f}")): predict(
+                result.model, chosen
+            )
             for name, result in results.items()
         },
         "without the lens": photos.test_scenes[:2],
     }
     with rc_context(LETTERS):
-        figure = Figure(figsize=(17, 5.2), layout="constrained")
+        figure = Figure(figsize=(13, 4), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3.3, 1))  # type: ignore[misc]
         grid = left.subplots(2, len(columns))
         for (title, pictures), axes in zip(columns.items(), grid.T, strict=True):
@@ -370,14 +372,14 @@ def save_picture(path: Path, results: dict[str, Result], photos: Photos) -> None
             )
             axis.set(xlim=(-0.5, SIDE - 0.5), ylim=(SIDE - 0.5, -0.5))
         _draw_curves(right.subplots(), results)
-    figure.savefig(path, dpi=90, transparent=True)
+    figure.savefig(path, dpi=120, transparent=True)
 
 
 def _draw_curves(axes, results: dict[str, Result]) -> None:  # type: ignore[no-untyped-def]
     for (name, result), (style, colour) in zip(results.items(), CURVES, strict=True):
         epochs = range(1, len(result.errors) + 1)
         axes.plot(epochs, result.errors, style, color=colour, linewidth=2.5, label=name)
-    axes.set_title("mean error on another photo, of 255", fontsize=11)
+    axes.set_title("test error, of 255", fontsize=11)
     axes.set_xlabel(f"epoch of {STEPS} steps", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0)

@@ -1,7 +1,9 @@
-"""Models in timm's registry, which importing this registers: FlashInternImage and InternImage.
+"""FlashInternImage and InternImage in timm's registry, once this module is imported:
 
-import timm, dcnv4.models
-model = timm.create_model("flash_internimage_t", pretrained=True)
+    import timm, dcnv4.models
+    model = timm.create_model("flash_internimage_t", pretrained=True)
+
+It needs timm: `pip install "dcnv4[models]"`.
 """
 
 try:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         print("\ncontestants:", ", ".join(dict.fromkeys(c.name for c in contestants)))
         return 0
     bandwidth = measure.copy_bandwidth(device)
-    environment = _environment(device, bandwidth, missing)
+    environment = _environment(device, bandwidth, contestants, missing)
     print(report.header(environment), flush=True)
 
     budget = args.budget or (0.1 if args.quick else 0.5)
@@ -226,13 +227,21 @@ def _check_peers(device: torch.device, patterns: Sequence[str]) -> None:
             )
 
 
-def _environment(device: torch.device, bandwidth: float, missing: dict[str, str]) -> dict[str, str]:
+def _environment(
+    device: torch.device,
+    bandwidth: float,
+    contestants: Sequence[Contestant],
+    missing: dict[str, str],
+) -> dict[str, str]:
     from ... import __version__
 
-    where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     versions = f"dcnv4 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    for name in dict.fromkeys(filter(None, (c.requires for c in contestants))):
+        versions += f", {name} {getattr(import_module(name), '__version__', '')}".rstrip()
     absent = {"not here": "; ".join(f"{name}: {reason}" for name, reason in missing.items())}
     return {
         "device": where,
@@ -242,6 +251,17 @@ def _environment(device: torch.device, bandwidth: float, missing: dict[str, str]
         "timing": measure.METHOD[device.type],
         **(absent if missing else {}),
     }
+
+
+def _processor() -> str:
+    """The CPU's name where Linux tells it, its architecture elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = (line.partition(":") for line in file)
+            names = [text.strip() for key, _, text in lines if key.strip() == "model name"]
+    except OSError:
+        names = []
+    return next(iter(names), f"{platform.machine()} CPU")
 
 
 _LONG = 10_000

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from .. import LETTERS
+from . import cases
 
 SCHEMA = 1
 """Of the JSON: {"schema", "environment": {name: text}, "rows": [Row as an object]}."""
@@ -49,6 +50,52 @@ class Row:
     def ratio(self) -> float | None:
         """The median as a multiple of the floor."""
         return self.median / self.floor if self.median and self.floor else None
+
+
+STORIES = {
+    "operators": ("deform_conv", "ms_deform_attn"),
+    "layers": ("layer", "attention layer"),
+    "models": ("model",),
+}
+"""What a table or a plot tells, and the operators of its cases."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """The rows that stand in one table or plot."""
+
+    name: str
+    cases: dict[str, str]
+    """Their words by their names."""
+    directions: tuple[str, str]
+    contestants: dict[str, str]
+    """Their kinds by their names; those with a time."""
+    rows: dict[tuple[str, str, str], Row]
+
+    @property
+    def step(self) -> str:
+        """The direction whose memory counts: both, or the backward where both were not run."""
+        return max((direction for _, direction, _ in self.rows), key=len)
+
+    def bound_by_host(self, row: Row) -> bool:
+        """Whether issuing the call took longer than running it; a layer's is a graph's replay."""
+        return self.name == "operators" and (row.host or 0) >= (row.median or 0) > 0
+
+
+def stories(rows: Iterable[Row]) -> list[Story]:
+    """The rows of operators, of layers and of models; what a call on next to nothing costs is in
+    none."""
+    known = {case.name: case for case in (*cases.CUDA, *cases.CPU) if case not in cases.TINY}
+    found = []
+    for name, operators in STORIES.items():
+        own = {r.key: r for r in rows if r.case in known and known[r.case].op in operators}
+        timed = [row for row in own.values() if row.median is not None]
+        backward = "backward" if name == "operators" else "forward+backward"
+        if timed:
+            words = {row.case: known[row.case].words for row in timed}
+            contestants = {row.contestant: row.kind for row in timed}
+            found.append(Story(name, words, ("forward", backward), contestants, own))
+    return found
 
 
 def best_peer(rows: Iterable[Row]) -> float | None:
