@@ -200,6 +200,12 @@ def traced_levels(spatial_shapes: Tensor | Sequence[Sequence[Any]]) -> Any:
     return torch.stack([torch.as_tensor(size) for size in sizes]).view(-1, 2)
 
 
+def unflattened(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """`tensor.unflatten(dim, sizes)`, `dim` >= 0, with sizes that a trace can follow: those of what
+    `unflatten` returns are constants to PyTorch's old exporter to ONNX."""
+    return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+
+
 def beside(constant: Tensor, tensor: Tensor) -> Tensor:
     """A constant as operations take it beside a tensor: where that is spread over processes, which
     is a `DTensor`, whole in each of them."""

@@ -63,6 +63,7 @@ def export(
     Raises:
         ImportError: onnx or onnxscript is missing, or torch is older than 2.8.
         ValueError: an argument of the wrong range.
+        TypeError: `dynamo` is among the options.
 
     Example:
         >>> import torch
@@ -73,9 +74,14 @@ def export(
         >>> sum(node.op_type == "DeformConv" for node in program.model.graph)
         1
     """
-    opset_version = _opset(opset_version, deform_conv)
     _require_torch()
+    opset_version = _opset(opset_version, deform_conv)
     _require_packages()
+    if "dynamo" in options:
+        raise TypeError(
+            "dynamo must not be given, for the new exporter writes the file; got "
+            f"{options['dynamo']!r}; torch.onnx.export(..., dynamo=False) is the old one"
+        )
     if dynamic_axes is not None:
         if dynamic_shapes is not None:
             raise ValueError("dynamic_axes must be None beside dynamic_shapes; got both")
@@ -198,6 +204,7 @@ def lower(
 
     Raises:
         ImportError: torch is older than 2.8.
+        TypeError: `program` is none.
         ValueError: an unknown `deform_conv` or `attention`, or level sizes that "grid_sample"
             cannot take.
 
@@ -212,6 +219,10 @@ def lower(
     _require_torch()
     _check("deform_conv", deform_conv, _DEFORM_CONV)
     _check("attention", attention, _ATTENTION)
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise TypeError(
+            f"program must be what torch.export.export returns; got {type(program).__name__}"
+        )
     table = decompositions() | _DEFORM_CONV[deform_conv] | _ATTENTION[attention]
     return program.run_decompositions(table)
 
@@ -225,7 +236,7 @@ def _require_torch() -> None:
     if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
         raise ImportError(
             f"dcnv4.onnx needs torch >= 2.8; got {torch.__version__}; "
-            "torch.onnx.export(..., dynamo=False) does without"
+            "PyTorch's old exporter, the torch.onnx.export of torch >= 2.1, does without"
         )
 
 

@@ -448,7 +448,8 @@ def composite(arguments: str) -> Callable[[_Function], _Function]:
     def register(function: _Function) -> _Function:
         name = function.__name__
         _library.define(f"{name}({arguments}) -> Tensor")
-        _library.impl(name, function, "CompositeImplicitAutograd")
+        for key in ("CompositeImplicitAutograd", "Tracer"):  # the latter: of `torch.jit.trace`
+            _library.impl(name, function, key)
         operator = getattr(torch.ops.dcnv4, name).default
         # Its name, module and the rest stay PyTorch's.
         update_wrapper(operator, function, ("__doc__",), ())

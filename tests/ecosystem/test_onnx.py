@@ -313,6 +313,12 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dcnv4.onnx.export(network, inputs, deform_conv="x")
     with pytest.raises(ValueError, match=r"attention must be one of gather, grid_sample; got 'x'"):
         dcnv4.onnx.export(network, inputs, attention="x")
+    with pytest.raises(
+        TypeError, match=r"dynamo must not be given.*got False; torch.onnx.export\("
+    ):
+        dcnv4.onnx.export(network, inputs, dynamo=False)
+    with pytest.raises(TypeError, match=r"^program must be what torch\.export.*; got Network$"):
+        dcnv4.onnx.lower(network)  # type: ignore[arg-type]
     tensor = cases.AttnCase("onnx_tensor", tensor=True)
 
     class Call(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dcnv4
 from dcnv4 import DCNv4
 from dcnv4.export import decompositions, portable
-from support.portable import LAYERS, MODELS, Portable, assert_same, flat, get
+from support.portable import FUNCTIONS, LAYERS, MODELS, Portable, assert_same, flat, get
 from support.tiers import one_in
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -149,7 +149,7 @@ def run_elsewhere(kind: str, path: Path, some: Portable, model: nn.Module) -> No
     subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True)
 
 
-@pytest.mark.parametrize("name", one_in(5, [*LAYERS, *MODELS]))
+@pytest.mark.parametrize("name", one_in(9, [*LAYERS, *MODELS, *FUNCTIONS]))
 def test_traces_load_anywhere(name: str, tmp_path: Path) -> None:
     some = get(name)
     model = some.model()
@@ -181,48 +181,56 @@ def package(name: str, model: nn.Module, path: Path) -> None:
     )
 
 
-@needs_compiler
-@pytest.mark.exhaustive
-@EVERY_MODEL
-def test_packages_load_anywhere(name: str, tmp_path: Path) -> None:
-    some = get(name)
-    model = some.model()
-    package(name, model, path := tmp_path / "model.pt2")
-    run_elsewhere("package", path, some, model)
-
-
 PROGRAM = r"""
+#include <fstream>
 #include <iostream>
+#include <iterator>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/script.h>
+
+using Tensors = std::vector<at::Tensor>;
+
+Tensors tensors(const c10::IValue& value) {
+    if (value.isTensor()) return {value.toTensor()};
+    if (value.isTensorList()) return value.toTensorVector();
+    Tensors found;
+    const auto add = [&](const auto& values) {
+        for (const auto& one : values) found.push_back(one.toTensor());
+    };
+    value.isTuple() ? add(value.toTupleRef().elements()) : add(value.toListRef());
+    return found;
+}
+
+bool same(const Tensors& found, const Tensors& expected) {
+    bool same = found.size() == expected.size();
+    for (size_t i = 0; same && i < found.size(); i++)
+        same = torch::allclose(found[i], expected[i], 1e-4, 1e-4);
+    return same;
+}
 
 int main(int, char** arguments) {
     torch::NoGradGuard no_grad;
     auto trace = torch::jit::load(arguments[1]);
     torch::inductor::AOTIModelPackageLoader package(arguments[2]);
-    auto cases = torch::jit::load(arguments[3]);
-    const auto image = cases.attr("image").toTensor(), expected = cases.attr("expected").toTensor();
-    for (const auto& found : {trace.forward({image}).toTensor(), package.run({image})[0]})
-        if (!torch::allclose(found, expected, 1e-4, 1e-4)) return 1;
-    std::cout << "both are right" << std::endl;
+    std::ifstream file(arguments[3], std::ios::binary);
+    const auto cases = torch::jit::pickle_load({std::istreambuf_iterator<char>(file), {}});
+    for (const auto& one : cases.toListRef()) {
+        const auto& pair = one.toTupleRef().elements();
+        const auto inputs = tensors(pair[0]), expected = tensors(pair[1]);
+        if (!same(tensors(trace.forward({inputs.begin(), inputs.end()})), expected)) return 1;
+        if (!same(package.run(inputs), expected)) return 2;
+        std::cout << "both are right" << std::endl;
+    }
 }
 """
 
 
-@needs_compiler
-@pytest.mark.exhaustive
-def test_a_program_of_libtorch(tmp_path: Path) -> None:
-    """A trace and a package, in C++ linked to the libtorch of the wheel."""
-    some = get("DCNv4Conv2d")
-    model = some.model()
-    traced("DCNv4Conv2d", model).save(tmp_path / "model.ts")
-    package("DCNv4Conv2d", model, tmp_path / "model.pt2")
-    (image,) = some.inputs(*some.sizes[-1])
-    case = nn.Module()
-    with torch.no_grad():
-        case.image, case.expected = image, model(image)
-    torch.jit.script(case).save(tmp_path / "case.ts")
-    (tmp_path / "main.cpp").write_text(PROGRAM)
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`PROGRAM`, linked to the libtorch of the wheel."""
+    folder = tmp_path_factory.mktemp("libtorch")
+    (folder / "main.cpp").write_text(PROGRAM)
     root = Path(torch.__file__).parent
     include, lib = root / "include", root / "lib"
     flags = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{lib}", f"-Wl,-rpath,{lib}"]
@@ -231,10 +239,23 @@ def test_a_program_of_libtorch(tmp_path: Path) -> None:
     if (lib / "libtorch_cuda.so").exists():
         libraries += ["-ltorch_cuda", "-lc10_cuda"]
     command = ["g++", "-std=c++20", "-O0", *flags, "main.cpp", "-o", "main", *libraries]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    arguments = ["./main", "model.ts", "model.pt2", "case.ts"]
-    found = subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert found.stdout == "both are right\n"
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "main"
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+@EVERY_MODEL
+def test_packages_load_anywhere(name: str, program: Path, tmp_path: Path) -> None:
+    """In a process of Python, and beside a trace in a program of libtorch."""
+    some = get(name)
+    model = some.model()
+    package(name, model, path := tmp_path / "model.pt2")
+    run_elsewhere("package", path, some, model)
+    traced(name, model).save(trace := tmp_path / "model.ts")
+    arguments = [program, trace, path, path.with_suffix(".pt")]
+    found = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert found.stdout == "both are right\n" * len(some.sizes)
 
 
 # ONNX by PyTorch's own exporters.
@@ -285,7 +306,9 @@ def session(path: Path) -> Any:
     return run
 
 
-@EVERY_MODEL
+@pytest.mark.parametrize(
+    "name", [*LAYERS, *MODELS, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in FUNCTIONS)]
+)
 def test_onnx_runtime(name: str, tmp_path: Path) -> None:
     needs("onnx", "onnxruntime")
     model = get(name).model()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
+from dcnv4.compat import DCNv3Function
 from dcnv4.integrations.transformers import enable
 
 Sizes = tuple[tuple[int, int, int], ...]
@@ -64,17 +65,71 @@ class Conv2d(nn.Module):
         return self.layer(x.permute(0, 3, 1, 2))
 
 
-class Attention(nn.Module):
-    """`FlashDeformAttn` over a map and the same made smaller."""
+class Levels(nn.Module):
+    """What attends to a map and to the same made smaller."""
+
+    def forward(self, x: Tensor, references: Tensor) -> Tensor:
+        small = F.max_pool2d(x.permute(0, 3, 1, 2), 2)
+        value = torch.cat((x.flatten(1, 2), small.flatten(2).transpose(1, 2)), 1)
+        return self.attend(value, [x.shape[1:3], small.shape[2:]], references)
+
+    def attend(self, value: Tensor, sizes: list[Any], references: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Attention(Levels):
+    """`FlashDeformAttn`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = dcnv4.FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=2)
 
-    def forward(self, x: Tensor, references: Tensor) -> Tensor:
-        small = F.max_pool2d(x.permute(0, 3, 1, 2), 2)
-        value = torch.cat((x.flatten(1, 2), small.flatten(2).transpose(1, 2)), 1)
-        return self.layer(value[:, :3], references, value, [x.shape[1:3], small.shape[2:]])
+    def attend(self, value: Tensor, sizes: list[Any], references: Tensor) -> Tensor:
+        return self.layer(value[:, :3], references, value, sizes)
+
+
+class ForkAttention(Levels):
+    """`flash_deform_attn` of a fork, whose level sizes are a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = nn.Linear(8, 2 * 2 * 2 * 3)
+
+    def attend(self, value: Tensor, sizes: list[Any], references: Tensor) -> Tensor:
+        shapes = torch.stack([torch.as_tensor(n) for size in sizes for n in size]).view(2, 2)
+        heads = value.view(*value.shape[:2], 2, 4)
+        packed = self.predict(value[:, :3]).sigmoid() + references.flatten(2).repeat(1, 1, 6)
+        return dcnv4.flash_deform_attn(heads, shapes, None, packed, 64, 2)
+
+
+class DFineAttention(Levels):
+    """The attention of a D-FINE of transformers, enabled, which has a list of points by level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.models.d_fine import modeling_d_fine as d_fine
+
+        config = d_fine.DFineConfig(
+            d_model=8, decoder_attention_heads=2, num_feature_levels=2, decoder_n_points=[2, 2]
+        )
+        self.layer = enable(d_fine.DFineMultiscaleDeformableAttention(config))
+
+    def attend(self, value: Tensor, sizes: list[Any], references: Tensor) -> Tensor:
+        shapes = torch.stack([torch.as_tensor(n) for size in sizes for n in size]).view(2, 2)
+        boxes = references.flatten(2)[:, :, None]
+        return self.layer(value[:, :3], None, boxes, value, shapes, sizes)[0]
+
+
+class Convolution(nn.Module):
+    """A function of a map and of the offsets and weights that are predicted from it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.predict = nn.Linear(8, 54)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.predict(x))
 
 
 class Detector(nn.Module):
@@ -138,12 +193,33 @@ LAYERS = {
     "DCNv4Conv2d": Portable(Conv2d, maps(4), ANY),
     "FlashDeformAttn": Portable(Attention, queries, ANY),
 }
+CALL = (3, 3, 1, 1, 1, 1, 1, 1, 2, 4, 1.0, 64, 0)
+"""A 3 x 3 window and two groups of four channels."""
+FUNCTIONS = {
+    "dcnv4_forward": Portable(
+        lambda: Convolution(lambda x, predicted: dcnv4.dcnv4_forward(x, predicted, *CALL)),
+        maps(8),
+        ANY,
+    ),
+    "DCNv3Function": Portable(
+        lambda: Convolution(
+            lambda x, predicted: DCNv3Function.apply(
+                x, predicted[..., :36], predicted[..., 36:], *CALL
+            )
+        ),
+        maps(8),
+        ANY,
+    ),
+    "flash_deform_attn": Portable(ForkAttention, queries, ANY),
+    "d_fine": Portable(DFineAttention, queries, ANY),
+}
 MODELS = {
     "deformable_detr": Portable(Detector, images, ((1, 96, 128),)),
     # With larger parameters thirty layers in a row make much of the last bit.
     "flash_internimage_t": Portable(classifier, images, ((1, 32, 32),), std=0.02),
 }
 NEEDS = {
+    "d_fine": ("transformers",),
     "deformable_detr": ("transformers",),
     "flash_internimage_t": ("timm", "dcnv4.models"),
 }
@@ -155,7 +231,7 @@ def get(name: str) -> Portable:
             importlib.import_module(module)
         except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
             pytest.skip(f"{name} needs {module}: {error}")
-    return {**LAYERS, **MODELS}[name]
+    return {**LAYERS, **FUNCTIONS, **MODELS}[name]
 
 
 def flat(outputs: Any) -> list[Tensor]:

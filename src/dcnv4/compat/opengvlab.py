@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integer, check_tensor
+from ..eager import unflattened
 from ..functional import deform_conv, ms_deform_attn
 from .deformable_detr import Shapes, Starts, _check_starts
 
@@ -64,9 +65,9 @@ class FlashDeformAttnFunction:
                 f"got {list(sampling_loc_attn.shape)}"
             )
         if sampling_loc_attn.dim() == 3:
-            sampling_loc_attn = sampling_loc_attn.unflatten(2, (heads, numbers))
+            sampling_loc_attn = unflattened(sampling_loc_attn, 2, (heads, numbers))
         locations, logits = sampling_loc_attn.split((2 * levels * K, levels * K), 3)
-        locations = locations.unflatten(3, (levels, K, 2))
+        locations = unflattened(locations, 3, (levels, K, 2))
         return ms_deform_attn(value, value_spatial_shapes, locations, logits, softmax=True)
 
 
@@ -194,8 +195,9 @@ class DCNv3Function:
                     f"{name} must be [B, Ho, Wo, {group * fields}], {fields} of each group; "
                     f"got {list(tensor.shape)}"
                 )
-        by_group = [tensor.unflatten(3, (group, -1)) for tensor in (offset, mask)]
-        offset_mask = torch.cat(by_group, -1).flatten(3)
+        offsets = unflattened(offset, 3, (group, 2 * points))
+        weights = unflattened(mask, 3, (group, points))
+        offset_mask = torch.cat((offsets, weights), -1).flatten(3)
         window = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
         return DCNv4Function.apply(
             input, offset_mask, *window, group, group_channels, offset_scale, 0, remove_center

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_backend
+from ..eager import unflattened
 from ..functional import ms_deform_attn
 
 _MODULE = "MultiScaleDeformableAttention"
@@ -208,8 +209,7 @@ def _by_level(points: Tensor, counts: Sequence[int], fill: float) -> Tensor:
     """
     most = max(counts)
     if all(count == most for count in counts):
-        level_by_level: Tensor = points.unflatten(3, (len(counts), most))
-        return level_by_level
+        return unflattened(points, 3, (len(counts), most))
     inner = (0, 0) * (points.dim() - 4)
     levels = points.split(list(counts), 3)
     return torch.stack([F.pad(p, (*inner, 0, most - p.shape[3]), value=fill) for p in levels], 3)
