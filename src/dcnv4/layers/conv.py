@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype, compute, compute_backward, has_interested
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, is_unwatched, kept
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
@@ -120,7 +120,7 @@ class _DeformConv(WindowedLayer):
         pixels = x if layout.channels_last else layout.as_map(x)
         dtype = autocast_dtype(x)
         pixels = prepared(pixels, dtype)
-        if not has_interested((x,), (0,)):
+        if is_unwatched(x):
             formula = self._formula(dtype, x, layout)
             if formula is not None:
                 return formula.run((x,), (pixels,))
@@ -297,7 +297,7 @@ class _ConvFormula(Formula):
         call = self.backend, value, predicted, self.window
         grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
-        module, biased = self._depthwise(), self.parameters.places[2][1] is not None
+        module, biased = self._depthwise(), self.parameters.shapes[2][1]
         image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
         grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
         grad_x, *depthwise = torch.ops.aten.convolution_backward(
@@ -338,7 +338,7 @@ def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
     return tuple(dilation * (size // 2) for dilation, size in sizes)
 
 
-@lru_cache(maxsize=256)
+@kept
 def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
     """Whether a convolution of B, H, W and these channels has an output of the same size."""
     if window.output_size(*size[1:]) != size[1:]:
