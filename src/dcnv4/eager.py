@@ -168,7 +168,7 @@ def has_interested(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     )
 
 
-def is_unwatched(*tensors: Tensor) -> bool:
+def may_read_past(*tensors: Tensor) -> bool:
     """Whether nobody could tell which calls on these make a layer's output: nobody is interested in
     them, or TorchDynamo alone is, and compiles a graph that nobody gets to see."""
     if not is_compiling():

@@ -248,12 +248,16 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "PAYS_FROM", EVERY)
 
     def why_not(
-        depth: int = 16, dtype: torch.dtype = torch.float16, extra: int = 0, **settings: Any
+        depth: int = 16,
+        dtype: torch.dtype = torch.float16,
+        extra: int = 0,
+        size: tuple[int, int] = (8, 8),
+        **settings: Any,
     ) -> str | None:
-        window = functional.window(**{"groups": 4, **settings})
-        rows, columns = window.output_size(8, 8)
-        value = torch.empty(2, 8, 8, 4 * depth, dtype=dtype)
-        offset_mask = torch.empty(2, rows, columns, 4 * 28 + extra, dtype=dtype)
+        window = functional.window(**{"groups": 4, "padding": 1, **settings})
+        made = {"dtype": dtype, "device": "meta"}
+        value = torch.empty(2, *size, 4 * depth, **made)
+        offset_mask = torch.empty(2, *window.output_size(*size), 4 * 28 + extra, **made)
         layouts = (choice.Layout(*plans.layout(tensor)) for tensor in (value, offset_mask))
         chosen = choice.conv(*layouts, None, window, False, choice.GPU(9, 132))
         reason = chosen.why_not["conv_tile_forward"]
@@ -281,6 +285,8 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(offset_scale=-4.0) == why_not(dilation=(1, 3)) == wide
     assert why_not(offset_scale=4.0, kernel_size=2) is None
     assert why_not(offset_scale=64.0, kernel_size=1) is None
+    assert why_not(size=(3, 1 << 20)) is why_not(size=(1 << 20, 3)) is None
+    assert why_not(size=(1, 5 << 20)) == "needs rows of a tile that lanes count in 32 bits"
     monkeypatch.undo()
     assert why_not() == "needs 32768 slices"
 

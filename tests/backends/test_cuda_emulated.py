@@ -6,7 +6,10 @@ Every test says which kernels run in it, and fails where others do.
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,6 +74,18 @@ def test_oracle(name: str) -> None:
     dtype = cases.DTYPES[number // 2 % 4]
     case = dict(cases.CASES)[name]
     case.check(run(case, dtype, DIRECT, backwards=number % 2 == 1), dtype)
+
+
+def test_nothing_is_read_beyond_a_tensor() -> None:
+    """In a process of its own, which would end there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.guarded"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout[-200:], done.stderr[-2000:])
+    assert set(done.stdout.split()) >= launches.KERNELS - {launches.FIXED_POINT_SCALE}
 
 
 @pytest.mark.parametrize("row", one_in(30, kernel_cases.tile_rows(), kernel_cases.row_id))

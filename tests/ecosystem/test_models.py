@@ -22,7 +22,6 @@ try:
     from timm.optim import create_optimizer_v2
 
     from dcnv4.models import InternImage, parameter_groups
-    from dcnv4.models.mlp import Mlp
 except (ImportError, RuntimeError) as error:  # the latter of torchvision beside another PyTorch
     pytest.skip(
         f"needs timm, and torchvision for torch {torch.__version__}: {error}",
@@ -459,43 +458,6 @@ def test_a_fresh_model_begins_as_the_original() -> None:
             assert parameter.std().item() == pytest.approx(len(parameter) ** -0.5, rel=0.05), name
         elif name.endswith(("gamma1", "gamma2")):
             assert (parameter == 1e-5).all(), name
-
-
-# The MLP.
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_mlp_is_its_submodules(bias: bool) -> None:
-    """In its output and in every gradient, the second ones too; and it keeps one hidden map."""
-    torch.manual_seed(0)
-    mlp = Mlp(3, 12, bias, {"dtype": torch.float64})
-    x = torch.randn(5, 2, 1, 3, dtype=torch.float64, requires_grad=True)
-    leaves = {"x": x, **dict(mlp.named_parameters())}
-    results, kept = [], []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[-1] += tensor.numel() == 10 * 12  # a hidden map
-        return tensor
-
-    for compute in (mlp, mlp.composed):
-        kept.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = compute(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
-    for name, found, wanted in zip(["y", *leaves], *results, strict=True):
-        torch.testing.assert_close(found, wanted, msg=lambda m, n=name: f"{n}: {m}")
-    assert kept == [1, 2]
-    assert torch.autograd.gradgradcheck(mlp, (x,))
-
-
-def test_submodules_of_the_mlp_can_be_watched_and_replaced() -> None:
-    mlp, x, seen = Mlp(4, 8, False, {}), torch.randn(3, 4), []
-    expected = mlp(x)
-    mlp.fc1.register_forward_hook(lambda *_: seen.append("fc1"))
-    torch.testing.assert_close(mlp(x), expected)
-    assert seen == ["fc1"]
-    mlp.fc2 = nn.Sequential(mlp.fc2, nn.Tanh())
-    torch.testing.assert_close(mlp(x), expected.tanh())
 
 
 # Precision.

@@ -48,12 +48,13 @@ def main() -> int:
         add("--patience", type=float, default=60.0, help="seconds that one test may take")
         add("--budget", type=float, default=float("inf"), help="seconds in all")
     parsers["draw"].add_argument(
-        "--count", type=int, default=640, help="lines; about half of them compile"
+        "--count", type=int, default=480, help="lines; most of them compile"
     )
     parsers["draw"].add_argument("--seed", type=int, default=0)
     add = parsers["run"].add_argument
     add("--results", type=Path, default=RESULTS, help="the file that they are added to")
     add("--again", action="store_true", help="those that survived, too")
+    add("--quick", action="store_true", help="without the exhaustive tests")
     add("--only", default="", help="what the file's name must contain")
     add("--most", type=int, help="how many at most")
     options = parser.parse_args()
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         if mutant.key not in over and options.only in mutant.file and _can_run(mutant)
     ]
     waiting = _shuffled(waiting, "")[: options.most]
-    bench = _bench(options, options.budget)
+    bench = _bench(options, options.budget, _quick if options.quick else _every)
     left = run(bench, waiting, append(options.results), options.jobs)
     print(f"{len(waiting) - left} run, {left} left; these fail as they are: {bench.failing}")
     return int(bool(bench.failing))
@@ -125,7 +126,7 @@ def _ci(options: argparse.Namespace) -> int:
         print(f"{len(mutants) - left} run, {left} left", flush=True)
 
     began = time.monotonic()
-    bench = _bench(options, options.budget * _SHARE)
+    bench = _bench(options, options.budget * _SHARE, _every)
     changed = _changed_lines()
     print(f"lines changed since the draw: {sum(map(len, changed.values()))}", flush=True)
     fresh = [
@@ -149,10 +150,18 @@ def _ci(options: argparse.Namespace) -> int:
 def _bench(
     options: argparse.Namespace,
     seconds: float,
-    choose: Callable[[Mutant], Sequence[Stage]] = lambda mutant: stages(mutant.file),
+    choose: Callable[[Mutant], Sequence[Stage]],
 ) -> Bench:
     folder = options.folder.resolve()
     return Bench(ROOT, folder, options.patience, time.monotonic() + seconds, choose)
+
+
+def _every(mutant: Mutant) -> Sequence[Stage]:
+    return stages(mutant.file)
+
+
+def _quick(mutant: Mutant) -> Sequence[Stage]:
+    return [stage for stage in stages(mutant.file) if "--exhaustive" not in stage.arguments]
 
 
 def _can_run(mutant: Mutant) -> bool:

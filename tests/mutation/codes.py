@@ -1,4 +1,4 @@
-"""Whether a mutant that no test noticed is another program at all."""
+"""Whether a mutant compiles, and whether it is another program at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,25 @@ from . import compiler
 
 TRIED = 6
 """Libraries that have a part of the change, before it counts as one that changes nothing."""
+
+
+def compiles(file: str, entry: Mapping[str, Any], trees: tuple[Path, Path], folder: Path) -> bool:
+    """Whether a library that has a file compiles with a change of it.
+
+    Args:
+        file: that is changed.
+        entry: the library, as `compiler` wrote it down, without the change.
+        trees: without the change, and with it.
+        folder: where sources may be written.
+    """
+    original, changed = ((tree / file).read_text(encoding="utf-8") for tree in trees)
+    source = entry["source"]
+    source = None if source is None else source.replace(original, changed)
+    try:
+        compiler.check(_command(entry, source, trees[1], folder))
+    except compiler.CompileError:
+        return False
+    return True
 
 
 def differ(
@@ -49,7 +68,14 @@ def differ(
 def _preprocess(
     entry: Mapping[str, Any], source: str | None, tree: Path, folder: Path
 ) -> tuple[list[str], str]:
-    """The command of a library, optimised, in a tree, and what it then compiles.
+    """The command of a library, optimised, in a tree, and what it then compiles."""
+    command = _command(entry, source, tree, folder)
+    command = ["-O2" if part == "-O0" else part for part in command]
+    return command, compiler.preprocess(command, tree)[0]
+
+
+def _command(entry: Mapping[str, Any], source: str | None, tree: Path, folder: Path) -> list[str]:
+    """The command of a library in a tree.
 
     Args:
         source: what a test wrote to be compiled; None for a file of the tree.
@@ -63,5 +89,4 @@ def _preprocess(
     if source is not None:
         command[-1] = str(folder / Path(command[-1]).name)
         Path(command[-1]).write_text(source, encoding="utf-8")
-    command = ["-O2" if part == "-O0" else part for part in command]
-    return command, compiler.preprocess(command, tree)[0]
+    return command

@@ -63,6 +63,15 @@ def build(command: Sequence[str], text: str, cache: Path) -> Path:
     return built
 
 
+def check(command: Sequence[str]) -> None:
+    """Compile up to where code would be made.
+
+    Raises:
+        CompileError: it has errors.
+    """
+    _run([*command, "-fsyntax-only"])
+
+
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

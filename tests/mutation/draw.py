@@ -23,7 +23,7 @@ Lines = list[Mutant]
 
 
 def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
-    """All that universalmutator makes of each line of these files.
+    """All that universalmutator changes in each line of these files.
 
     Raises:
         SystemExit: it is not installed.
@@ -47,6 +47,8 @@ def generate(root: Path, files: Iterable[str]) -> Iterator[Lines]:
         lines = source.split("\n")
         found: dict[int, Lines] = {}
         for number, mutated, *_ in made:
+            if "\n" in mutated.rstrip("\n"):  # another statement behind the line
+                continue
             place = number - 1
             mutant = Mutant(file, number, lines[place], mutated.rstrip("\n"), context(lines, place))
             found.setdefault(number, []).append(mutant)

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -63,6 +63,8 @@ class Bench:
     _sound: set[Stage | str] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
     _original: Path | None = None
+    _libraries: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of files, one that has it, as `compiler` wrote it down without a mutant."""
 
     def tree(self, name: str) -> Path:
         """A fresh copy of the tree; beside it lies what runs in it leave behind."""
@@ -172,12 +174,15 @@ class Bench:
         """
         began = time.monotonic()
         log = tree.parent / "compiled.jsonl"
-        compiled: list[dict[str, object]] = []
+        compiled: list[dict[str, Any]] = []
+        found: list[bool] = []
 
         def entry(result: str, **found: object) -> dict[str, object]:
             seconds = round(time.monotonic() - began, 1)
             return {"key": mutant.key, "result": result, **found, "seconds": seconds}
 
+        if not self._compiles(mutant, tree):
+            return entry("uncompiled")
         for number, stage in enumerate(self.choose(mutant)):
             passed = not stage.runs_here
             while not passed:
@@ -185,33 +190,78 @@ class Bench:
                 try:
                     with mutant.applied(tree):
                         passed, test, late = self.run_stage(tree, stage)
+                        self._remember(mutant.file, load(log), tree)
                 except StaleError:
                     return entry("stale")
                 compiled += load(log)
                 if not passed and self.passes(stage, test, tree):
-                    broken = any("error" in library for library in compiled)
+                    broken = _is_broken(compiled)
                     broken |= not test and number == 0  # it cannot even be imported
                     result = "timeout" if late else "uncompiled" if broken else "killed"
                     return entry(result, stage=number, test=test)
-        return entry("survived" if self._differs(mutant, compiled, tree) else "unchanged")
+            if _is_broken(compiled):  # and the tests of that backend were skipped
+                return entry("uncompiled")
+            found = self._differences(mutant, compiled, tree)
+            if len(found) == codes.TRIED and not any(found):
+                break
+        return entry("survived" if any(found) else "unchanged")
 
-    def _differs(self, mutant: Mutant, compiled: Iterable[dict[str, object]], tree: Path) -> bool:
-        """Whether what a mutant compiles to is not what the original does."""
-        if mutant.file.endswith(".py"):
-            return True
-        if all(stage.needs_gpu for stage in self.choose(mutant)):
-            return True  # nothing here compiles it as it is
+    def _untouched(self) -> Path:
+        """A tree that is never changed."""
         with self._lock:
             self._original = self._original or self.tree("original")
+            return self._original
+
+    def _remember(self, file: str, compiled: Iterable[Mapping[str, Any]], tree: Path) -> None:
+        """Keep a library of each file, as it is where `file` is not changed."""
+        original, changed = (
+            (root / file).read_text(encoding="utf-8") for root in (self._untouched(), tree)
+        )
+        for library in compiled:
+            if "error" in library:
+                continue
+            source = library["source"]
+            files = library["files"]
+            if source is not None and changed in source:
+                files = [*files, file]
+                library = {**library, "source": source.replace(changed, original)}
+            for name in files:
+                self._libraries.setdefault(name, library)
+
+    def _compiles(self, mutant: Mutant, tree: Path) -> bool:
+        """Whether a library compiles that has the file; True where none is known."""
+        library = self._libraries.get(mutant.file)
+        if library is None:
+            return True
+        trees = self._untouched(), tree
+        try:
+            with mutant.applied(tree):
+                return codes.compiles(mutant.file, library, trees, tree.parent / "changed")
+        except StaleError:
+            return True  # and the run says so
+
+    def _differences(
+        self, mutant: Mutant, compiled: Iterable[Mapping[str, Any]], tree: Path
+    ) -> list[bool]:
+        """Of libraries, whether what a mutant compiles to is not what the original does, up to the
+        first of which it is."""
+        if mutant.file.endswith(".py"):
+            return [True]
+        if all(stage.needs_gpu for stage in self.choose(mutant)):
+            return [True]  # nothing here compiles it as it is
+        trees, found = (self._untouched(), tree), []
         with mutant.applied(tree):
-            for differs in codes.differ(
-                mutant.file, compiled, (self._original, tree), self.folder / "compiled"
-            ):
+            for differs in codes.differ(mutant.file, compiled, trees, self.folder / "compiled"):
+                found.append(differs)
                 if differs:
-                    return True
+                    break
                 if time.monotonic() > self.deadline:
                     raise OutOfTimeError
-        return False
+        return found
+
+
+def _is_broken(compiled: Iterable[Mapping[str, object]]) -> bool:
+    return any("error" in library for library in compiled)
 
 
 def run(

@@ -25,7 +25,7 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, autocast_dtype, compute, is_unwatched, kept
+from ..eager import as_leaf, autocast_dtype, compute, kept, may_read_past
 from ..functional import ms_deform_attn_from_offsets
 from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
@@ -170,7 +170,7 @@ class FlashDeformAttn(Layer):
         _check_rows("input_flatten", input_flatten, self.value_proj)
         if input_padding_mask is not None:
             _check_mask(input_padding_mask, input_flatten)
-        if is_unwatched(query, reference_points, input_flatten):
+        if may_read_past(query, reference_points, input_flatten):
             formula = self._formula(
                 *(query, reference_points, input_flatten),
                 *(input_spatial_shapes, input_padding_mask),

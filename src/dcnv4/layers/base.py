@@ -49,7 +49,18 @@ def other_words(**right: str) -> Callable[[Init], Init]:
 
 # What a layer reads of its submodules instead of calling them.
 
-_FORWARDS = {module: module.forward for module in (nn.Linear, nn.Conv2d)}
+_FORWARDS: dict[type[nn.Module], Any] = {}
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+
+def known(kind: Kind) -> Kind:
+    """Have modules of this class read instead of called, where nobody could tell."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+known(nn.Linear)
+known(nn.Conv2d)
 _HOOKS = tuple(
     f"_{hooks}"
     for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -58,7 +69,20 @@ _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 def are_bare(modules: Iterable[nn.Module]) -> bool:
-    """Whether these are Linears and Conv2ds that compute what PyTorch's do, nobody watching."""
+    """Whether these compute what their classes say of plain parameters, nobody watching."""
+    for module in modules:
+        # Neither a tensor that is computed anew for every call nor one that is more than numbers.
+        parameters = module.__dict__["_parameters"]
+        if type(parameters.get("weight")) is not nn.Parameter:
+            return False
+        bias = parameters.get("bias", parameters)
+        if bias is not None and type(bias) is not nn.Parameter:
+            return False
+    return are_unwatched(modules)
+
+
+def are_unwatched(modules: Iterable[nn.Module]) -> bool:
+    """Whether these are of known classes, their own forwards and hooks being nobody's."""
     for hooks in _GLOBAL_HOOKS:
         if getattr(_every, hooks, None):
             return False
@@ -72,13 +96,6 @@ def are_bare(modules: Iterable[nn.Module]) -> bool:
         for hooks in _HOOKS:
             if held.get(hooks):
                 return False
-        # Neither a tensor that is computed anew for every call nor one that is more than numbers.
-        parameters = held["_parameters"]
-        if type(parameters.get("weight")) is not nn.Parameter:
-            return False
-        bias = parameters.get("bias", held)
-        if bias is not None and type(bias) is not nn.Parameter:
-            return False
     return True
 
 

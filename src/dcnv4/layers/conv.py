@@ -23,7 +23,7 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype, compute, compute_backward, is_unwatched, kept
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, kept, may_read_past
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
@@ -31,6 +31,7 @@ from .base import (
     OriginalNames,
     WindowedLayer,
     check_dtype,
+    known,
     original_window,
     other_words,
     pair,
@@ -118,21 +119,18 @@ class _DeformConv(WindowedLayer):
     def _run(self, x: Tensor, layout: _Layout) -> Tensor:
         """The output for x, which was checked: as one node of autograd where nobody can tell."""
         pixels = x if layout.channels_last else layout.as_map(x)
-        dtype = autocast_dtype(x)
-        pixels = prepared(pixels, dtype)
-        if is_unwatched(x):
-            formula = self._formula(dtype, x, layout)
+        pixels = prepared(pixels, autocast_dtype(x))
+        if may_read_past(x):
+            formula = self._formula(pixels, x.dtype, layout)
             if formula is not None:
                 return formula.run((x,), (pixels,))
         check_dtype("x", pixels, self.offset_mask)
         return layout.leave(self._deform(layout.enter(pixels)))
 
-    def _formula(self, dtype: torch.dtype, x: Tensor, layout: _Layout) -> _ConvFormula | None:
-        """The layer as one node of autograd; None where it has to be composed.
-
-        Args:
-            dtype: of x as it is cast.
-        """
+    def _formula(
+        self, x: Tensor, wide: torch.dtype, layout: _Layout, *before: tuple[nn.Module, ...]
+    ) -> _ConvFormula | None:
+        """The layer as one node of autograd, as a `Part`."""
         settings, size = self.window, layout.size
         held = self._modules  # a module's own way to its submodules is a slow one
         value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
@@ -142,20 +140,21 @@ class _DeformConv(WindowedLayer):
         if self.center_feature_scale or settings.stride != (1, 1) or x.numel() == 0:
             return None
         if depthwise is None:
-            parameters = read((value_proj, offset_mask), (output_proj,))
+            parameters = read(*before, (value_proj, offset_mask), (output_proj,))
         elif _is_centered(depthwise):
-            parameters = read((value_proj,), (offset_mask,), (depthwise,), (output_proj,))
+            parameters = read(*before, (value_proj,), (offset_mask,), (depthwise,), (output_proj,))
         else:
             return None
         if parameters is None:
             return None
-        made = computed_dtype(dtype, x.device.type, parameters)
-        value, predicted = parameters.tensors[0].shape[0], parameters.tensors[1].shape[0]
-        if made is None or not _fits(size, value, predicted, settings):
+        dtype = computed_dtype(x.dtype, x.device.type, parameters)
+        first = sum(map(len, before))
+        value, predicted = (t.shape[0] for t in parameters.tensors[first : first + 2])
+        if dtype is None or not _fits(size, value, predicted, settings):
             return None
         deterministic = ops.must_be_deterministic(x, *parameters.tensors)
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
-        return _ConvFormula(self, parameters, dtype, x.dtype, backend, value, layout)
+        return _ConvFormula(self, parameters, dtype, wide, backend, value, layout)
 
     def _deform(self, x: Tensor, call: Call = called) -> Tensor:
         """[B, Ho, Wo, C_out] from [B, H, W, C_in], contiguous and cast; `call` calls submodules."""
@@ -297,7 +296,8 @@ class _ConvFormula(Formula):
         call = self.backend, value, predicted, self.window
         grads = compute_backward(ops.DEFORM_CONV, grad_y, *call)
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
-        module, biased = self._depthwise(), self.parameters.shapes[2][1]
+        module = self._depthwise()
+        biased = module.bias is not None
         image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
         grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
         grad_x, *depthwise = torch.ops.aten.convolution_backward(
@@ -347,6 +347,7 @@ def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window
     return True
 
 
+@known
 class DCNv4(_DeformConv, OriginalNames):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
@@ -469,6 +470,12 @@ class DCNv4(_DeformConv, OriginalNames):
         if isinstance(x, Proxy):
             return as_leaf(DCNv4, self, x, shape)
         return self._run(x, self._layout(x, shape))
+
+    def formula(
+        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
+    ) -> Formula | None:
+        """The layer on a map, as a `Part`."""
+        return self._formula(x, wide, self._layout(x, None), *before)
 
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None

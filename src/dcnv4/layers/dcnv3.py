@@ -17,7 +17,7 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, is_unwatched
+from ..eager import as_leaf, may_read_past
 from ..functional import windowed_conv
 from ..initialization import Initializer
 from .base import (
@@ -163,7 +163,7 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def _predict(self, features: Tensor) -> Tensor:
         """The operator's `offset_mask`, [B, Ho, Wo, 3·G·K]."""
-        parameters = read((self.offset, self.mask)) if is_unwatched(features) else None
+        parameters = read((self.offset, self.mask)) if may_read_past(features) else None
         if parameters is None:
             return self._interleave(self.offset(features), self.mask(features), -1)
         # One product, and nothing of its size is copied.

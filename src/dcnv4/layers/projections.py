@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,8 @@ class Parameters(NamedTuple):
             weight, bias = (None if t is None else t.to(x.dtype) for t in held[module])
             if isinstance(module, nn.Conv2d):
                 return module._conv_forward(x, weight, bias)
+            if isinstance(module, nn.LayerNorm):
+                return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
             return F.linear(x, weight, bias)
 
         return call
@@ -141,6 +143,21 @@ def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> t
         return dtype
     cast = own is not None and is_autocast(device)
     return dtype if cast and torch.float64 not in (own, dtype) else None
+
+
+class Part(Protocol):
+    """A layer that may be a part of a larger formula."""
+
+    def formula(
+        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
+    ) -> Formula | None:
+        """The layer's; None where it has to be composed.
+
+        Args:
+            x: an input, as products read it.
+            wide: the dtype that its gradient is wanted in.
+            before: products whose parameters come before the layer's own.
+        """
 
 
 class Formula:
@@ -286,6 +303,10 @@ class Sums:
     def __init__(self, dtype: torch.dtype, shapes: Sequence[tuple[tuple[int, ...], bool]]) -> None:
         self.dtype, self.shapes = dtype, shapes
         self.ones: Tensor | None = None
+
+    def after(self, products: int) -> Sums:
+        """Those of the products behind so many."""
+        return Sums(self.dtype, self.shapes[products:])
 
     def of(self, product: int, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of one product, from its input `x` [N, C] and the gradient [N, M] of its output."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, create_classifier, trunc_normal_
 from timm.models import (
@@ -25,35 +24,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import as_named, state_of
-from ..eager import autocast_dtype, is_autocast
 from ..layers import DCNv3, DCNv4
+from . import branch
+from .branch import LayerNorm
 from .mlp import Mlp
 
 __all__ = ["InternImage", "checkpoint_filter_fn"]  # and the models by their names
 
 _GROUP_CHANNELS = 16
 """D, channels of a group, in every published model."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """Normalised over C in the dtype of the products around it, with float32 statistics.
-
-    Autocast alone would make, and keep for the backward pass, a float32 map of every one.
-    """
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """[..., C] from [..., C], times `scale` [C] where there is one."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if scale is not None:  # of C numbers, not of the map
-            weight, bias = weight * scale, bias * scale
-        if not is_autocast(device := x.device.type):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        dtype = autocast_dtype(x)
-        with torch.autocast(device, enabled=False):
-            return F.layer_norm(
-                x.to(dtype), self.normalized_shape, weight.to(dtype), bias.to(dtype), self.eps
-            )
 
 
 def _norm(channels: int, place: str, made: dict[str, Any]) -> nn.Sequential:
@@ -122,12 +101,18 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._branch(x, self.norm1[0], self.dcn, self.gamma1)
-        return self._branch(x, self.norm2[0], self.mlp, self.gamma2)
+        x = self._branch(x, self.norm1, self.dcn, self.gamma1)
+        return self._branch(x, self.norm2, self.mlp, self.gamma2)
 
-    def _branch(self, x: Tensor, norm: nn.Module, layer: nn.Module, gamma: Tensor | None) -> Tensor:
+    def _branch(
+        self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
+    ) -> Tensor:
+        if not self.post_norm and gamma is None:
+            formula = branch.formula(x, norm, layer, self.drop_path)
+            if formula is not None:
+                return formula.run((x,), (x,))
         if self.post_norm:
-            y = norm(layer(x), gamma)
+            y = norm(layer(x)) if gamma is None else norm[0](layer(x), gamma)
         else:
             y = layer(norm(x))
             if gamma is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..eager import autocast_dtype, has_interested
+from ..layers.base import known
 from ..layers.projections import (
     Call,
     Formula,
@@ -26,6 +27,7 @@ from ..layers.projections import (
 __all__: list[str] = []  # a part of models
 
 
+@known
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))).
 
@@ -44,13 +46,21 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] from [..., C]."""
         if not has_interested((x,), (0,)):
-            parameters = read((self.fc1,), (self.fc2,))
-            if parameters is not None:
-                cast = prepared(x, autocast_dtype(x))
-                dtype = computed_dtype(cast.dtype, x.device.type, parameters)
-                if dtype is not None:
-                    return _MlpFormula(self, parameters, dtype, x.dtype).run((x,), (cast,))
+            cast = prepared(x, autocast_dtype(x))
+            formula = self.formula(cast, x.dtype)
+            if formula is not None:
+                return formula.run((x,), (cast,))
         return self.composed(x)
+
+    def formula(
+        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
+    ) -> Formula | None:
+        """As a `Part`."""
+        parameters = read(*before, (self.fc1,), (self.fc2,))
+        if parameters is None:
+            return None
+        dtype = computed_dtype(x.dtype, x.device.type, parameters)
+        return None if dtype is None else _MlpFormula(self, parameters, dtype, wide)
 
     def composed(self, x: Tensor, call: Call = called) -> Tensor:
         """The same by submodules, which `call` calls."""

@@ -1,0 +1,252 @@
+"""The parts of a model's blocks as nodes of autograd: what they compute, and when they are one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dcnv4.layers.projections import Formula
+
+try:
+    import timm  # noqa: F401
+
+    from dcnv4.models import InternImage
+    from dcnv4.models.mlp import Mlp
+except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
+    pytest.skip(
+        f"needs timm, and torchvision for torch {torch.__version__}: {error}",
+        allow_module_level=True,
+    )
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(torch, "compiler", None), "is_dynamo_compiling"),
+    reason=f"layers are composed before torch 2.3; got {torch.__version__}",
+)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def block(drop_path: float = 0.0, **settings: Any) -> nn.Module:
+    """A block in training, of 16 channels, every parameter of which counts."""
+    torch.manual_seed(0)
+    model = InternImage(channels=16, depths=(2, 1, 1, 1), drop_path_rate=4 * drop_path, **settings)
+    made: nn.Module = model.levels[0].blocks[1].double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    return made
+
+
+def watch(module: nn.Module) -> list[str]:
+    """Have a module called; the list grows with each call."""
+    calls: list[str] = []
+    module.register_forward_hook(lambda *_: calls.append(type(module).__name__))
+    return calls
+
+
+def nodes(output: Tensor) -> list[str]:
+    found, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return sorted(node.name() for node in found if "AccumulateGrad" not in node.name())
+
+
+def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output and gradients by name, whatever is drawn being the same in every call."""
+    torch.manual_seed(4)
+    y = module(x)
+    leaves = {"x": x, **dict(module.named_parameters())}
+    seed = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return {
+        "y": y,
+        **dict(zip(leaves, torch.autograd.grad(y, [*leaves.values()], seed), strict=True)),
+    }
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: float) -> None:
+    for name, right in wanted.items():
+        torch.testing.assert_close(
+            found[name], right, msg=lambda m, n=name: f"{n}: {m}", **tolerances
+        )
+
+
+# Branches.
+
+
+@pytest.mark.parametrize("settings", [{}, {"dw_kernel_size": 3, "output_bias": True}])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_a_branch_is_its_submodules(drop_path: float, settings: dict[str, Any]) -> None:
+    """In its output and in every gradient; what stochastic depth drops is what timm would drop."""
+    made, x = block(drop_path, **settings), random(6, 3, 4, 16).requires_grad_()
+    assert nodes(made(x)) == ["_NodeBackward"] * 2
+    found = gradients(made, x)
+    calls = [watch(made.norm1[0]), watch(made.norm2[0])]
+    wanted = gradients(made, x)
+    assert calls == [["LayerNorm"]] * 2
+    same(found, wanted)
+    torch.manual_seed(4)
+    middle = made._branch(x, made.norm1, made.dcn, None)
+    dropped = [bool((middle[i] == x[i]).all()) for i in range(6)]
+    assert any(dropped) is (drop_path > 0)
+
+
+def test_a_block_that_drops_nothing_anew() -> None:
+    """In evaluation, and where every path is dropped."""
+    made, x = block(0.4), random(2, 3, 4, 16)
+    evaluated = made.eval()(x)
+    made.drop_path.drop_prob = 0.0
+    torch.testing.assert_close(made.train()(x), evaluated)
+    made.drop_path.drop_prob = 1.0
+    torch.testing.assert_close(made(x), x)
+
+
+@pytest.mark.parametrize(
+    "name", ["norm1", "norm1.0", "dcn", "drop_path", "norm2", "mlp", "mlp.fc1"]
+)
+def test_a_part_that_somebody_watches_is_called(name: str) -> None:
+    made, x = block(0.4), random(6, 3, 4, 16).requires_grad_()
+    found = gradients(made, x)
+    calls = watch(made.get_submodule(name))
+    same(gradients(made, x), found)
+    assert calls
+
+
+def test_what_a_block_cannot_know_is_called() -> None:
+    made, x = block(), random(2, 3, 4, 16)
+    made.dcn, made.mlp = nn.Identity(), nn.Tanh()
+    middle = x + made.norm1(x)
+    torch.testing.assert_close(made(x), middle + made.norm2(middle).tanh())
+    made.norm1[0] = nn.LayerNorm(16, bias=False).double()
+    made.norm2 = nn.Sequential(made.norm2[0], nn.Tanh())
+    middle = x + made.norm1(x)
+    torch.testing.assert_close(made(x), middle + made.norm2(middle).tanh())
+
+
+def test_second_derivatives_of_a_block() -> None:
+    made, x = block(0.4), random(2, 2, 2, 16).requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        torch.manual_seed(4)
+        y: Tensor = made(x)
+        return y
+
+    assert torch.autograd.gradgradcheck(call, (x,), atol=1e-4, nondet_tol=1e-9, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", ["norm1", "norm2", "dcn", "mlp", "x"])
+def test_only_what_is_needed_of_a_block(frozen: str) -> None:
+    made, x = block(0.4), random(3, 3, 4, 16).requires_grad_()
+    wanted = gradients(made, x)
+    (x if frozen == "x" else made.get_submodule(frozen)).requires_grad_(False)
+    torch.manual_seed(4)
+    y = made(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    for name, leaf in {"x": x, **dict(made.named_parameters())}.items():
+        if name.startswith(frozen):
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, wanted[name])
+
+
+def test_a_checkpointed_block_drops_the_same_twice() -> None:
+    made, x = block(0.4), random(6, 3, 4, 16).requires_grad_()
+    wanted = gradients(made, x)
+    kept: Callable[..., Any] = made.forward
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, child in made.named_children():
+                setattr(self, name, child)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(kept, x, use_reentrant=False)
+
+    same(gradients(Checkpointed(), x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_branch_under_autocast(dtype: torch.dtype) -> None:
+    """As exact as the calls that it is made of; a float32 map is not cast by the branch."""
+    if dtype == torch.float16 and not hasattr(torch, "get_autocast_dtype"):
+        pytest.skip(f"torch {torch.__version__} has no float16 autocast on the CPU")
+    made, x = block(0.4).float(), random(6, 3, 4, 16)
+    x = x.to(dtype).double().requires_grad_()
+    exact = gradients(made.double(), x)
+    made.float()
+    results = []
+    for watched in (False, True):
+        calls = [watch(made.norm1), watch(made.norm2)] if watched else []
+        half = x.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            found = gradients(made, half)
+        assert all(calls)
+        assert found["y"].dtype == dtype
+        assert {found[n].dtype for n, _ in made.named_parameters()} == {torch.float32}
+        results.append(found)
+    for name, right in exact.items():
+        node, composed = ((r[name].double() - right).norm() / right.norm() for r in results)
+        assert node <= 2 * composed + 8 * torch.finfo(dtype).eps, name
+    with torch.autocast("cpu", dtype):
+        assert made(x.detach().float()).dtype == torch.float32
+
+
+def test_a_branch_that_forgets_its_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcnv4.models.branch import _BranchFormula
+
+    right = _BranchFormula.backward
+
+    def wrong(self: Formula, grad: Tensor, *rest: Any) -> Any:
+        (x,), made = right(self, grad, *rest)  # type: ignore[arg-type]
+        return (x - grad,), made
+
+    monkeypatch.setattr(_BranchFormula, "backward", wrong)
+    with pytest.raises(AssertionError, match="x: "):
+        test_a_branch_is_its_submodules(0.0, {})
+
+
+# The MLP.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_mlp_is_its_submodules(bias: bool) -> None:
+    """In its output and in every gradient, the second ones too; and it keeps one hidden map."""
+    torch.manual_seed(0)
+    mlp = Mlp(3, 12, bias, {"dtype": torch.float64})
+    x = torch.randn(5, 2, 1, 3, dtype=torch.float64, requires_grad=True)
+    leaves = {"x": x, **dict(mlp.named_parameters())}
+    results, kept = [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.numel() == 10 * 12  # a hidden map
+        return tensor
+
+    for compute in (mlp, mlp.composed):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = compute(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+    for name, found, wanted in zip(["y", *leaves], *results, strict=True):
+        torch.testing.assert_close(found, wanted, msg=lambda m, n=name: f"{n}: {m}")
+    assert kept == [1, 2]
+    assert torch.autograd.gradgradcheck(mlp, (x,))
+
+
+def test_submodules_of_the_mlp_can_be_watched_and_replaced() -> None:
+    mlp, x, seen = Mlp(4, 8, False, {}), torch.randn(3, 4), []
+    expected = mlp(x)
+    mlp.fc1.register_forward_hook(lambda *_: seen.append("fc1"))
+    torch.testing.assert_close(mlp(x), expected)
+    assert seen == ["fc1"]
+    mlp.fc2 = nn.Sequential(mlp.fc2, nn.Tanh())
+    torch.testing.assert_close(mlp(x), expected.tanh())

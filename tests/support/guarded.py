@@ -1,0 +1,54 @@
+"""Tensors that end where memory ends: a kernel that reads beyond one ends its process."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+from support import cases, launches
+from support.emulated import emulated
+from support.kernel_cases import plain_tiles, sorted_cases, sorted_conv_cases
+
+_PAGE = mmap.PAGESIZE
+_kept: list[mmap.mmap] = []
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy behind which nothing can be read."""
+    if tensor.numel() == 0:
+        return tensor.detach()
+    size = tensor.numel() * tensor.element_size()
+    room = -(-size // _PAGE) * _PAGE
+    memory = mmap.mmap(-1, room + _PAGE)
+    _kept.append(memory)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory, room))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), _PAGE, 0):
+        raise OSError("mprotect failed")
+    numbers = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+    return numbers.view(tensor.shape).copy_(tensor.detach())
+
+
+def main() -> int:
+    """Forward and backward of every technique, on such tensors."""
+    for pays_from, chosen in (
+        (launches.DIRECT, [case for _, case in cases.CASES[::5]]),
+        (launches.SORTED, sorted_conv_cases()[::4]),
+        (launches.EVERY, [plain_tiles(), *sorted_cases()[::4]]),
+    ):
+        for number, case in enumerate(chosen):
+            dtype = (torch.float16, torch.float32)[number % 2]
+            *arguments, grad = map(guarded, case.inputs(dtype, "cpu"))
+            arguments = [argument.requires_grad_() for argument in arguments]
+            with emulated(pays_from=pays_from), launches.recorded() as launched:
+                output = case.call(*arguments, backend="cuda")
+                torch.autograd.grad(output, arguments, grad)
+            print(*launched.names, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
