@@ -174,10 +174,11 @@ def results(
     call = layer if backend is None else torch.compile(layer, fullgraph=True, backend=backend)
     torch.manual_seed(1)
     inputs = [a.to(dtype) if isinstance(a, Tensor) else a for a in example(name, 2, 6, 7)]
-    inputs[0].requires_grad_()
+    leaves = [a.requires_grad_() for a in inputs if isinstance(a, Tensor)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = call(*inputs)
-    named = {"input": inputs[0], **dict(layer.named_parameters())}
+    named = {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+    named |= dict(layer.named_parameters())
     found = torch.autograd.grad(output.double().square().sum(), list(named.values()))
     return {"output": output.detach(), **dict(zip(named, found, strict=True))}
 

@@ -327,7 +327,7 @@ class _AttnFormula(Formula):
         y = compute(
             ops.MS_DEFORM_ATTN_FROM_OFFSETS,
             *(self.backend, value, self.levels, reference, *self._split(predicted)),
-            *(self.box_normalizer, True, False),
+            *(self.box_normalizer, True, reference.requires_grad and torch.is_grad_enabled()),
         )
         return F.linear(y, *weights[2]), (y, predicted, value)
 
