@@ -178,7 +178,7 @@ def may_read_past(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
-def kept(function: Callable[..., T]) -> Callable[..., T]:
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
     """A function that keeps what it returned; where TorchDynamo traces it, which would warn of what
     is kept, the function itself."""
     keeping = lru_cache(maxsize=256)(function)

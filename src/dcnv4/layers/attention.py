@@ -25,7 +25,7 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, autocast_dtype, compute, kept, may_read_past
+from ..eager import as_leaf, autocast_dtype, compute, may_read_past, remembered
 from ..functional import ms_deform_attn_from_offsets
 from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
@@ -391,7 +391,7 @@ def _named_levels(
     return check_levels(shapes, levels, length, device)
 
 
-_kept_levels = kept(_named_levels)
+_kept_levels = remembered(_named_levels)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:

@@ -23,7 +23,7 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype, compute, compute_backward, kept, may_read_past
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, may_read_past, remembered
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
@@ -338,7 +338,7 @@ def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
     return tuple(dilation * (size // 2) for dilation, size in sizes)
 
 
-@kept
+@remembered
 def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
     """Whether a convolution of B, H, W and these channels has an output of the same size."""
     if window.output_size(*size[1:]) != size[1:]:

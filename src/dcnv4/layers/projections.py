@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eager import below, has_interested, is_autocast, is_compiling, kept, needs_grad
+from ..eager import below, has_interested, is_autocast, is_compiling, needs_grad, remembered
 from .base import are_bare
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -110,19 +110,19 @@ def read(*products: tuple[nn.Module | None, ...]) -> Parameters | None:
     return Parameters(modules, weights + [bias for bias in biases if bias is not None], *layout)
 
 
-@kept
+@remembered
 def _layout(counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]) -> Any:
     """`shapes`, `sizes` and `rows` of products of so many modules; None where some do not fit
     together."""
     left, joined, rows = list(shapes), [], []
     for count in counts:
         product, left = left[:count], left[count:]
-        if any(
-            (shape[1:], biased) != (product[0][0][1:], product[0][1]) for shape, biased in product
-        ):
+        kinds = {(shape[1:], biased) for shape, biased in product}
+        if len(kinds) > 1:
             return None
+        ((inner, biased),) = kinds
         rows.append(tuple([shape[0] for shape, _ in product]))
-        joined.append(((sum(rows[-1]), *product[0][0][1:]), product[0][1]))
+        joined.append(((sum(rows[-1]), *inner), biased))
     sizes = [math.prod(shape) for shape, _ in joined]
     sizes += [shape[0] for shape, biased in joined if biased]
     return tuple(joined), tuple(sizes), tuple(rows)
