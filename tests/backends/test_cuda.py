@@ -291,6 +291,29 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not() == "needs 32768 slices"
 
 
+def test_sorting_takes_what_it_can() -> None:
+    slices = choice.Slices(1 << 13, 4, 16, 9, False, False, torch.float16, 16, False, True)
+
+    def why_not(pixels: int = 64, major: int = 8, **changed: Any) -> str | None:
+        changes = slices._replace(**changed)
+        return choice.why_not_sorted("conv_sorted_backward", changes, pixels, choice.GPU(major, 1))
+
+    assert why_not() is None
+    assert why_not(total=(1 << 13) - 1) == "needs 8192 slices"
+    assert why_not(index64=True) == "needs 32-bit indices"
+    for depth in (8, 48, 128):
+        assert why_not(depth=depth) == "needs 16, 32 or 64 channels a group"
+    assert why_not(dtype=torch.float64) == "needs sums in float32"
+    assert why_not(alignment=8) is why_not(dtype=torch.float32) is None
+    aligned = "needs slices aligned for four channels"
+    assert why_not(alignment=4) == why_not(dtype=torch.float32, alignment=8) == aligned
+    block = choice.sorting_block(slices)
+    most = (1 << 32) // (block.columns * block.rows)
+    assert why_not(pixels=most - 1) is None
+    assert why_not(pixels=most) == "needs keys of 32 bits"
+    assert why_not(major=7) == "needs compute capability 8.0"
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvrtc: None) -> list[str]:
     """The kernels compiled, in a cache of its own; compiling them is pretended."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from dcnv4 import backends, functional, geometry
 from dcnv4.backends import triton as backend
-from support import cases
+from support import cases, triton_compiled
 from support.runner import Runner
 from support.tiers import one_in
 
@@ -30,6 +30,7 @@ INTERPRETED = backend.why_not(backends.Call("deform_conv", CPU, torch.float32)) 
 only_interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
 )
+DTYPES = "float16", "float32", "bfloat16", "float64"
 LAYERS = [
     (groups, depth, levels, points, itemsize, backward)
     for groups, depth in [(1, 1), (4, 16), (7, 16), (32, 16), (8, 64), (3, 17), (2, 1000)]
@@ -58,6 +59,43 @@ def test_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None
     assert int(passed[1]) > len(cases.CASES), run.stdout[-500:]
+
+
+def compilations() -> list[tuple[str, ...]]:
+    """Of every architecture, two dtypes, or one where compilers take a minute for it; of each, a
+    case of every operator, others every time."""
+    by_operator = [
+        [name for name, case in cases.CASES if name.startswith(operator) and case.work > 0]
+        for operator in ("conv", "attn", "offsets")
+    ]
+    pairs = [
+        (target, dtype)
+        for number, target in enumerate(triton_compiled.TARGETS)
+        for dtype in (
+            DTYPES[number % 2 :: 2] if target.startswith("sm_") else DTYPES[number % 4 :][:1]
+        )
+    ]
+    return [
+        (*pair, *(names[5 * number % len(names)] for names in by_operator))
+        for number, pair in enumerate(pairs)
+    ]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("chosen", one_in(20, compilations(), "-".join))
+def test_compiles_without_a_gpu(chosen: tuple[str, ...], tmp_path: Path) -> None:
+    """For GPUs of two makers, to what each of them runs."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-m", "support.triton_compiled", *chosen]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-5000:]
+    code = "cubin" if chosen[0].startswith("sm_") else "hsaco"
+    assert run.stdout.splitlines() == [f"forward {code}", f"backward {code}"] * 3
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

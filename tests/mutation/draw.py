@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,12 @@ def _code(line: str) -> str:
 
 
 def _meaning(source: str) -> str:
-    """The syntax tree without docstrings and `pass`, and without annotations that nothing reads."""
+    """The syntax tree without docstrings and `pass`, without annotations that nothing reads and the
+    comments of C++ in strings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = re.sub("//.*", "", node.value)
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)
             if isinstance(body, list):

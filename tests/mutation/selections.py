@@ -28,7 +28,7 @@ _POSITIONS = "tests/backends/test_cuda_positions.py"
 _OPERATORS = "tests/operators/test_operators.py"
 _PLANS = (
     "tests/backends/test_cuda.py "
-    "-k 'launch_shape or threads_move or block_size or strip or tiles_take'"
+    "-k 'launch_shape or threads_move or block_size or strip or what_they_can or what_it_can'"
 )
 _MORE = "--exhaustive -m exhaustive"
 
@@ -37,11 +37,11 @@ _MORE = "--exhaustive -m exhaustive"
 _TABLE: dict[str, tuple[str, ...]] = {
     "*/ptx.cuh": ("tests/backends/test_cuda.py -m gpu -k 'test_tiles or test_sorting'",),
     "*/tiles/*": (
-        f"{_EMULATED} {_POSITIONS} -k 'tile or scale or finite or random'",
+        f"{_EMULATED} {_POSITIONS} -k 'tile or scale or finite or random or beyond'",
         f"{_MORE} {_EMULATED} -k 'tile or scale or finite or random'",
     ),
     "*/sorted/*": (
-        f"{_EMULATED} {_POSITIONS} -k 'sort or encoders or random'",
+        f"{_EMULATED} {_POSITIONS} -k 'sort or encoders or random or beyond'",
         f"{_MORE} {_EMULATED} -k 'sort or encoders or random'",
     ),
     "*/sums/*": (
@@ -50,7 +50,8 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
     "*/direct/*": (
-        f"{_EMULATED} {_POSITIONS} -k 'oracle or position or direct or random or deterministic'",
+        f"{_EMULATED} {_POSITIONS} "
+        "-k 'oracle or position or direct or random or deterministic or beyond'",
         f"{_MORE} {_EMULATED} -k 'oracle or direct or random or deterministic'",
     ),
     "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
@@ -69,6 +70,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"TRITON_INTERPRET=1 {_OPERATORS} -k 'triton-cpu and not float32'",
         "TRITON_INTERPRET=1 tests/backends/test_triton.py tests/operators "
         "-k 'interpreted or triton-cpu and not test_oracle'",
+        "tests/backends/test_triton.py -k compiles_without",
         f"TRITON_INTERPRET=1 {_MORE} tests/backends/test_triton.py -k interpreted",
         f"{_OPERATORS} -m gpu -k triton-cuda",
     ),

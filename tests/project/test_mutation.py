@@ -26,6 +26,9 @@ def larger(a: int, b: int) -> int:
     return a if a > b else b
 
 
+TEXT = "int a;  // one"
+
+
 def count(n):
     total = 0
     while total < n:
@@ -178,6 +181,8 @@ def test_the_draw(root: Path) -> None:
         ('"""The larger one."""', "pass", False),
         ("b: int", "b: str", False),
         ("total = 0", "total = 0  # none", False),
+        ("int a;  // one", "int a;  // two", False),
+        ("int a;  // one", "int b;  // one", True),
     ],
 )
 def test_which_changes_of_python_count(original: str, mutated: str, counts: bool) -> None:

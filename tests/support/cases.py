@@ -628,6 +628,7 @@ CONV = (
     ConvCase("no_columns", batch=2, size=(3, 0)),
     ConvCase("no_pixels_but_output", size=(0, 3), window={"padding": 2}),
     ConvCase("far", size=(5, 5), sigma=8.0, depth=16),
+    ConvCase("far_softmax", size=(5, 5), sigma=300.0, softmax=True),  # offsets above all logits
     ConvCase("not_finite", size=(4, 4), outside=(np.inf, -np.inf, np.nan, 1e30, -1e30)),
     ConvCase("still", size=(3, 4), sigma=0.0, integer=True, depth=8),
     ConvCase("integer", size=(5, 4), sigma=2.0, integer=True),

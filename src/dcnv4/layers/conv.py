@@ -257,10 +257,11 @@ class _ConvFormula(Formula):
         of_last = [] if sums is None else [sums.of(last, grad, y.view(-1, y.shape[3]))]
         shape = y.shape
         del y
-        grad_y = torch.mm(grad, weights[last]).view(shape)
         rows = x.view(-1, x.shape[-1])
         step = self._packed_backward if last == 1 else self._depthwise_backward
-        grad_x, made = step(grad_y, rows, weights, kept, sums, needed[0])
+        grad_x, made = step(
+            torch.mm(grad, weights[last]).view(shape), rows, weights, kept, sums, needed[0]
+        )
         if grad_x is None:
             return (None,), made + of_last
         if not self.layout.channels_last:
@@ -273,12 +274,13 @@ class _ConvFormula(Formula):
         grad_y: Tensor,
         x: Tensor,
         weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         sums: Sums | None,
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
-        call = self.backend, kept[0], self.channels, self.window
+        call = self.backend, kept.pop(), self.channels, self.window
         (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
+        del call, grad_y
         grad = grad.view(-1, grad.shape[3])
         grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None
         return grad_x, [] if sums is None else [sums.of(0, grad, x)]
