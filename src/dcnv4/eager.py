@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache, wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,8 +21,12 @@ from torch.nn import Module, Parameter
 from .geometry import sum_dtype
 
 T = TypeVar("T")
-# True where PyTorch has no such function: what it traces cannot be told from what it runs.
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_dynamo_compiling", lambda: True)
+_compiler = getattr(torch, "compiler", None)
+# True where PyTorch has no such function: what it traces cannot be told from what it runs, and what
+# it compiles cannot be told from what it exports.
+is_compiling = getattr(_compiler, "is_dynamo_compiling", lambda: True)
+"""Whether TorchDynamo traces a call."""
+_is_exporting = getattr(_compiler, "is_exporting", lambda: True)
 _is_subclass_like = _C._dispatch_isTensorSubclassLike
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
@@ -87,8 +91,9 @@ def needs_grad(call: Sequence[Any], inputs: Iterable[int]) -> bool:
 
 
 def compute(operator: Operator, *call: Any) -> Tensor:
-    """What the backend makes of a call, below autograd; profilers are told of it."""
-    return operator.dispatch(*call) if _is_profiling() else operator.forward(*call)
+    """What the backend makes of a call, below autograd; profilers and compilers are told of it."""
+    told = is_compiling() or _is_profiling()
+    return operator.dispatch(*call) if told else operator.forward(*call)
 
 
 def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Any, ...]:
@@ -141,7 +146,7 @@ def is_plain(call: Sequence[Any], inputs: Iterable[int]) -> bool:
 
 def has_interested(call: Sequence[Any], inputs: Iterable[int]) -> bool:
     """Whether something is interested in a call that may change what it computes."""
-    if _is_compiling():
+    if is_compiling():
         return True
     for i in inputs:
         tensor = call[i]
@@ -161,6 +166,28 @@ def has_interested(call: Sequence[Any], inputs: Iterable[int]) -> bool:
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def may_read_past(*tensors: Tensor) -> bool:
+    """Whether nobody could tell which calls on these make a layer's output: nobody is interested in
+    them, or TorchDynamo alone is, and compiles a graph that nobody gets to see."""
+    if not is_compiling():
+        return not has_interested(tensors, range(len(tensors)))
+    if _is_exporting() or _is_transformed():
+        return False
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+
+
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """A function that keeps what it returned; where TorchDynamo traces it, which would warn of what
+    is kept, the function itself."""
+    keeping = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*arguments: Any) -> T:
+        return function(*arguments) if is_compiling() else keeping(*arguments)
+
+    return call
 
 
 def is_traced(tensor: Tensor) -> bool:

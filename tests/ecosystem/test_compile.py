@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.layers import DCNv3
@@ -77,9 +78,9 @@ def test_one_dynamic_graph_serves_every_size() -> None:
 def example(name: str, batch: int, height: int, width: int) -> tuple[Any, ...]:
     """Arguments of a layer for a batch of maps of this size."""
     tokens = torch.randn(batch, height * width, 8)
-    if name == "DCNv3":
+    if name.startswith("DCNv3"):
         return (tokens.view(batch, height, width, 8),)
-    if name == "DCNv4":
+    if name.startswith("DCNv4"):
         return tokens, (height, width)
     query = torch.randn(batch, 5, 8)
     if name == "boxes":
@@ -88,8 +89,10 @@ def example(name: str, batch: int, height: int, width: int) -> tuple[Any, ...]:
 
 
 COMPILED: dict[str, Callable[[], torch.nn.Module]] = {
-    "DCNv3": lambda: DCNv3(8, group=2, center_feature_scale=True),
-    "DCNv4": lambda: DCNv4(8, group=2, center_feature_scale=True),
+    "DCNv3": lambda: DCNv3(8, group=2),
+    "DCNv3-blended": lambda: DCNv3(8, group=2, center_feature_scale=True),
+    "DCNv4": lambda: DCNv4(8, group=2),
+    "DCNv4-blended": lambda: DCNv4(8, group=2, center_feature_scale=True),
     "FlashDeformAttn": lambda: FlashDeformAttn(8, n_levels=1, n_heads=2),
     "boxes": lambda: FlashDeformAttn(8, 1, 2, ratio=0.5, use_4D_normalizer=True),
 }
@@ -120,6 +123,150 @@ def test_no_recompilation_for_another_batch_or_size(name: str, grad: bool) -> No
             if grad:
                 output.sum().backward()
     assert len(graphs) == 2
+
+
+needs_packing = pytest.mark.skipif(
+    not hasattr(getattr(torch, "compiler", None), "is_exporting"),
+    reason=f"compiling and exporting are one to torch {torch.__version__}",
+)
+PACKED: dict[str, tuple[str, int, int]] = {
+    "DCNv3": ("mask", 3, 0),
+    "DCNv4": ("value_proj", 2, 2),
+    "FlashDeformAttn": ("attention_weights", 3, 3),
+}
+"""One of the submodules that share a product; how many there are; how many tensors are cast under
+autocast: inputs, and all parameters at once. What DCNv3 casts is not counted."""
+
+
+class Graphs(list[Any]):
+    """Forward and backward behind AOTAutograd, run as they are."""
+
+    def backend(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+
+        return aot_autograd(fw_compiler=self.record)(module, inputs)
+
+    def record(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from functorch.compile import make_boxed_func
+
+        self.append([node.target for node in module.graph.nodes])
+        return make_boxed_func(module.forward)
+
+    def count(self, *names: str) -> list[int]:
+        operators = [getattr(torch.ops.aten, name).default for name in names]
+        return [sum(target in operators for target in graph) for graph in self]
+
+
+def randomised(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = COMPILED[name]()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def results(
+    layer: torch.nn.Module, name: str, dtype: torch.dtype, autocast: bool, backend: Any = None
+) -> dict[str, Tensor]:
+    """Output and gradients by name, compiled where there is a backend."""
+    torch._dynamo.reset()
+    layer = layer.to(dtype)
+    call = layer if backend is None else torch.compile(layer, fullgraph=True, backend=backend)
+    torch.manual_seed(1)
+    inputs = [a.to(dtype) if isinstance(a, Tensor) else a for a in example(name, 2, 6, 7)]
+    leaves = [a.requires_grad_() for a in inputs if isinstance(a, Tensor)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = call(*inputs)
+    named = {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+    named |= dict(layer.named_parameters())
+    found = torch.autograd.grad(output.double().square().sum(), list(named.values()))
+    return {"output": output.detach(), **dict(zip(named, found, strict=True))}
+
+
+def errors(found: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, float]:
+    return {k: float((found[k].double() - t).norm() / t.norm()) for k, t in right.items()}
+
+
+@needs_packing
+@pytest.mark.parametrize("autocast", [False, True], ids=["float64", "autocast"])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_compiled_layer_is_few_products(name: str, autocast: bool) -> None:
+    _, products, casts = PACKED[name]
+    graphs, layer = Graphs(), randomised(name)
+    right = results(layer, name, torch.float64, False)
+    dtype = torch.float32 if autocast else torch.float64
+    made = errors(results(layer, name, dtype, autocast, graphs.backend), right)
+    assert graphs.count("mm", "addmm", "bmm") == [products, 2 * products]
+    if autocast and casts:
+        assert graphs.count("_to_copy") == [casts, casts]
+    budget = 8 * torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    eager = errors(results(layer, name, dtype, autocast), right)
+    for key, error in made.items():
+        assert error <= 2 * eager[key] + budget, (key, error, eager[key])
+
+
+@needs_packing
+@pytest.mark.parametrize("name", PACKED)
+def test_products_that_are_not_packed_are_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[COMPILED[name]().__module__]
+    monkeypatch.setattr(module, "may_read_past", lambda *_: False)
+    with pytest.raises(AssertionError, match=r"== \["):
+        test_a_compiled_layer_is_few_products(name, False)
+
+
+@needs_compile
+@pytest.mark.parametrize("name", PACKED)
+def test_a_watched_submodule_is_called(name: str) -> None:
+    submodule, products, _ = PACKED[name]
+    graphs, layer = Graphs(), randomised(name)
+    right = results(layer, name, torch.float64, False)
+    calls: list[int] = []
+    layer.get_submodule(submodule).register_forward_hook(lambda *_: calls.append(1))
+    made = errors(results(layer, name, torch.float64, False, graphs.backend), right)
+    assert calls == [1]
+    assert graphs.count("mm", "addmm", "bmm") == [products + 1, 2 * products + 2]
+    assert max(made.values()) < 1e-12
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (x if self.module is None else self.module(x))
+
+
+@needs_compile
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("way", ["wrapped", "parametrised", "replaced"])
+def test_what_changes_after_compiling_is_noticed(name: str, way: str) -> None:
+    torch._dynamo.reset()
+    submodule, layer = PACKED[name][0], randomised(name)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    inputs = example(name, 2, 6, 7)
+    before = compiled(*inputs)
+    module = layer.get_submodule(submodule)
+    if way == "wrapped":
+        setattr(layer, submodule, Doubled(module))
+    elif way == "parametrised":
+        register_parametrization(module, "weight", Doubled())
+    else:
+        module.weight = torch.nn.Parameter(2 * module.weight.detach())
+    after = compiled(*inputs)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, layer(*inputs))
+
+
+@needs_packing
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("name", PACKED)
+def test_an_exported_layer_calls_its_submodules(name: str, strict: bool) -> None:
+    program = torch.export.export(COMPILED[name](), example(name, 2, 6, 7), strict=strict)
+    linears = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert len(linears) == PACKED[name][1] + 1
 
 
 @pytest.mark.gpu

@@ -16,8 +16,9 @@ from torch.nn.modules import module as every
 from torch.nn.utils import parametrize, prune, weight_norm
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from dcnv4.eager import may_read_past
 from dcnv4.layers import DCNv3
-from dcnv4.layers.base import is_readable
+from dcnv4.layers.projections import read
 
 SHAPES = ((3, 4), (2, 2))
 
@@ -239,17 +240,18 @@ def test_quantized_linears(name: str) -> None:
 def test_what_is_read_and_what_is_not() -> None:
     """Each condition by itself; without any, the weights of DCNv3's predictions are read."""
     layer, x = made("DCNv3"), torch.randn(1, 4, 5, 8)
-    assert is_readable(layer.offset, x)
+    pair = layer.offset, layer.mask
+    assert read(pair).tensors[:2] == [layer.offset.weight, layer.mask.weight]
     for way in OF_ANY.values():
         with way(layer.offset, lambda: None):
-            assert not is_readable(layer.offset, x)
-        assert is_readable(layer.offset, x)
+            assert read(pair) is None
+        assert read(pair) is not None
     if hasattr(nn.Module, "compile"):
         layer.offset.compile()
-        assert not is_readable(layer.offset, x)
-    assert not is_readable(nn.Linear(8, 8, bias=False), x)
-    assert not is_readable(nn.Linear(8, 8), x.as_subclass(Counted))
-    assert not is_readable(nn.Bilinear(8, 8, 8), x)
+        assert read(pair) is None
+    assert read((nn.Linear(8, 8), nn.Linear(8, 8, bias=False))) is None
+    assert read((nn.Linear(8, 8), nn.Bilinear(8, 8, 8))) is None
+    assert not may_read_past(x, x.as_subclass(Counted))
 
 
 def test_reading_and_calling_are_the_same() -> None:
@@ -261,8 +263,8 @@ def test_reading_and_calling_are_the_same() -> None:
             layer.mask.register_forward_hook(lambda *_: None)
         output = layer(x)
         results.append([output, *torch.autograd.grad(output.square().sum(), layer.parameters())])
-    for read, called_ in zip(*results, strict=True):
-        torch.testing.assert_close(read, called_)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # Sizes.

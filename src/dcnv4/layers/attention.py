@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, autocast_dtype, compute, has_interested
+from ..eager import as_leaf, autocast_dtype, compute, may_read_past, remembered
 from ..functional import ms_deform_attn_from_offsets
 from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
@@ -170,7 +170,7 @@ class FlashDeformAttn(Layer):
         _check_rows("input_flatten", input_flatten, self.value_proj)
         if input_padding_mask is not None:
             _check_mask(input_padding_mask, input_flatten)
-        if not has_interested((query, reference_points, input_flatten), range(3)):
+        if may_read_past(query, reference_points, input_flatten):
             formula = self._formula(
                 *(query, reference_points, input_flatten),
                 *(input_spatial_shapes, input_padding_mask),
@@ -327,7 +327,7 @@ class _AttnFormula(Formula):
         y = compute(
             ops.MS_DEFORM_ATTN_FROM_OFFSETS,
             *(self.backend, value, self.levels, reference, *self._split(predicted)),
-            *(self.box_normalizer, True, False),
+            *(self.box_normalizer, True, reference.requires_grad and torch.is_grad_enabled()),
         )
         return F.linear(y, *weights[2]), (y, predicted, value)
 
@@ -391,7 +391,7 @@ def _named_levels(
     return check_levels(shapes, levels, length, device)
 
 
-_kept_levels = lru_cache(maxsize=256)(_named_levels)
+_kept_levels = remembered(_named_levels)
 
 
 def _check_rows(name: str, argument: Tensor, reader: nn.Module) -> None:

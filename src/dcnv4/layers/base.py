@@ -68,12 +68,6 @@ _HOOKS = tuple(
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
-def is_readable(module: nn.Module, x: Tensor) -> bool:
-    """Whether nobody could tell a Linear that is called on x from its weight and bias in use."""
-    bare = not is_traced(x) and type(module) is nn.Linear and are_bare((module,))
-    return bare and module.bias is not None
-
-
 def are_bare(modules: Iterable[nn.Module]) -> bool:
     """Whether these compute what their classes say of plain parameters, nobody watching."""
     for module in modules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype, compute, compute_backward, has_interested
+from ..eager import as_leaf, autocast_dtype, compute, compute_backward, may_read_past, remembered
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
@@ -120,7 +120,7 @@ class _DeformConv(WindowedLayer):
         """The output for x, which was checked: as one node of autograd where nobody can tell."""
         pixels = x if layout.channels_last else layout.as_map(x)
         pixels = prepared(pixels, autocast_dtype(x))
-        if not has_interested((x,), (0,)):
+        if may_read_past(x):
             formula = self._formula(pixels, x.dtype, layout)
             if formula is not None:
                 return formula.run((x,), (pixels,))
@@ -340,7 +340,7 @@ def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
     return tuple(dilation * (size // 2) for dilation, size in sizes)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window) -> bool:
     """Whether a convolution of B, H, W and these channels has an output of the same size."""
     if window.output_size(*size[1:]) != size[1:]:

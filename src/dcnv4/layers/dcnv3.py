@@ -17,19 +17,19 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf
+from ..eager import as_leaf, may_read_past
 from ..functional import windowed_conv
 from ..initialization import Initializer
 from .base import (
     OriginalNames,
     WindowedLayer,
     check_dtype,
-    is_readable,
     original_window,
     other_words,
     same_padding,
     width_read,
 )
+from .projections import read
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
 
@@ -163,12 +163,13 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     def _predict(self, features: Tensor) -> Tensor:
         """The operator's `offset_mask`, [B, Ho, Wo, 3·G·K]."""
-        offset, mask = self.offset, self.mask
-        if is_readable(offset, features) and is_readable(mask, features):
-            # One product, and nothing of its size is copied.
-            weight = self._interleave(offset.weight, mask.weight, -2)
-            return F.linear(features, weight, self._interleave(offset.bias, mask.bias, -1))
-        return self._interleave(offset(features), mask(features), -1)
+        parameters = read((self.offset, self.mask)) if may_read_past(features) else None
+        if parameters is None:
+            return self._interleave(self.offset(features), self.mask(features), -1)
+        # One product, and nothing of its size is copied.
+        offset, mask, *biases = parameters.tensors
+        bias = self._interleave(biases[0], biases[1], -1) if biases else None
+        return F.linear(features, self._interleave(offset, mask, -2), bias)
 
     def _interleave(self, offset: Tensor, mask: Tensor, dim: int) -> Tensor:
         """A group's 2K of `offset`, then its K of `mask`, group after group, along `dim` < 0."""

@@ -9,15 +9,15 @@ that they are wanted in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eager import below, has_interested, is_autocast, needs_grad
+from ..eager import below, has_interested, is_autocast, is_compiling, needs_grad, remembered
 from .base import are_bare
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -31,17 +31,15 @@ _flatten = torch._C._nn.flatten_dense_tensors
 _WIDENS = hasattr(torch.ops.aten.mm, "dtype_out") and torch.version.hip is None
 
 
-_Place = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Shape, strides and first element of a tensor in a flat one."""
-
-
 class Parameters(NamedTuple):
     """What is read of the submodules behind some products: all weights, then all biases."""
 
     modules: list[nn.Module]
     tensors: list[Tensor]
-    places: tuple[tuple[_Place, _Place | None], ...]
-    """Of each product's weight and bias, where all parameters lie one after another."""
+    shapes: tuple[tuple[tuple[int, ...], bool], ...]
+    """Of each product's weight, and whether it has a bias."""
+    sizes: tuple[int, ...]
+    """How many numbers the products' weights have, then their biases."""
     rows: tuple[tuple[int, ...], ...]
     """Of the weights that are a product's."""
 
@@ -58,10 +56,10 @@ class Parameters(NamedTuple):
         flat = _flatten(self.tensors)
         if flat.dtype is not dtype:
             flat = flat.to(dtype)
-        return [
-            (flat.as_strided(*weight), None if bias is None else flat.as_strided(*bias))
-            for weight, bias in self.places
-        ]
+        parts = iter(flat.split_with_sizes(self.sizes))
+        weights = [next(parts).view(shape) for shape, _ in self.shapes]
+        biases = [next(parts) if biased else None for _, biased in self.shapes]
+        return list(zip(weights, biases, strict=True))
 
     def split(self, gradients: Weights) -> list[Tensor]:
         """The parameters' gradients, of those of products."""
@@ -112,25 +110,22 @@ def read(*products: tuple[nn.Module | None, ...]) -> Parameters | None:
     return Parameters(modules, weights + [bias for bias in biases if bias is not None], *layout)
 
 
-@lru_cache(maxsize=256)
-def _layout(
-    counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]
-) -> tuple[tuple[tuple[_Place, _Place | None], ...], tuple[tuple[int, ...], ...]] | None:
-    """`places` and `rows` of products of so many modules; None where some do not fit together."""
-    numbers = sum(shape.numel() for shape, _ in shapes)
-    left, places, rows, start, bias_start = list(shapes), [], [], 0, numbers
+@remembered
+def _layout(counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]) -> Any:
+    """`shapes`, `sizes` and `rows` of products of so many modules; None where some do not fit
+    together."""
+    left, joined, rows = list(shapes), [], []
     for count in counts:
         product, left = left[:count], left[count:]
-        if len({(shape[1:], biased) for shape, biased in product}) > 1:
+        kinds = {(shape[1:], biased) for shape, biased in product}
+        if len(kinds) > 1:
             return None
-        rows.append(tuple(shape[0] for shape, _ in product))
-        joined = torch.empty(sum(rows[-1]), *product[0][0][1:], device="meta")
-        weight = tuple(joined.shape), joined.stride(), start
-        biased = product[0][1]
-        places.append((weight, ((sum(rows[-1]),), (1,), bias_start) if biased else None))
-        start += joined.numel()
-        bias_start += sum(rows[-1]) if biased else 0
-    return tuple(places), tuple(rows)
+        ((inner, biased),) = kinds
+        rows.append(tuple([shape[0] for shape, _ in product]))
+        joined.append(((sum(rows[-1]), *inner), biased))
+    sizes = [math.prod(shape) for shape, _ in joined]
+    sizes += [shape[0] for shape, biased in joined if biased]
+    return tuple(joined), tuple(sizes), tuple(rows)
 
 
 def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,6 +204,8 @@ class Formula:
             given: what the inputs were made of, or they themselves; gradients are for these.
             inputs: recorded by autograd as made of what was given.
         """
+        if is_compiling():
+            return self.forward(inputs, self.parameters.join(self.dtype))[0]
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
             sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
@@ -233,7 +230,7 @@ class Formula:
         count, products = len(inputs), len(self.parameters.rows)
         weights = kept[:products]
         del kept[:products]
-        sums = Sums(tensors[0].dtype, self.parameters.places) if any(needed[count:]) else None
+        sums = Sums(tensors[0].dtype, self.parameters.shapes) if any(needed[count:]) else None
         grads, made = self.backward(grad, inputs, weights, kept, sums, needed)
         if sums is None:
             return [*grads, *[None] * len(tensors)]
@@ -303,18 +300,18 @@ class Sums:
     PyTorch's sum of a tall, narrow matrix takes a GPU several times what a product with ones does.
     """
 
-    def __init__(self, dtype: torch.dtype, places: Sequence[tuple[_Place, _Place | None]]) -> None:
-        self.dtype, self.places = dtype, places
+    def __init__(self, dtype: torch.dtype, shapes: Sequence[tuple[tuple[int, ...], bool]]) -> None:
+        self.dtype, self.shapes = dtype, shapes
         self.ones: Tensor | None = None
 
     def after(self, products: int) -> Sums:
         """Those of the products behind so many."""
-        return Sums(self.dtype, self.places[products:])
+        return Sums(self.dtype, self.shapes[products:])
 
     def of(self, product: int, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of one product, from its input `x` [N, C] and the gradient [N, M] of its output."""
         weight = multiplied(grad.t(), x, self.dtype)
-        return weight, None if self.places[product][1] is None else self._rows(grad)
+        return weight, self._rows(grad) if self.shapes[product][1] else None
 
     def _rows(self, grad: Tensor) -> Tensor:
         """The sum [M] over the rows of a gradient [N, M]."""
