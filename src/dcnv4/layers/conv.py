@@ -473,10 +473,10 @@ class DCNv4(_DeformConv, OriginalNames):
             return as_leaf(DCNv4, self, x, shape)
         return self._run(x, self._layout(x, shape))
 
-    def formula(
+    def _part(
         self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
     ) -> Formula | None:
-        """The layer on a map, as a `Part`."""
+        """As `Part`, of a map."""
         return self._formula(x, wide, self._layout(x, None), *before)
 
     def sampling_points(

@@ -50,7 +50,7 @@ def formula(x: Tensor, norm: nn.Sequential, layer: nn.Module, drop: nn.Module) -
         layer: a `Part`, or one that is composed always.
         drop: a `DropPath`, or an `nn.Identity`.
     """
-    make = getattr(layer, "formula", None)
+    make = getattr(layer, "_part", None)
     if make is None or has_interested((x,), (0,)) or x.dtype is not autocast_dtype(x):
         return None
     (layer_norm,) = norm

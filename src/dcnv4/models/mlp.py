@@ -47,12 +47,12 @@ class Mlp(nn.Module):
         """[..., C] from [..., C]."""
         if not has_interested((x,), (0,)):
             cast = prepared(x, autocast_dtype(x))
-            formula = self.formula(cast, x.dtype)
+            formula = self._part(cast, x.dtype)
             if formula is not None:
                 return formula.run((x,), (cast,))
         return self.composed(x)
 
-    def formula(
+    def _part(
         self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
     ) -> Formula | None:
         """As a `Part`."""
