@@ -261,6 +261,7 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
         layouts = (choice.Layout(*plans.layout(tensor)) for tensor in (value, offset_mask))
         chosen = choice.conv(*layouts, None, window, False, choice.GPU(9, 132))
         reason = chosen.why_not["conv_tile_forward"]
+        assert (chosen.leftover == 0) is (reason is not None)
         names = ["conv_forward"] if reason else ["conv_tile_forward", "conv_forward"]
         assert [kernel.name for kernel in chosen.kernels] == names
         return reason

@@ -297,6 +297,31 @@ def test_a_tile_is_of_one_image(sigma: float) -> None:
                 torch.testing.assert_close(result, together[name][part], rtol=2**-8, atol=2**-7)
 
 
+def test_weights_of_zero_are_held() -> None:
+    """All tiles of a fresh layer are computed as tiles."""
+    value, offset_mask = _inputs(1, 8, 8)
+    with launches.recorded() as launched:
+        results = _tiled_call(value, torch.zeros_like(offset_mask))
+    assert launched.computed == [1, 1]
+    assert not results["output"].any()
+
+
+def test_blocks_go_on_after_strips_that_they_give_up() -> None:
+    """From tile to tile of a strip, and to the strips behind one whose points are far."""
+    value, offset_mask = _inputs(4, 12, 56)
+    offset_mask[..., :54].view(4, 12, 56, 2, 27)[..., :18] *= 0.25
+    offset_mask[0, ..., :18] += 9
+    with launches.recorded() as launched:
+        results = _tiled_call(value, offset_mask)
+    assert all(0.2 < share < 0.9 for share in launched.computed), launched.computed
+    inputs = value.double().requires_grad_(), offset_mask.double().requires_grad_()
+    output = functional.deform_conv(*inputs, groups=2, backend="reference")
+    grads = torch.autograd.grad(output, inputs, value.double())
+    for found, wanted in zip(results.values(), (output, *grads), strict=True):
+        assert (found - wanted).norm() < 2e-3 * wanted.norm()
+        torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("bad", one_in(2, [math.inf, math.nan]))
 def test_what_is_not_finite_stays_where_it_is_sampled(bad: float) -> None:
     """A tile multiplies all its pixels' columns with a whole window: 0 * inf must not be added."""
