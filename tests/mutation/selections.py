@@ -37,7 +37,8 @@ _MORE = "--exhaustive -m exhaustive"
 _TABLE: dict[str, tuple[str, ...]] = {
     "*/ptx.cuh": ("tests/backends/test_cuda.py -m gpu -k 'test_tiles or test_sorting'",),
     "*/tiles/*": (
-        f"{_EMULATED} {_POSITIONS} -k 'tile or scale or finite or random or beyond'",
+        f"{_EMULATED} {_POSITIONS} "
+        "-k 'tile or strips or zero or scale or finite or random or beyond'",
         f"{_MORE} {_EMULATED} -k 'tile or scale or finite or random'",
     ),
     "*/sorted/*": (
