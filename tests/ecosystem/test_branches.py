@@ -126,10 +126,14 @@ def test_what_a_block_cannot_know_is_called() -> None:
     made.dcn, made.mlp = nn.Identity(), nn.Tanh()
     middle = x + made.norm1(x)
     torch.testing.assert_close(made(x), middle + made.norm2(middle).tanh())
-    made.norm1[0] = nn.LayerNorm(16, bias=False).double()
-    made.norm2 = nn.Sequential(made.norm2[0], nn.Tanh())
-    middle = x + made.norm1(x)
-    torch.testing.assert_close(made(x), middle + made.norm2(middle).tanh())
+    made = block()
+    for norm1, norm2 in (
+        (nn.Sequential(nn.LayerNorm(16, bias=False).double()), nn.Identity()),
+        (nn.Sequential(made.norm1[0], nn.Tanh()), nn.Sequential()),
+    ):
+        made.norm1, made.norm2 = norm1, norm2
+        middle = x + made.dcn(norm1(x))
+        torch.testing.assert_close(made(x), middle + made.mlp(norm2(middle)))
 
 
 def test_second_derivatives_of_a_block() -> None:

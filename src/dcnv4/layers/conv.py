@@ -473,9 +473,7 @@ class DCNv4(_DeformConv, OriginalNames):
             return as_leaf(DCNv4, self, x, shape)
         return self._run(x, self._layout(x, shape))
 
-    def _part(
-        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
-    ) -> Formula | None:
+    def _part(self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]) -> Formula | None:
         """As `Part`, of a map."""
         return self._formula(x, wide, self._layout(x, None), *before)
 

@@ -148,9 +148,7 @@ def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> t
 class Part(Protocol):
     """A layer that may be a part of a larger formula."""
 
-    def _part(
-        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
-    ) -> Formula | None:
+    def _part(self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]) -> Formula | None:
         """The layer's; None where it has to be composed.
 
         Args:

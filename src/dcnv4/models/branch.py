@@ -41,22 +41,22 @@ class LayerNorm(nn.LayerNorm):
             )
 
 
-def formula(x: Tensor, norm: nn.Sequential, layer: nn.Module, drop: nn.Module) -> Formula | None:
+def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module) -> Formula | None:
     """x + drop(layer(norm(x))) as one node of autograd; None where it has to be composed.
 
     Args:
         x: [B, H, W, C].
-        norm: a `LayerNorm` and nothing else.
+        norm: an `nn.Sequential` of a `LayerNorm` alone, or one that is called always.
         layer: a `Part`, or one that is composed always.
         drop: a `DropPath`, or an `nn.Identity`.
     """
     make = getattr(layer, "_part", None)
     if make is None or has_interested((x,), (0,)) or x.dtype is not autocast_dtype(x):
         return None
-    (layer_norm,) = norm
-    if not isinstance(layer_norm, LayerNorm) or layer_norm.bias is None:
+    if not are_unwatched((norm, layer, drop)) or type(norm) is not nn.Sequential or len(norm) != 1:
         return None
-    if not are_unwatched((norm, layer, drop)):
+    layer_norm = norm[0]
+    if not isinstance(layer_norm, LayerNorm) or layer_norm.bias is None:
         return None
     inner: Formula | None = make(x, x.dtype, (layer_norm,))
     return None if inner is None else _BranchFormula(inner, layer_norm, drop)

@@ -52,9 +52,7 @@ class Mlp(nn.Module):
                 return formula.run((x,), (cast,))
         return self.composed(x)
 
-    def _part(
-        self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]
-    ) -> Formula | None:
+    def _part(self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]) -> Formula | None:
         """As a `Part`."""
         parameters = read(*before, (self.fc1,), (self.fc2,))
         if parameters is None:
