@@ -48,7 +48,10 @@ ARROWS = {
         *("geometry", "eager", "arguments", "initialization", "functional", "ops", "backends"),
         *("layers.base", "layers.projections"),
     },
-    "layers.dcnv3": {"arguments", "initialization", "eager", "functional", "layers.base"},
+    "layers.dcnv3": {
+        *("arguments", "initialization", "eager", "functional"),
+        *("layers.base", "layers.projections"),
+    },
     "modules": {"layers"},
     "backends": {"geometry"},
     "flops": {"imports", "layers"},
@@ -57,8 +60,9 @@ ARROWS = {
     "conversion": {"arguments", "layers"},
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "models": {"models.internimage", "models.rates"},
-    "models.internimage": {"checkpoints", "eager", "layers", "models.mlp"},
-    "models.mlp": {"eager", "layers.projections"},
+    "models.internimage": {"checkpoints", "layers", "models.branch", "models.mlp"},
+    "models.branch": {"eager", "layers.base", "layers.projections"},
+    "models.mlp": {"eager", "layers.base", "layers.projections"},
     "models.rates": set(),
     "visualize": {"arguments", "layers"},
     "export": {"eager", "ops"},
@@ -69,10 +73,10 @@ ARROWS = {
     "compat.mmcv": {
         *("arguments", "compat.deformable_detr", "compat.torchvision", "eager", "layers")
     },
-    "compat.opengvlab": {"arguments", "compat.deformable_detr", "functional"},
+    "compat.opengvlab": {"arguments", "compat.deformable_detr", "eager", "functional"},
     "compat.torchvision": {"arguments", "eager", "functional", "geometry"},
     "integrations": set(),
-    "integrations.transformers": {"arguments", "functional"},
+    "integrations.transformers": {"arguments", "eager", "functional"},
 }
 
 
