@@ -153,6 +153,9 @@ def test_a_test_that_is_gone(root: Path) -> None:
     tree = where.tree("0")
     assert where.run_stage(tree, stage.alone("tests/test_small.py::test_gone")).passed
     assert where.run_stage(tree, stage.alone("tests/test_small.py::test_count")).passed
+    nothing = ("tests/test_small.py", "-k", "nothing")
+    assert where.run_stage(tree, stage._replace(arguments=nothing, may_be_gone=True)).passed
+    assert not where.run_stage(tree, stage._replace(arguments=nothing)).passed
     gone = stage._replace(arguments=("tests/test_small.py::test_gone",))
     assert not where.run_stage(tree, gone).passed
 
