@@ -130,7 +130,7 @@ def _runs_on(name: str, architecture: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(24, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+    "part", [pytest.param(48, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
 )
 def test_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +164,7 @@ def _tile_variants(planned: dict[Variant, None], row: pairs.Row) -> list[Variant
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(96, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
+    "part", [pytest.param(192, id="few"), pytest.param(1, id="all", marks=pytest.mark.exhaustive)]
 )
 def test_tile_variants_compile(
     nvrtc: None, planned: dict[Variant, None], part: int, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ import torch
 
 import dcnv4
 from dcnv4.backends.cuda import compile as nvrtc
+from support.tiers import one_in
 
 PACKAGE = Path(dcnv4.__file__).parent
 
@@ -129,7 +130,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("case", one_in(2, ODD))
 def test_odd_environments(tmp_path: Path, case: str) -> None:
     """The kernels are compiled into a temporary folder, never into the working directory."""
     folder = tmp_path / "working"

@@ -219,17 +219,18 @@ def has_nvrtc() -> bool:
     return True
 
 
-def test_eight_processes_fill_one_cold_cache(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
+def test_processes_fill_one_cold_cache(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, count: int
 ) -> None:
-    """The C++ and, where NVRTC is, the CUDA cache; a ninth process compiles nothing."""
+    """The C++ and, where NVRTC is, the CUDA cache; one more process compiles nothing."""
     require("cpu")
     with_nvrtc = has_nvrtc()
     cache, begin = tmp_path / "cache", tmp_path / "begin"
     arguments = str(begin), "yes" if with_nvrtc else "no"
     environment = {"DCNV4_CACHE_DIR": str(cache)}
     expected = ["None", *(["True"] if with_nvrtc else []), "True"]
-    processes = [start(FILL, *arguments, "yes", **environment) for _ in range(8)]
+    processes = [start(FILL, *arguments, "yes", **environment) for _ in range(count)]
     time.sleep(3)  # most have imported PyTorch by now
     begin.touch()
     for process in processes:
@@ -413,7 +414,13 @@ INTERRUPTED = """
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="interrupt", marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGKILL, id="kill"),
+    ],
+)
 def test_a_compilation_that_is_ended_leaves_no_lock(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
 ) -> None:
