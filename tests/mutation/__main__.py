@@ -48,7 +48,7 @@ def main() -> int:
         add("--patience", type=float, default=60.0, help="seconds that one test may take")
         add("--budget", type=float, default=float("inf"), help="seconds in all")
     parsers["draw"].add_argument(
-        "--count", type=int, default=620, help="lines; most of them compile"
+        "--count", type=int, default=720, help="lines; most of them compile"
     )
     parsers["draw"].add_argument("--seed", type=int, default=0)
     add = parsers["run"].add_argument
