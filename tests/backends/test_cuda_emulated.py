@@ -6,10 +6,7 @@ Every test says which kernels run in it, and fails where others do.
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +20,7 @@ from support import cases, fuzz_cuda, kernel_cases, launches, pairs
 from support.emulated import emulated, why_not
 from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
 from support.launches import DIRECT, EVERY, SORTED
+from support.processes import run_module
 from support.tiers import one_in
 
 NAMED = [name for name, _ in cases.CASES]
@@ -78,12 +76,7 @@ def test_oracle(name: str) -> None:
 
 def test_nothing_is_read_beyond_a_tensor() -> None:
     """In a process of its own, which would end there."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.guarded"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_module("guarded")
     assert done.returncode == 0, (done.returncode, done.stdout[-200:], done.stderr[-2000:])
     assert set(done.stdout.split()) >= launches.KERNELS - {launches.FIXED_POINT_SCALE}
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from dcnv4 import backends, functional, geometry
 from dcnv4.backends import triton as backend
 from support import cases, triton_compiled
+from support.processes import run_module
 from support.runner import Runner
 from support.tiers import one_in
 
@@ -86,13 +87,7 @@ def compilations() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("chosen", one_in(20, compilations(), "-".join))
 def test_compiles_without_a_gpu(chosen: tuple[str, ...], tmp_path: Path) -> None:
     """For GPUs of two makers, to what each of them runs."""
-    environment = {
-        **os.environ,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    command = [sys.executable, "-m", "support.triton_compiled", *chosen]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = run_module("triton_compiled", *chosen, TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-5000:]
     code = "cubin" if chosen[0].startswith("sm_") else "hsaco"
     assert run.stdout.splitlines() == [f"forward {code}", f"backward {code}"] * 3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dcnv4.layers.projections import Formula
+from support.autograd import nodes
 
 try:
     import timm  # noqa: F401
@@ -49,16 +50,6 @@ def watch(module: nn.Module) -> list[str]:
     calls: list[str] = []
     module.register_forward_hook(lambda *_: calls.append(type(module).__name__))
     return calls
-
-
-def nodes(output: Tensor) -> list[str]:
-    found, todo = set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return sorted(node.name() for node in found if "AccumulateGrad" not in node.name())
 
 
 def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.layers import projections
 from support import grid_sample, oracle
+from support.autograd import nodes
 
 pytestmark = pytest.mark.skipif(
     not hasattr(getattr(torch, "compiler", None), "is_dynamo_compiling"),
@@ -211,16 +212,6 @@ def test_against_plain_pytorch(name: str, precision: str) -> None:
     for key, error in made.items():
         assert error <= 2 * composed[key] + budget, (key, error, composed[key])
         assert error <= (0.5 if torch.finfo(autocast or dtype).bits == 16 else 100 * budget), key
-
-
-def nodes(output: Tensor) -> list[str]:
-    found, todo = set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return sorted(node.name() for node in found if "AccumulateGrad" not in node.name())
 
 
 @pytest.mark.parametrize("name", ["default", "depthwise", "points"])
