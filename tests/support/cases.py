@@ -11,6 +11,7 @@ of two, so that every dtype represents it and no operation rounds.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -477,11 +478,14 @@ def _expected(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
 
     - (n + 8)·u·Σ|terms|: a sum of n products in any order, 8 operations inside a term;
     - 5·h·Σ|terms| for a half-precision value, h its own rounding: a backend may round a corner's
-      coefficient to that dtype (1), and multiply (1) and add a point's four corners (3) in it; it
-      must add the points in float32;
+      coefficient to that dtype (1), and multiply (1) and add a point's four corners (3) in it, and
+      must add the points in float32; or, in a convolution, (3 + n)·h·Σ|terms|, where n points at
+      most share a pixel: it may multiply a coefficient's factors in that dtype (3) and add the
+      coefficients of a pixel (n);
     - e·Σ|d terms/d(x, y)|, with e = u·(4·reach + 1): what is lost in computing a coordinate, at
       most 4 roundings of numbers of the size reach that it is the sum of (of a convolution, those
-      of the point's distance from its window's pixel) and one of the fraction;
+      of the point's distance from its window's pixel) and one of the fraction; in a convolution
+      where all is in half precision also 2⁻¹² in a corner's share, which may be made in float16;
     - with softmax, (K + 8 + 2·(max - min))·u·Σ|terms|: the error of exp(logit - max), which is
       relative to the logit, and of the normalising sum;
     - one rounding of the result to its own dtype, and an underflow in each operation.
@@ -500,7 +504,8 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
     results = dict(zip(("output", *case._named(case.names)), case.loops(*arrays), strict=True))
     accumulator = torch.float64 if torch.float64 in dtypes else torch.float32
     unit, _ = _spacing(accumulator)
-    inside = 5 * _spacing(dtype)[0] if torch.finfo(dtype).bits == 16 else 0.0
+    half = _spacing(dtype)[0] if torch.finfo(dtype).bits == 16 else 0.0
+    tiled = isinstance(case, ConvCase) and {torch.finfo(own).bits for own in dtypes} == {16}
 
     *inputs, grad = arrays
     count = 0
@@ -522,11 +527,14 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
             spread = np.ptp(finite) if len(finite) else 0.0
             relative = (count + 8 + 2 * float(spread)) * unit
         lost_xy = unit * (4 * reach + 1)
+        sampled = [oracle.bilinear(image, x, y, origin) for image, x, y, _, origin in points]
+        together = Counter((row, column) for corners in sampled for row, column, *_ in corners)
+        inside = half * max(5, 3 + max(together.values(), default=0) * tiled)
         out_error = np.zeros(depth)
         by_points, by_weights = np.zeros((count, 2)), np.zeros(count)
         dots = np.zeros(count)
-        for k, (image, x, y, scale, origin) in enumerate(points):
-            corners = oracle.bilinear(image, x, y, origin)
+        for k, (image, x, y, scale, _) in enumerate(points):
+            corners = sampled[k]
             if not corners:
                 by_points[k] = 0 * used[k]
                 continue
@@ -536,8 +544,9 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
             share, by_x, by_y = np.abs(np.array(corners)[:, 2:]).T
             pixels = np.abs([image[row, column] for row, column, *_ in corners])
             lost = lost_x * by_x + lost_y * by_y
+            lost_of_share = lost + 2**-12 * tiled * (by_x + by_y)
             rounding = (4 * count + 8) * unit + inside + relative
-            out_error += weight * ((rounding * share + lost) @ pixels)
+            out_error += weight * ((rounding * share + lost_of_share) @ pixels)
             dot = pixels @ grad_here
             rounding = (depth + 8) * unit + inside
             dots[k] = share @ dot
@@ -551,9 +560,8 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
             if target[0].ndim == 2:
                 target = [array.reshape(image.shape) for array in target]
             for corner, (row, column, *_) in enumerate(corners):
-                target[0][row, column] += (
-                    weight * (relative * share[corner] + lost[corner]) * grad_here
-                )
+                rounding = (relative + inside) * share[corner] + lost_of_share[corner]
+                target[0][row, column] += weight * rounding * grad_here
                 target[1][row, column] += weight * share[corner] * grad_here
                 target[2][row, column] += 1
         if case.softmax:
@@ -564,7 +572,7 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
         error[grad_coordinates][coordinates_at] = by_points.reshape(shape)
         shape = error[grad_weights][weights_at].shape
         error[grad_weights][weights_at] = by_weights.reshape(shape)
-    error["grad_value"] += value_terms * ((value_count + 8) * unit + inside)
+    error["grad_value"] += value_terms * (value_count + 8) * unit
 
     expected = {}
     for (name, result), own in zip(results.items(), (dtype, *dtypes), strict=False):

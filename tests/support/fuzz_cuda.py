@@ -133,8 +133,9 @@ def sized(rng: random.Random, case: cases.Case, slices: Slices) -> cases.Case:
     least = max(1, dh * (kh - 1) + 1 - 2 * ph), max(1, dw * (kw - 1) + 1 - 2 * pw)
     size = tuple(low + rng.randint(0, 11 if slices == EVERY else 3) for low in least)
     extra = rng.choice((0, 0, 1, 5))
-    if slices == EVERY:  # pixels of offset_mask on whole 8 bytes
-        extra = 4 * extra + -3 * case.groups * case.points_per_group % 4
+    if slices == EVERY:  # pixels of offset_mask on whole 8 bytes, beside a value on 16
+        unit = 8 if case.layout == "packed" else 4
+        extra = unit * extra + -3 * case.groups * case.points_per_group % unit
     return replace(case, size=size, extra=extra)
 
 
