@@ -341,7 +341,7 @@ class _Bench:
             if isinstance(case, Layer) and self.device.type == "cuda":
                 # The reference takes numbers from the host, which no graph can hold.
                 held = ("reference" in contestant.name for _, contestant in entries)
-                calls = [c if h else _captured(c)[0] for c, h in zip(calls, held, strict=False)]
+                calls = [c if h else captured(c)[0] for c, h in zip(calls, held, strict=False)]
             timed = measure.times(calls, self.device, self.budget)
             for (row, call), measured in zip(ready, timed, strict=True):
                 row.median, row.p20, row.p80, row.least = measured
@@ -455,7 +455,7 @@ def _issue(job: Job, mode: str) -> Callable[[], Tensor]:
 
     if mode != "graph replay":
         return call
-    replay, output = _captured(call)
+    replay, output = captured(call)
     assert isinstance(output, Tensor)
     output.fill_(float("nan"))  # so that only a replay can make it right
 
@@ -466,7 +466,7 @@ def _issue(job: Job, mode: str) -> Callable[[], Tensor]:
     return replayed
 
 
-def _captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """What replays the call's work on the GPU, and where it leaves the result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -214,25 +214,32 @@ def _layer_job(
     )
 
 
-def _model_job(case: Model, inputs: tuple[Tensor, ...], name: str, **settings: Any) -> Job:
-    """A model of timm's registry, its offsets about half a pixel.
+def created(name: str, **settings: Any) -> Any:
+    """A model of timm's registry, always the same, its offsets about half a pixel.
 
     Blocks that change little of their input, as trained ones do, keep rounding errors small.
     """
-    try:
-        import timm
+    import timm
 
-        from ... import models  # noqa: F401, which registers ours
-    except (ImportError, RuntimeError) as error:
-        raise Unable(f"cannot: needs timm; {describe(error)}") from error
-    device = inputs[0].device
+    from ... import models  # noqa: F401, which registers ours
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = timm.create_model(name, **settings).eval()
+        module = timm.create_model(name, **settings)
         for layer in module.modules():
             if isinstance(layer, DCNv4) and layer.output_proj is not None:
                 nn.init.normal_(layer.offset_mask.weight, 0, 0.5 / layer.channels**0.5)
                 nn.init.xavier_uniform_(layer.output_proj.weight, 0.03)
+    return module
+
+
+def _model_job(case: Model, inputs: tuple[Tensor, ...], name: str, **settings: Any) -> Job:
+    """A model of timm's registry."""
+    try:
+        module = created(name, **settings).eval()
+    except (ImportError, RuntimeError) as error:
+        raise Unable(f"cannot: needs timm; {describe(error)}") from error
+    device = inputs[0].device
     module = module.to(device, memory_format=torch.channels_last)
 
     def call(images: Tensor, *_: Tensor) -> Any:
