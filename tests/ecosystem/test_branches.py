@@ -127,6 +127,32 @@ def test_what_a_block_cannot_know_is_called() -> None:
         torch.testing.assert_close(made(x), middle + made.mlp(norm2(middle)))
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, 0), ({"output_bias": True, "mlp_fc2_bias": True}, 0), ({"dw_kernel_size": 3}, 1)],
+)
+def test_a_compiled_branch_has_its_norm_in_a_product(
+    settings: dict[str, Any], kept: int, drop_path: float
+) -> None:
+    """Weight and bias of the norm, but for a norm that two products read; with the gradients of the
+    submodules."""
+    made, x = block(drop_path, **settings), random(6, 3, 4, 16).requires_grad_()
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    found = gradients(torch.compile(made, backend=record, fullgraph=True), x)
+    (graph,) = graphs
+    norms = [n for n in graph.nodes if "layer_norm" in str(n.target)]
+    assert [node.args[2] is not None for node in norms].count(True) == kept
+    assert len(norms) == 2
+    watch(made.norm1[0]), watch(made.norm2[0])
+    same({name.removeprefix("_orig_mod."): t for name, t in found.items()}, gradients(made, x))
+
+
 def test_second_derivatives_of_a_block() -> None:
     made, x = block(0.4), random(2, 2, 2, 16).requires_grad_()
 

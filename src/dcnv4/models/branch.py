@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, has_interested, is_autocast
+from ..eager import autocast_dtype, is_autocast, is_compiling, may_read_past
 from ..layers.base import are_unwatched, known
 from ..layers.projections import Call, Formula, Sums, Weights
 
@@ -51,7 +51,7 @@ def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module) -> Fo
         drop: a `DropPath`, or an `nn.Identity`.
     """
     make = getattr(layer, "_part", None)
-    if make is None or has_interested((x,), (0,)) or x.dtype is not autocast_dtype(x):
+    if make is None or not may_read_past(x) or x.dtype is not autocast_dtype(x):
         return None
     if not are_unwatched((norm, layer, drop)) or type(norm) is not nn.Sequential or len(norm) != 1:
         return None
@@ -71,10 +71,37 @@ class _BranchFormula(Formula):
         self.kept: Tensor | None = None
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
 
+    def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """As a `Formula`; where TorchDynamo compiles it, with the norm's weight and bias multiplied
+        into the product that reads it: their gradients are then sums over its weights, not over
+        maps."""
+        folded = self._folded() if is_compiling() else None
+        if folded is None:
+            return super().run(given, inputs)
+        (x,) = inputs
+        normed = F.layer_norm(x, self.norm.normalized_shape, None, None, self.norm.eps)
+        y, _ = self.inner.forward((normed,), folded)
+        self.kept = self._drawn(x)
+        return self._added(x, y)
+
+    def _folded(self) -> Weights | None:
+        """What the two products behind the norm are made with; None where both read it."""
+        parameters, count = self.parameters, len(self.parameters.modules)
+        if len(parameters.rows) != 3 or not parameters.shapes[1][1]:
+            return None
+        weights, biases = parameters.tensors[:count], parameters.tensors[count:]
+        (scale, *read, second), (shift, *biases) = weights, biases
+        weight, bias = torch.cat(read), torch.cat(biases[: len(read)])
+        first = weight * scale, bias + (weight * shift).sum(1)
+        tensors = [tensor.to(self.dtype) for tensor in (*first, second, *biases[len(read) :])]
+        return [(tensors[0], tensors[1]), (tensors[2], tensors[3] if tensors[3:] else None)]
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
+
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         (x,) = inputs
-        y = self.inner.composed((call(self.norm, x),), call)
-        return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
+        return self._added(x, self.inner.composed((call(self.norm, x),), call))
 
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
@@ -86,8 +113,7 @@ class _BranchFormula(Formula):
         )
         y, inner = self.inner.forward((normed,), weights[1:])
         self.kept = self._drawn(x)
-        output = x + y if self.kept is None else torch.addcmul(x, y, self.kept)
-        return output, (normed, mean, rstd, *inner)
+        return self._added(x, y), (normed, mean, rstd, *inner)
 
     def backward(
         self,

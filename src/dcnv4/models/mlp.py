@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, has_interested
+from ..eager import autocast_dtype, may_read_past
 from ..layers.base import known
 from ..layers.projections import (
     Call,
@@ -45,7 +45,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] from [..., C]."""
-        if not has_interested((x,), (0,)):
+        if may_read_past(x):
             cast = prepared(x, autocast_dtype(x))
             formula = self._part(cast, x.dtype)
             if formula is not None:
