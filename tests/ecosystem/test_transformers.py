@@ -9,15 +9,14 @@ import pickle
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dcnv4.integrations.transformers as integration
-from dcnv4 import FlashDeformAttn
-from dcnv4.functional import ms_deform_attn
+from dcnv4 import FlashDeformAttn, backends, ops
 from dcnv4.integrations.transformers import disable, enable
 
 if find_spec("transformers") is None:
@@ -207,6 +206,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # One of each place where transformers keeps the sampling.
 PLACES = ("deformable_detr", "d_fine", "mask2former", "rt_detr_v2")
 SIZES = {"rf_detr": (56, 112)}
+# Those whose layers compute what those of Deformable DETR do.
+WHOLE = (
+    *("deformable_detr", "grounding_dino", "lw_detr", "mask2former", "mm_grounding_dino"),
+    *("omdet_turbo", "oneformer", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"),
+    *("rf_detr", "rt_detr"),
+)
+FROM_OFFSETS, FROM_LOCATIONS = "ms_deform_attn_from_offsets", "ms_deform_attn"
+
+
+def operator_of(kind: str) -> str:
+    return FROM_OFFSETS if kind in WHOLE else FROM_LOCATIONS
 
 
 def make(kind: str, **changes: Any) -> nn.Module:
@@ -253,6 +263,11 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def available(kind: str) -> None:
     if not hasattr(transformers, MODELS[kind][0]):
         pytest.skip(f"transformers {transformers.__version__} has no {MODELS[kind][0]}")
+
+
+def float64(kind: str) -> None:
+    if kind == "omdet_turbo" and MAJOR < 5:
+        pytest.skip(f"transformers {transformers.__version__} runs no OmDet-Turbo in float64")
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
@@ -331,16 +346,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class Call(NamedTuple):
+    operator: str
+    backend: str
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one with every call of the operator by an enabled model."""
-    seen: list[Any] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Grows by one with every call of an operator of attention."""
+    seen: list[Call] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append(kwargs)
-        return ms_deform_attn(*args, **kwargs)
+    def count(operator: ops.Operator) -> None:
+        run = operator.forward
 
-    monkeypatch.setattr(integration, "ms_deform_attn", counted)
+        def counted(backend: str, *call: Any) -> Tensor:
+            seen.append(Call(operator.name, backend))
+            return run(backend, *call)
+
+        monkeypatch.setattr(operator, "forward", counted)
+
+    count(ops.MS_DEFORM_ATTN)
+    count(ops.MS_DEFORM_ATTN_FROM_OFFSETS)
     return seen
 
 
@@ -371,22 +397,24 @@ def check_same(
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_same_outputs_and_gradients(kind: str, calls: list[Any]) -> None:
+def test_same_outputs_and_gradients(kind: str, calls: list[Call]) -> None:
     available(kind)
-    if kind == "omdet_turbo" and MAJOR < 5:
-        pytest.skip(f"transformers {transformers.__version__} runs no OmDet-Turbo in float64")
+    float64(kind)
     arguments = doubled(inputs(kind))
     expected = run(make(kind).double(), arguments)
     assert not calls
     model = make(kind).double()
     assert enable(model) is model
+    calls.clear()
     found = run(model, arguments)
-    assert len(calls) == len(attention_layers(model)) > 0
+    layers = attention_layers(model)
+    assert [call.operator for call in calls] == [operator_of(kind) for _ in layers]
+    assert layers
     check_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_disable_restores(kind: str, calls: list[Any]) -> None:
+def test_disable_restores(kind: str, calls: list[Call]) -> None:
     available(kind)
     model, arguments = make(kind), inputs(kind)
     classes = [type(m) for m in model.modules()]
@@ -395,12 +423,153 @@ def test_disable_restores(kind: str, calls: list[Any]) -> None:
     assert enable(enable(model)) is model
     assert list(model.state_dict()) == state
     assert disable(model) is model
+    calls.clear()
     assert [type(m) for m in model.modules()] == classes
     assert [dict(vars(m)) for m in attention_layers(model)] == contents
     with torch.no_grad():
         model(**arguments)
     assert not calls
     disable(model)
+
+
+def layer_call(layer: nn.Module, coordinates: int) -> dict[str, Any]:
+    """What an attention layer of 32 channels is called with, in float64; points are boxes where
+    `coordinates` is 4."""
+    generator = torch.Generator().manual_seed(3)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    width = layer.value_proj.in_features
+    shapes = [(6, 8), (3, 4), (2, 2), (1, 3)][: layer.n_levels]
+    length = sum(height * width for height, width in shapes)
+    arguments = {
+        "hidden_states": numbers(2, 7, width),
+        "attention_mask": numbers(2, length) > -0.5,
+        "encoder_hidden_states": numbers(2, length, width),
+        "position_embeddings": numbers(2, 7, width),
+        "reference_points": numbers(2, 7, len(shapes), coordinates),
+        "spatial_shapes": torch.tensor(shapes),
+        "spatial_shapes_list": shapes,
+    }
+    taken = inspect.signature(type(layer).forward).parameters
+    return {name: argument for name, argument in arguments.items() if name in taken}
+
+
+def layer_results(layer: nn.Module, call: dict[str, Any]) -> dict[str, Tensor]:
+    """Both outputs, and all gradients by name, those of the inputs too."""
+    leaves = {n: a for n, a in call.items() if isinstance(a, Tensor) and a.requires_grad}
+    leaves |= dict(layer.named_parameters())
+    output, weights = layer(**call)
+    total = torch.zeros(())
+    for tensor in (output, weights):
+        factors = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64).view_as(tensor)
+        total = total + (factors * tensor).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return {"output": output, "weights": weights, **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_layers(kind: str, calls: list[Call]) -> None:
+    available(kind)
+    own = attention_layers(make(kind))[0].double()
+    routed = enable(copy.deepcopy(own))
+    for coordinates in (2, 4):
+        call = layer_call(own, coordinates)
+        expected = layer_results(own, call)
+        calls.clear()
+        found = layer_results(routed, call)
+        assert [call.operator for call in calls] == [FROM_OFFSETS]
+        assert len(expected) == 2 + 4 + 8
+        for name, tensor in expected.items():
+            check_close(found[name], tensor, float(tensor.abs().max()), f"{name}, {coordinates}")
+
+
+@pytest.mark.parametrize("kind", ["deformable_detr", "grounding_dino", "omdet_turbo"])
+def test_attention_weights(kind: str, calls: list[Call]) -> None:
+    """Models read them of a hook, of a layer that was told, of a layer that was not."""
+    available(kind)
+    float64(kind)
+    own, arguments = make(kind).double(), doubled(inputs(kind))
+    routed = enable(copy.deepcopy(own))
+    layer, call = attention_call(own, kind, torch.float64)
+    calls.clear()
+    with torch.no_grad():
+        weights = layer(**call)[1]
+        outputs = [list(tensors(m(**arguments, output_attentions=True))) for m in (routed, own)]
+    assert {call.operator for call in calls} == {FROM_OFFSETS}
+    assert weights.shape in [output.shape for output in outputs[1]]
+    torch.testing.assert_close(*outputs, equal_nan=True)
+
+
+def test_arguments_by_position_and_without_a_list(calls: list[Call]) -> None:
+    own = attention_layers(make("deformable_detr"))[0].double()
+    call = layer_call(own, 2)
+    names = list(inspect.signature(own.forward).parameters)
+    names = names[: max(names.index(name) for name in call) + 1]
+    expected, routed = own(**call), enable(copy.deepcopy(own))
+    calls.clear()
+    torch.testing.assert_close(routed(*(call.get(name) for name in names)), expected)
+    call.pop("spatial_shapes_list", None)
+    torch.testing.assert_close(routed(**call), expected)
+    assert [call.operator for call in calls] == [FROM_LOCATIONS, FROM_OFFSETS]
+
+
+def test_hooks_of_submodules_run(calls: list[Call]) -> None:
+    layer = attention_layers(make("deformable_detr"))[0].double()
+    arguments = layer_call(layer, 2)
+    expected = enable(layer)(**arguments)[0]
+    for name, module in layer.named_children():
+        calls.clear()
+        seen: list[Tensor] = []
+        with module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output)):
+            found = layer(**arguments)[0]
+        assert len(seen) == 1, name
+        torch.testing.assert_close(found, expected)
+        [call] = calls
+        # What hooks of the sampling see is locations.
+        assert call.operator == (FROM_LOCATIONS if name == "attn" else FROM_OFFSETS)
+
+
+def test_a_layer_of_another_formula_has_its_sampling_routed(calls: list[Call]) -> None:
+    own = attention_layers(make("deformable_detr"))[0].double()
+    if not hasattr(own, "attn"):
+        pytest.skip(f"transformers {transformers.__version__} has no module that samples")
+    arguments, kind = layer_call(own, 4), type(own)
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(2 * hidden_states, *args, **kwargs)
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, weights = super().forward(*args, **kwargs)
+            return self.scale * output, weights
+
+    for kind in (Doubled, Scaled):
+        own.__class__, own.scale = kind, nn.Parameter(torch.ones(()))
+        routed = enable(copy.deepcopy(own))
+        calls.clear()
+        output, weights = routed(**arguments)
+        assert [call.operator for call in calls] == [FROM_LOCATIONS]
+        torch.testing.assert_close((output, weights), own(**arguments))
+
+
+def test_pickles_of_version_0_1_load() -> None:
+    """They say nothing of a layer around the sampling."""
+    layer = attention_layers(make("deformable_detr"))[0]
+    own = type(getattr(layer, "attn", layer))
+    loaded = integration._unpickle(own, "reference")
+    assert isinstance(loaded, own)
+    assert type(loaded) is integration._routed_class(own, "reference", None)
+
+
+def test_enabling_draws_no_random_numbers_and_compiles_nothing(calls: list[Call]) -> None:
+    model = make("deformable_detr")
+    state = torch.get_rng_state()
+    enable(model)
+    assert {call.backend for call in calls} == {"reference"}
+    torch.testing.assert_close(torch.get_rng_state(), state)
 
 
 def test_every_family_is_tested() -> None:
@@ -415,10 +584,11 @@ def test_every_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_other_models_stay_as_they_are(kind: str, calls: list[Any]) -> None:
+def test_other_models_stay_as_they_are(kind: str, calls: list[Call]) -> None:
     available(kind)
     model, other = make(kind), make(kind)
     enable(model)
+    calls.clear()
     with torch.no_grad():
         other(**inputs(kind))
     assert not calls
@@ -427,7 +597,7 @@ def test_other_models_stay_as_they_are(kind: str, calls: list[Any]) -> None:
 @pytest.mark.parametrize("kind", PLACES)
 @pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle, copied_by_save])
 def test_copies_stay_enabled(
-    kind: str, copied: Callable[[nn.Module], nn.Module], calls: list[Any]
+    kind: str, copied: Callable[[nn.Module], nn.Module], calls: list[Call]
 ) -> None:
     available(kind)
     layer, arguments = attention_call(enable(make(kind), backend="reference"), kind)
@@ -436,7 +606,7 @@ def test_copies_stay_enabled(
     assert type(twin).__name__ == type(layer).__name__
     assert repr(twin) == repr(layer)
     expected, found = layer(**arguments)[0], twin(**arguments)[0]
-    assert [c["backend"] for c in calls] == ["reference"] * 2
+    assert calls == [Call(operator_of(kind), "reference")] * 2
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     calls.clear()
     disable(twin)(**arguments)
@@ -461,7 +631,7 @@ def test_compile(kind: str) -> None:
     torch._dynamo.reset()
     # Older layers branch on the sum of a tensor of shapes.
     found = torch.compile(layer, backend=keep, fullgraph=MAJOR >= 5)(**arguments)[0]
-    assert operators.count(torch.ops.dcnv4.ms_deform_attn.default) == 1
+    assert operators.count(getattr(torch.ops.dcnv4, operator_of(kind)).default) == 1
     assert not any("grid_sample" in str(operator) for operator in operators)
     torch.testing.assert_close(found, layer(**arguments)[0])
     torch._dynamo.reset()
@@ -495,7 +665,7 @@ def test_trace(kind: str) -> None:
 
     model = Outputs()
     traced = torch.jit.trace(model, arguments["pixel_values"], strict=False, check_trace=False)
-    assert "dcnv4::ms_deform_attn" in {node.kind() for node in traced.inlined_graph.nodes()}
+    assert f"dcnv4::{operator_of(kind)}" in {node.kind() for node in traced.inlined_graph.nodes()}
     found, expected = (m(arguments["pixel_values"]) for m in (traced, model))
     torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -515,28 +685,33 @@ def test_bfloat16_is_as_exact_as_before(kind: str) -> None:
     assert float(budget) < 0.05 * float(exact.abs().mean())
 
 
-def test_autocast(calls: list[Any]) -> None:
-    model = enable(make("deformable_detr"))
-    layer, arguments = attention_call(model, "deformable_detr")
+@torch.no_grad()
+def test_autocast(calls: list[Call]) -> None:
+    layer, arguments = attention_call(make("deformable_detr"), "deformable_detr")
+    routed = enable(copy.deepcopy(layer))
     calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        output = layer(**arguments)[0]
+        own, output = layer(**arguments)[0], routed(**arguments)[0]
     assert output.dtype == torch.bfloat16
-    assert len(calls) == 1
-    torch.testing.assert_close(output.float(), layer(**arguments)[0], rtol=0.05, atol=0.05)
+    assert [call.operator for call in calls] == [FROM_OFFSETS]
+    exact = layer.double()(**doubled(arguments))[0]
+    error, budget = ((result.double() - exact).abs().mean() for result in (output, own))
+    assert float(error) <= 1.1 * float(budget)
 
 
-def test_the_backend_is_passed_and_changed(calls: list[Any]) -> None:
+def test_the_backend_is_passed_and_changed(calls: list[Call]) -> None:
     model = enable(make("deformable_detr"))
     for backend in ("reference", None, "auto"):
         enable(model, backend=backend)
         calls.clear()
         with torch.no_grad():
             model(**inputs("deformable_detr"))
-        assert {call["backend"] for call in calls} == {backend}
+        cpu = torch.device("cpu")
+        chosen = backends.choose("ms_deform_attn", cpu, torch.float32, False, backend)
+        assert set(calls) == {Call(FROM_OFFSETS, chosen)}
 
 
-def test_refusals(calls: list[Any]) -> None:
+def test_refusals(calls: list[Call]) -> None:
     resnet = transformers.AutoModel.from_config(transformers.ResNetConfig(**RESNET))
     with pytest.raises(ValueError, match=r"must have deformable attention.*ResNetModel, which has"):
         enable(resnet)
@@ -551,13 +726,14 @@ def test_refusals(calls: list[Any]) -> None:
     attention.forward = attention.forward
     with pytest.warns(UserWarning, match=r"not routed: \S+self_attn\S* has a forward of its own"):
         enable(model)
+    calls.clear()
     with torch.no_grad():
         model(**inputs("deformable_detr"))
     assert len(calls) == len(attention_layers(model)) - 1
 
 
 @pytest.mark.parametrize("kind", ["d_fine", "rt_detr_v2"])
-def test_discrete_sampling_stays(kind: str, calls: list[Any]) -> None:
+def test_discrete_sampling_stays(kind: str, calls: list[Call]) -> None:
     available(kind)
     discrete = make(kind, decoder_method="discrete")
     with pytest.raises(ValueError, match="encoder_attn samples by the method 'discrete'"):
@@ -565,6 +741,7 @@ def test_discrete_sampling_stays(kind: str, calls: list[Any]) -> None:
     both = nn.ModuleList([discrete, make(kind)])
     with pytest.warns(UserWarning, match=r"not routed: 0\.\S+ samples by the method 'discrete'"):
         enable(both)
+    calls.clear()
     with torch.no_grad():
         discrete(**inputs(kind))
         assert not calls

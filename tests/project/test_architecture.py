@@ -76,7 +76,7 @@ ARROWS = {
     "compat.opengvlab": {"arguments", "compat.deformable_detr", "eager", "functional"},
     "compat.torchvision": {"arguments", "eager", "functional", "geometry"},
     "integrations": set(),
-    "integrations.transformers": {"arguments", "eager", "functional"},
+    "integrations.transformers": {"arguments", "eager", "functional", "layers.base"},
 }
 
 

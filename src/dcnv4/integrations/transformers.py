@@ -1,9 +1,10 @@
-"""Hugging Face models: their deformable attention through `functional.ms_deform_attn`.
+"""Hugging Face models: their deformable attention through this package's operators.
 
-Models of transformers keep it in one of three places: a module without parameters,
+Models of transformers keep its sampling in one of three places: a module without parameters,
 `MultiScaleDeformableAttention`; a function among a layer's attributes; a function that a layer's
 forward finds among the globals of its file. The first and the last are replaced by giving this
-layer, and no other, a subclass of its class whose forward differs.
+layer, and no other, a subclass of its class whose forward differs. So is the whole forward of a
+layer around the sampling, if it computes what Deformable DETR's does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_backend
 from ..eager import unflattened
-from ..functional import ms_deform_attn
+from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
+from ..layers.base import are_unwatched, known
 
 _MODULE = "MultiScaleDeformableAttention"
 _ATTRIBUTE = "ms_deformable_attn_core"
@@ -35,7 +38,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def enable(model: Model, *, backend: str | None = None) -> Model:
-    """Route the deformable attention of a Hugging Face model through `functional.ms_deform_attn`.
+    """Route the deformable attention of a Hugging Face model through this package's operators.
+
+    A layer that computes what Deformable DETR's does runs on `ms_deform_attn_from_offsets`; of any
+    other the sampling runs on `ms_deform_attn`.
 
     Args:
         model: a model of transformers, or any module that holds one; changed in place. Parameters,
@@ -78,6 +84,9 @@ def enable(model: Model, *, backend: str | None = None) -> Model:
     for name in found.keys() - left.keys():
         _restore(found[name])
         _route(found[name], backend)
+    for _, layer in _modules(model):
+        if (padding := _padding(layer)) is not None:
+            layer.__class__ = _routed_class(_own_class(layer), backend, padding)
     return model
 
 
@@ -150,7 +159,7 @@ def _route(layer: nn.Module, backend: str | None) -> None:
     if _place(layer) == "attribute":
         setattr(layer, _ATTRIBUTE, _Function(getattr(layer, _ATTRIBUTE), backend))
     else:
-        layer.__class__ = _routed_class(_own_class(layer), backend)
+        layer.__class__ = _routed_class(_own_class(layer), backend, None)
 
 
 def _restore(layer: nn.Module) -> None:
@@ -221,11 +230,14 @@ class _Routed(nn.Module):
     # Names that no layer has itself.
     _dcnv4_own_class: Any
     _dcnv4_backend: str | None
+    _dcnv4_padding: bool | None
+    """Whether `attention_mask` is True at padding, of a `_RoutedLayer`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so that a pickle has to make it anew.
         state = super().__reduce_ex__(protocol)[2]
-        return _unpickle, (self._dcnv4_own_class, self._dcnv4_backend), state
+        made_of = self._dcnv4_own_class, self._dcnv4_backend, self._dcnv4_padding
+        return _unpickle, made_of, state
 
 
 class _RoutedModule(_Routed):
@@ -250,26 +262,143 @@ class _RoutedModule(_Routed):
         )
 
 
+class _RoutedLayer(_Routed):
+    """In place of a layer that computes what Deformable DETR's does."""
+
+    sampling_offsets: nn.Module
+    attention_weights: nn.Module
+    value_proj: nn.Module
+    output_proj: nn.Module
+    n_heads: int
+    n_levels: int
+    n_points: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        *others: Any,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor]:
+        sampling = self._modules.get("attn")
+        if others or (sampling is not None and not are_unwatched((sampling,))):
+            sampled: tuple[Tensor, Tensor] = super().forward(
+                *(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask),
+                *(position_embeddings, reference_points, *others),
+                **named,
+            )
+            return sampled
+        if position_embeddings is not None:
+            hidden_states = hidden_states + position_embeddings
+        value = self.value_proj(encoder_hidden_states)
+        if attention_mask is not None:
+            padding = attention_mask if self._dcnv4_padding else ~attention_mask
+            value = value.masked_fill(padding[..., None], 0.0)
+        shapes: Any = named.get("spatial_shapes_list")
+        if shapes is None:
+            shapes = named.get("spatial_shapes")
+        points = *hidden_states.shape[:2], self.n_heads, self.n_levels, self.n_points
+        logits = self.attention_weights(hidden_states).view(points)
+        output = ms_deform_attn_from_offsets(
+            value.view(*value.shape[:2], self.n_heads, value.shape[2] // self.n_heads),
+            shapes,
+            reference_points,
+            self.sampling_offsets(hidden_states).view(*points, 2),
+            logits,
+            softmax=True,
+            backend=self._dcnv4_backend,
+        )
+        # Models return the weights, and do not always tell the layer that they will.
+        weights = logits.flatten(3).softmax(-1).view(points)
+        return self.output_proj(output), weights
+
+
+_PROJECTIONS = {"sampling_offsets": 24, "attention_weights": 12, "value_proj": 4, "output_proj": 4}
+"""The submodules of a `_RoutedLayer`, and their widths with C = 4, G = 2, L = 2, P = 3."""
+
+
+@torch.no_grad()
+def _padding(layer: nn.Module) -> bool | None:
+    """Whether `attention_mask` is True at padding, of a layer whose sampling is routed and that
+    computes what `_RoutedLayer` does; None of any other."""
+    sampling, own = layer._modules.get("attn", layer), _own_class(layer)
+    has_all = layer._modules.keys() >= _PROJECTIONS.keys()
+    if not has_all or not isinstance(sampling, _Routed) or "forward" in vars(layer):
+        return None
+    # Always the same numbers, and none of those that the user draws.
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    shapes = [(3, 5), (2, 4)]
+    pixels, query, position = numbers(2, 23, 4), numbers(2, 7, 4), numbers(2, 7, 4)
+    boxes, mask = numbers(2, 7, 2, 4), numbers(2, 23) > 0
+    calls = [
+        (query, None, pixels, mask, None, boxes),
+        (query, mask, pixels, None, position, boxes),
+        (query, mask, pixels, ~mask, position, boxes[..., :2]),
+    ]
+    sizes = {
+        "spatial_shapes": torch.tensor(shapes, device="cpu"),
+        "spatial_shapes_list": shapes,
+        "level_start_index": torch.tensor([0, 15], device="cpu"),
+    }
+    taken = inspect.signature(own.forward).parameters
+    named = {name: argument for name, argument in sizes.items() if name in taken}
+    for padding in (False, True):
+        with suppress(Exception):  # whatever a layer of another formula raises
+            tiny = _tiny(layer, numbers)
+            expected = [tiny.forward(*call, **named) for call in calls]
+            tiny.__class__ = _routed_class(own, "reference", padding)
+            if sampling is not layer:
+                _route(tiny.attn, "reference")
+            torch.testing.assert_close([tiny.forward(*call, **named) for call in calls], expected)
+            return padding
+    return None
+
+
+def _tiny(layer: nn.Module, numbers: Callable[..., Tensor]) -> Any:
+    """A small layer of this one's own class and settings, with random weights."""
+    own = _own_class(layer)
+    tiny = own.__new__(own)
+    nn.Module.__init__(tiny)
+    settings = {name: value for name, value in vars(layer).items() if name not in vars(tiny)}
+    vars(tiny).update({**settings, "d_model": 4, "n_heads": 2, "n_levels": 2, "n_points": 3})
+    for name, width in _PROJECTIONS.items():
+        linear = nn.Linear(4, width, device="meta")
+        linear.weight, linear.bias = (nn.Parameter(numbers(*p.shape)) for p in linear.parameters())
+        setattr(tiny, name, linear)
+    if "attn" in layer._modules:
+        tiny.attn = _own_class(layer.get_submodule("attn"))()
+    return tiny
+
+
 def _own_class(layer: nn.Module) -> Any:
     return layer._dcnv4_own_class if isinstance(layer, _Routed) else type(layer)
 
 
 @cache
-def _routed_class(own: Any, backend: str | None) -> type[_Routed]:
-    """The subclass of `own` whose forward samples through `ms_deform_attn`."""
+def _routed_class(own: Any, backend: str | None, padding: bool | None) -> type[_Routed]:
+    """The subclass of `own` whose sampling is routed, or whose whole forward is where `padding` is
+    known."""
     names = _named_globals(own)
     contents: dict[str, Any] = {
         "_dcnv4_own_class": own,
         "_dcnv4_backend": backend,
+        "_dcnv4_padding": padding,
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
     }
-    if names:
+    bases = (_Routed if names else _RoutedModule), own
+    if padding is not None:
+        bases = _RoutedLayer, _routed_class(own, backend, None) if names else own
+    elif names:
         contents["forward"] = _with_globals(
             own.forward, dict.fromkeys(names, _Function(None, backend))
         )
-    base = _Routed if names else _RoutedModule
-    return type(own.__name__, (base, own), contents)
+    return known(type(own.__name__, bases, contents))
 
 
 def _with_globals(function: Any, names: dict[str, Any]) -> FunctionType:
@@ -284,6 +413,6 @@ def _with_globals(function: Any, names: dict[str, Any]) -> FunctionType:
     return other
 
 
-def _unpickle(own: Any, backend: str | None) -> _Routed:
-    routed = _routed_class(own, backend)
+def _unpickle(own: Any, backend: str | None, padding: bool | None = None) -> _Routed:
+    routed = _routed_class(own, backend, padding)
     return routed.__new__(routed)
