@@ -72,10 +72,10 @@ class _BranchFormula(Formula):
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
 
     def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """As a `Formula`; where TorchDynamo compiles it, with the norm's weight and bias multiplied
-        into the product that reads it: their gradients are then sums over its weights, not over
-        maps."""
-        folded = self._folded() if is_compiling() else None
+        """As a `Formula`; where TorchDynamo compiles it with gradients, the norm's weight and bias
+        are multiplied into the product that reads it: their gradients are then sums over its
+        weights, not over maps."""
+        folded = self._folded() if is_compiling() and torch.is_grad_enabled() else None
         if folded is None:
             return super().run(given, inputs)
         (x,) = inputs
