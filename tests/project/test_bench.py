@@ -93,9 +93,9 @@ def test_a_run_says_on_which_device_and_versions(monkeypatch: pytest.MonkeyPatch
         f"dcnv4 {dcnv4.__version__}, torch {torch.__version__}"
     )
     assert environment["versions"].endswith(f", pytest {pytest.__version__}")
-    assert environment["device"] == f"{bench._processor()}, 2 threads"
+    assert environment["device"] == f"{bench.processor()}, 2 threads"
     monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
-    assert bench._processor() == f"{platform.machine()} CPU"
+    assert bench.processor() == f"{platform.machine()} CPU"
 
 
 def distorted(where: str) -> object:

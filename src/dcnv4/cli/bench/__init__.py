@@ -236,7 +236,7 @@ def _environment(
     from ... import __version__
 
     threads = torch.get_num_threads()
-    where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    where = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     versions = f"dcnv4 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
@@ -253,7 +253,7 @@ def _environment(
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name where Linux tells it, its architecture elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -134,6 +134,29 @@ def contestant(
     return enter
 
 
+def layer(case: ConvLayer | AttentionLayer, backend: str) -> DCNv4 | FlashDeformAttn:
+    """The layer of a case on a backend, with the same parameters on each."""
+    module: DCNv4 | FlashDeformAttn
+    if isinstance(case, ConvLayer):
+        module = DCNv4(case.channels, group=case.channels // 16, backend=backend)
+        # Offsets and weights vary from pixel to pixel by half a pixel and 1.
+        predicted = [(module.offset_mask, 0.5)]
+    else:
+        sizes = case.channels, len(case.levels), case.heads, case.points
+        module = FlashDeformAttn(*sizes, backend=backend)
+        # Offsets vary by 2 pixels, logits by 1.
+        predicted = [(module.sampling_offsets, 2), (module.attention_weights, 1)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear, spread in predicted:
+            linear.weight.normal_(0, spread / case.channels**0.5, generator=generator)
+        for projection in (module.value_proj, module.output_proj):
+            assert projection is not None
+            bound = (3 / case.channels) ** 0.5
+            projection.weight.uniform_(-bound, bound, generator=generator)
+    return module
+
+
 def _enter_backend(name: str) -> None:
     def usable(op: str, inputs: tuple[Tensor, ...]) -> None:
         reason = backends.why_not(name, backends.Call(op, inputs[0].device, inputs[0].dtype))
@@ -144,35 +167,14 @@ def _enter_backend(name: str) -> None:
         usable(case.op, inputs)
         return Job(inputs, case.operator(name))
 
-    def layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
+    def conv_layer(case: ConvLayer, inputs: tuple[Tensor, ...]) -> Job:
         usable(case.operator, inputs)
-        module = DCNv4(case.channels, group=case.channels // 16, backend=name)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            # Offsets and weights that vary from pixel to pixel by half a pixel and 1.
-            deviation = 0.5 / case.channels**0.5
-            module.offset_mask.weight.normal_(0, deviation, generator=generator)
-            for projection in (module.value_proj, module.output_proj):
-                assert projection is not None
-                bound = (3 / case.channels) ** 0.5
-                projection.weight.uniform_(-bound, bound, generator=generator)
-        return _layer_job(case, inputs, module)
+        return _layer_job(case, inputs, layer(case, name))
 
     def attention_layer(case: AttentionLayer, inputs: tuple[Tensor, ...]) -> Job:
         usable(case.operator, inputs)
-        sizes = case.channels, len(case.levels), case.heads, case.points
-        module = FlashDeformAttn(*sizes, backend=name)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            # Offsets vary by 2 pixels, logits by 1.
-            for linear, spread in ((module.sampling_offsets, 2), (module.attention_weights, 1)):
-                deviation = spread / case.channels**0.5
-                linear.weight.normal_(0, deviation, generator=generator)
-            for projection in (module.value_proj, module.output_proj):
-                bound = (3 / case.channels) ** 0.5
-                projection.weight.uniform_(-bound, bound, generator=generator)
         places = case.reference_points(inputs[0].device)
-        return _layer_job(case, inputs, module, others=(places, case.levels))
+        return _layer_job(case, inputs, layer(case, name), others=(places, case.levels))
 
     def model(case: Model, inputs: tuple[Tensor, ...]) -> Job:
         usable(case.operator, inputs)
@@ -180,7 +182,7 @@ def _enter_backend(name: str) -> None:
 
     contestant(f"dcnv4 {name}", "deform_conv", "backend")(operator)
     contestant(f"dcnv4 {name}", "ms_deform_attn", "backend")(operator)
-    contestant(f"dcnv4 {name}", "layer", "backend")(layer)
+    contestant(f"dcnv4 {name}", "layer", "backend")(conv_layer)
     contestant(f"dcnv4 {name}", "attention layer", "backend")(attention_layer)
     contestant(f"dcnv4 {name}", "model", "backend")(model)
 
@@ -515,11 +517,11 @@ class Expected:
 
     def output_error(self, job: Job, output: Tensor) -> float:
         """The relative error of a job's output."""
-        return _error((job.output(output),), (self.output,))
+        return relative_error((job.output(output),), (self.output,))
 
     def gradients_error(self, job: Job, grads: Sequence[Tensor]) -> float:
         """The largest relative error among the case's inputs of a job's gradients."""
-        return _error(job.gradients(grads), self.gradients)
+        return relative_error(job.gradients(grads), self.gradients)
 
     def verify(self, error: float) -> float:
         """The error, where it is small enough."""
@@ -528,7 +530,7 @@ class Expected:
         return error
 
 
-def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative L2 error; infinite for a wrong shape or anything not finite."""
     worst = 0.0
     for result, exact in zip(got, wanted, strict=True):
