@@ -26,7 +26,7 @@ _compiler = getattr(torch, "compiler", None)
 # it compiles cannot be told from what it exports.
 is_compiling = getattr(_compiler, "is_dynamo_compiling", lambda: True)
 """Whether TorchDynamo traces a call."""
-_is_exporting = getattr(_compiler, "is_exporting", lambda: True)
+_exports = getattr(_compiler, "is_exporting", lambda: True)
 _is_subclass_like = _C._dispatch_isTensorSubclassLike
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _HAS_AUTOCAST_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
@@ -249,14 +249,20 @@ def _is_transformed() -> bool:
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _is_exporting() -> bool:
+    """Whether what is traced is a program that somebody will read."""
+    return bool(_exports())
+
+
 def _is_vmap() -> bool:
     """Whether the innermost transform is a vmap, in which autocast does not reach projections."""
     innermost = _functorch.peek_interpreter_stack()
     return innermost is not None and innermost.key() == _functorch.TransformType.Vmap
 
 
-# The tracer of torch 2.4 cannot ask these itself. The answers are constants of a graph.
-for _function in (is_traced_by_jit, is_portable, _is_transformed, _is_vmap):
+# The answers are constants of a graph. The tracer of torch 2.4 cannot ask for most itself, and that
+# of torch 2.11 believes that it always exports.
+for _function in (is_traced_by_jit, is_portable, _is_exporting, _is_transformed, _is_vmap):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
