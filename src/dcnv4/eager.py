@@ -193,8 +193,7 @@ def remembered(function: Callable[..., T]) -> Callable[..., T]:
 def is_traced(tensor: Tensor) -> bool:
     """Whether `tensor` may lack a value to read or to keep: it is fake, a graph is being traced, or
     a `torch.func` transform runs."""
-    compiler = getattr(torch, "compiler", None)
-    if compiler is not None and compiler.is_compiling():
+    if _compiler is not None and _compiler.is_compiling():
         return True
     if type(tensor) is not Tensor or _C._get_tracing_state() is not None:
         return True
