@@ -42,7 +42,7 @@ class Portable(NamedTuple):
         return model.eval()
 
     def axes(self) -> tuple[dict[int, str], ...]:
-        """The names of the sizes that change, by input; the batch always does."""
+        """The names of the sizes that change, by input; where any does, the batch."""
         axes = (0, "batch"), (self.rows, "height"), (self.rows + 1, "width")
         seen = zip(*self.sizes, strict=True)
         image = {axis: name for (axis, name), n in zip(axes, seen, strict=True) if len({*n}) > 1}
