@@ -29,10 +29,8 @@ class Portable(NamedTuple):
     sizes: Sizes
     std: float = 0.2
     """Of the parameters of layers."""
-
-    @property
-    def dynamic(self) -> bool:
-        return len(self.sizes) > 1
+    rows: int = 1
+    """The axis of the image's height, before that of its width."""
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -44,10 +42,10 @@ class Portable(NamedTuple):
         return model.eval()
 
     def axes(self) -> tuple[dict[int, str], ...]:
-        """The names of the sizes that change, by input."""
-        if not self.dynamic:
-            return tuple({} for _ in self.inputs(*self.sizes[0]))
-        image = {0: "batch", 1: "height", 2: "width"}
+        """The names of the sizes that change, by input; where any does, the batch."""
+        axes = (0, "batch"), (self.rows, "height"), (self.rows + 1, "width")
+        seen = zip(*self.sizes, strict=True)
+        image = {axis: name for (axis, name), n in zip(axes, seen, strict=True) if len({*n}) > 1}
         return image, *({0: "batch"} for _ in self.inputs(*self.sizes[0])[1:])
 
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
@@ -162,6 +160,8 @@ class Detector(nn.Module):
             num_queries=6,
         )
         self.detector = enable(transformers.DeformableDetrForObjectDetection(config))
+        # From the second call on, TorchScript cannot record the model's own additions in place.
+        self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         found = self.detector(image)
@@ -214,9 +214,12 @@ FUNCTIONS = {
     "d_fine": Portable(DFineAttention, queries, ANY),
 }
 MODELS = {
-    "deformable_detr": Portable(Detector, images, ((1, 96, 128),)),
-    # With larger parameters thirty layers in a row make much of the last bit.
-    "flash_internimage_t": Portable(classifier, images, ((1, 32, 32),), std=0.02),
+    "deformable_detr": Portable(Detector, images, ((2, 96, 128), (1, 96, 128), (3, 96, 128))),
+    # With larger parameters thirty layers in a row make much of the last bit. The last map of the
+    # first size has two pixels each way: a size of 1 would be a constant.
+    "flash_internimage_t": Portable(
+        classifier, images, ((2, 64, 64), (1, 64, 64), (3, 71, 45)), std=0.02, rows=2
+    ),
 }
 NEEDS = {
     "d_fine": ("transformers",),
