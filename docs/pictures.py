@@ -486,19 +486,6 @@ def against_convolutions() -> Picture:
     return dots("Layers on an NVIDIA H100, float16 autocast: less is better", kinds, panels)
 
 
-def against_grid_sample() -> Picture:
-    """Times on the CPU beside those of grid_sample."""
-    names = {"dcnv4 cpu": "backend", "grid_sample": "peer"}
-    panels = []
-    for title, first in (("forward", 1), ("forward and backward", 3)):
-        numbers = {}
-        for row in table("grid_sample | forward + backward"):
-            ours, ratio = number(row[first]), number(row[first + 1])
-            numbers[row[0]] = {"dcnv4 cpu": ours / 1e3, "grid_sample": ours * ratio / 1e3}
-        panels.append(Panel(title, "ms", numbers))
-    return dots("Operators on 2 cores of an AMD EPYC: less is better", names, panels)
-
-
 def against_spread() -> Picture:
     """Times of direct kernels and of what a call takes by default, over the spread of offsets."""
     rows = table("forward: direct")
@@ -555,7 +542,6 @@ def pictures() -> dict[str, Picture]:
         "tiles.svg": tiles(),
         "h100.svg": against_floor(),
         "h100-layers.svg": against_convolutions(),
-        "cpu.svg": against_grid_sample(),
         **of_results(RESULTS),
         "spread.svg": against_spread(),
     }

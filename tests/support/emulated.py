@@ -41,7 +41,10 @@ extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes, int
     emulated::run(start, blocks, threads);
 }
 """
-_FLAGS = "-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"
+_FLAGS = (
+    *("-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fpermissive"),
+    *("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"),  # of arrays in registers
+)
 _DAY = 24 * 3600
 
 
