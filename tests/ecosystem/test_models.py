@@ -517,8 +517,9 @@ def test_one_graph_serves_every_batch_and_size(kind: str, amp: bool) -> None:
             logits.float().square().mean().backward()
             results.append([logits, *(p.grad for p in each.parameters())])
         for found, wanted in zip(*results, strict=True):
-            error = (found.float() - wanted.float()).norm() / wanted.float().norm()
-            assert error.item() < (0.1 if amp else 1e-3) or not wanted.any()
+            error = (found.float() - wanted.float()).norm()
+            # The batch norm takes the last level's biases out: their gradients are rounding alone.
+            assert error <= (0.1 if amp else 1e-3) * wanted.float().norm() + 1e-6
 
 
 @compiles

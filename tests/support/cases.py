@@ -194,15 +194,12 @@ class ConvCase(Case):
     @property
     def output_size(self) -> tuple[int, int]:
         """From the contract's formula; the oracle asserts that it is right."""
-        window = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, **self.window}
-        k, s, p, d = (
-            (a, a) if isinstance(a := window[name], int) else a
-            for name in ("kernel_size", "stride", "padding", "dilation")
-        )
-        rows, columns = (
-            max(0, (size + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1)
-            for i, size in enumerate(self.size)
-        )
+        defaults = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
+        chosen = [self.window.get(name, default) for name, default in defaults.items()]
+        k, s, p, d = [(one, one) if isinstance(one, int) else one for one in chosen]
+        rows, columns = [
+            max(0, (self.size[i] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1) for i in (0, 1)
+        ]
         return rows, columns
 
     @property
