@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcnv4.cli.bench import captured
-from dcnv4.cli.bench.peers import created
+from dcnv4.cli.bench.peers import created, describe
 
 Call = Callable[[], object]
 
 
 class Way:
-    """One way to run a model on images: `call` is timed."""
+    """A model, and the images that it is run on in one way."""
 
     def __init__(self, name: str, batch: int, device: str) -> None:
         torch._dynamo.reset()
@@ -148,7 +148,7 @@ def main() -> None:
                     cell += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
                 del call
             except Exception as error:
-                print(f"{name}, {words}: {str(error).splitlines()[0]}", file=sys.stderr)
+                print(f"{name}, {words}: {describe(error)}", file=sys.stderr)
                 cell = "-"
             cells.append(cell)
             del way

@@ -525,8 +525,8 @@ def _within_budgets(case: Case, dtype: torch.dtype) -> dict[str, Expected]:
             relative = (count + 8 + 2 * float(spread)) * unit
         lost_xy = unit * (4 * reach + 1)
         sampled = [oracle.bilinear(image, x, y, origin) for image, x, y, _, origin in points]
-        together = Counter((row, column) for corners in sampled for row, column, *_ in corners)
-        inside = half * max(5, 3 + max(together.values(), default=0) * tiled)
+        pixels_read = ((row, column) for corners in sampled for row, column, *_ in corners if tiled)
+        inside = half * max(5, 3 + max(Counter(pixels_read).values(), default=0))
         out_error = np.zeros(depth)
         by_points, by_weights = np.zeros((count, 2)), np.zeros(count)
         dots = np.zeros(count)

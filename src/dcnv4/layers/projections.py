@@ -203,13 +203,17 @@ class Formula:
             inputs: recorded by autograd as made of what was given.
         """
         if is_compiling():
-            return self.forward(inputs, self.parameters.join(self.dtype))[0]
+            return self.forward(inputs, self._compiled_weights())[0]
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
             sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
             output: Tensor = _apply(self, *sources, *tensors)  # type: ignore[no-untyped-call]
             return output
         return below(inputs[0].device.type, self._forward, inputs)[0]
+
+    def _compiled_weights(self) -> Weights:
+        """The weights where TorchDynamo compiles `forward`, and makes the backward by itself."""
+        return self.parameters.join(self.dtype)
 
     def _forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
         weights = self.parameters.join(self.dtype)

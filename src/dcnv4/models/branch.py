@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, is_autocast, is_compiling, may_read_past
+from ..eager import autocast_dtype, is_autocast, may_read_past
 from ..layers.base import are_unwatched, known
 from ..layers.projections import Call, Formula, Sums, Weights
 
@@ -71,30 +72,24 @@ class _BranchFormula(Formula):
         self.kept: Tensor | None = None
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
 
-    def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """As a `Formula`; where TorchDynamo compiles it with gradients, the norm's weight and bias
-        are multiplied into the product that reads it: their gradients are then sums over its
-        weights, not over maps."""
-        folded = self._folded() if is_compiling() and torch.is_grad_enabled() else None
-        if folded is None:
-            return super().run(given, inputs)
-        (x,) = inputs
-        normed = F.layer_norm(x, self.norm.normalized_shape, None, None, self.norm.eps)
-        y, _ = self.inner.forward((normed,), folded)
-        self.kept = self._drawn(x)
-        return self._added(x, y)
-
-    def _folded(self) -> Weights | None:
-        """What the two products behind the norm are made with; None where both read it."""
+    def _compiled_weights(self) -> Weights:
+        """With gradients, the norm's weight and bias are multiplied into the product that reads it,
+        unless two do: their gradients are then sums over its weights, not over maps."""
         parameters, count = self.parameters, len(self.parameters.modules)
-        if len(parameters.rows) != 3 or not parameters.shapes[1][1]:
-            return None
+        biased = parameters.shapes[1][1]
+        if len(parameters.rows) != 3 or not biased or not torch.is_grad_enabled():
+            return super()._compiled_weights()
         weights, biases = parameters.tensors[:count], parameters.tensors[count:]
         (scale, *read, second), (shift, *biases) = weights, biases
         weight, bias = torch.cat(read), torch.cat(biases[: len(read)])
         first = weight * scale, bias + (weight * shift).sum(1)
         tensors = [tensor.to(self.dtype) for tensor in (*first, second, *biases[len(read) :])]
-        return [(tensors[0], tensors[1]), (tensors[2], tensors[3] if tensors[3:] else None)]
+        of_norm: Any = None
+        return [
+            (of_norm, None),
+            (tensors[0], tensors[1]),
+            (tensors[2], tensors[3] if tensors[3:] else None),
+        ]
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
