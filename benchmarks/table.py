@@ -20,16 +20,16 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- runs in benchmarks/results -->\n", "<!-- end of runs -->\n"
-Cell = Callable[[Story, Row | None], str]
+Cell = Callable[[Row | None], str]
 
 
-def time(story: Story, row: Row | None) -> str:
+def time(row: Row | None) -> str:
     if row is None or row.median is None:
         return "-" if row is None or row.problem is None else row.problem.split(":")[0]
-    return figures(row.median) + "ʰ" * story.bound_by_host(row)
+    return figures(row.median)
 
 
-def memory(story: Story, row: Row | None) -> str:
+def memory(row: Row | None) -> str:
     return "-" if row is None or row.memory is None else f"{row.memory / 1e6:.1f}"
 
 
@@ -41,7 +41,7 @@ def table(story: Story, direction: str, cell: Cell = time) -> str:
     for case, words in story.cases.items():
         rows = [story.rows.get((case, direction, name)) for name in story.contestants]
         floor = next((row.floor for row in rows if row is not None), None)
-        lines.append([words, *[figures(floor)] * floors, *(cell(story, row) for row in rows)])
+        lines.append([words, *[figures(floor)] * floors, *(cell(row) for row in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

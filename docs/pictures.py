@@ -442,8 +442,6 @@ def _panels(story: Story) -> list[Panel]:
         }
 
     def time(row: Row) -> float | None:
-        if story.bound_by_host(row):
-            return None
         return row.ratio if story.name == "operators" else row.median and row.median / 1e3
 
     unit = "times the floor" if story.name == "operators" else "ms"

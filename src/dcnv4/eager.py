@@ -37,8 +37,8 @@ AUTOCAST_KEYS = {
 }
 
 
-class Operator(Protocol):
-    """What is known here of `ops.Operator`, which says what each is."""
+class Recorded(Protocol):
+    """What autograd needs of `ops.Operator`, which says what each is."""
 
     @property
     def inputs(self) -> tuple[int, ...]: ...
@@ -47,13 +47,17 @@ class Operator(Protocol):
 
     def backward(self, grad: Tensor, *call: Any) -> tuple[Tensor | None, ...]: ...
 
+    def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]: ...
+
+
+class Operator(Recorded, Protocol):
+    """What else is known here of it."""
+
     def differentiable(self, *call: Any) -> Tensor: ...
 
     def under_autocast(self, device: str, *call: Any) -> tuple[Operator, list[Any]]: ...
 
     def dispatch(self, *call: Any) -> Tensor: ...
-
-    def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]: ...
 
 
 def run(operator: Operator, *call: Any) -> Tensor:
@@ -61,10 +65,10 @@ def run(operator: Operator, *call: Any) -> Tensor:
     inputs = operator.inputs
     if is_plain(call, inputs):
         if not _is_autocast_anywhere() or not is_autocast(device := call[1].device.type):
-            return _run_plain(operator, inputs, call)
+            return run_plain(operator, inputs, call)
         if device in AUTOCAST_KEYS:
             operator, exact = operator.under_autocast(device, *call)
-            return without_autocast(device, _run_plain, operator, operator.inputs, exact)
+            return without_autocast(device, run_plain, operator, operator.inputs, exact)
     elif _is_transformed() or is_portable():
         device = call[1].device.type
         if not is_autocast(device):
@@ -75,7 +79,8 @@ def run(operator: Operator, *call: Any) -> Tensor:
     return operator.dispatch(*call)
 
 
-def _run_plain(operator: Operator, inputs: tuple[int, ...], call: Sequence[Any]) -> Tensor:
+def run_plain(operator: Recorded, inputs: tuple[int, ...], call: Sequence[Any]) -> Tensor:
+    """What a call returns that nobody but autograd is interested in."""
     if needs_grad(call, inputs):
         output: Tensor = _apply(operator, operator.forward, *call)  # type: ignore[no-untyped-call]
         return output

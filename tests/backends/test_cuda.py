@@ -84,6 +84,11 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
                 for row in (count, count + 4):
                     layout = shape, (15 * row, 5 * row, row, 1), dtype, 0
                     plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0)
+        for channels in (8, 112, 512, 1536):
+            for direction in ("forward", "backward"):
+                for weights in {dtype, torch.float32}:
+                    settings = channels, dtype, weights, 1e-6, 0
+                    plans.layer_norm_plan.__wrapped__(direction, 100, *settings)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:

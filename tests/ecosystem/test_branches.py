@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dcnv4.layers.projections import Formula
+from support import emulated, launches
 from support.autograd import nodes
 
 try:
@@ -18,6 +19,7 @@ try:
 
     from dcnv4.models import InternImage
     from dcnv4.models.mlp import Mlp
+    from dcnv4.models.norm import LayerNorm
 except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
     pytest.skip(
         f"needs timm, and torchvision for torch {torch.__version__}: {error}",
@@ -275,3 +277,95 @@ def test_submodules_of_the_mlp_can_be_watched_and_replaced() -> None:
     assert seen == ["fc1"]
     mlp.fc2 = nn.Sequential(mlp.fc2, nn.Tanh())
     torch.testing.assert_close(mlp(x), expected.tanh())
+
+
+# Norms.
+
+emulator = pytest.mark.skipif(
+    emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}"
+)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[launches.Launches]:
+    """What runs where the CUDA backend, on an emulated GPU, computes everything."""
+    monkeypatch.setenv("DCNV4_BACKEND", "cuda")
+    with emulated.emulated(), launches.recorded() as found:
+        yield found
+
+
+def norms(launched: launches.Launches) -> list[str]:
+    """The directions of norms, in their order; they are forgotten."""
+    names = [name for name in launched.names if name.startswith("layer_norm")]
+    launched.variants.clear()
+    return [name.removeprefix("layer_norm_") for name in names]
+
+
+BOTH = ["forward"] * 2 + ["backward"] * 2
+
+
+@emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layer_scale": 0.5}, {"post_norm": True}, {"post_norm": True, "layer_scale": 2}],
+)
+def test_norms_of_a_block_are_the_cuda_backends(
+    settings: dict[str, Any], dtype: torch.dtype, launched: launches.Launches
+) -> None:
+    """With every gradient in the parameter's own dtype, under autocast too."""
+    made, x = block(0.4, **settings), random(2, 2, 3, 16).to(dtype).double().requires_grad_()
+    exact = gradients(made, x)
+    assert norms(launched) == []  # float64
+    x = x.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = gradients(made.float(), x)
+    assert norms(launched) == BOTH
+    for name, right in exact.items():
+        assert found[name].dtype == (dtype if name in "xy" else torch.float32), name
+        error = (found[name].double() - right).norm() / right.norm()
+        assert error <= (1e-5 if dtype == torch.float32 else 0.1), f"{name}: {error:.1e}"
+
+
+@emulator
+def test_derivatives_of_a_norms_gradients(launched: launches.Launches) -> None:
+    """They are made of PyTorch's operations; where no more are wanted, of the kernel."""
+    norm, x = LayerNorm(16), torch.randn(3, 16, requires_grad=True)
+    leaves = [x, norm.weight, norm.bias]
+
+    def second(y: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])]
+
+    found = second(norm(x))
+    assert norms(launched) == ["forward", "backward"]
+    wanted = second(torch.nn.functional.layer_norm(x, (16,), norm.weight, norm.bias, norm.eps))
+    for got, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+@emulator
+def test_who_is_interested_in_a_norm_sees_pytorchs(launched: launches.Launches) -> None:
+    norm, x = LayerNorm(16), torch.randn(3, 16)
+    wanted = norm(x)
+    assert norms(launched) == ["forward"]
+    with torch.autograd.profiler.profile():  # sees what runs without it
+        norm(x).sum().backward()
+    assert norms(launched) == ["forward", "backward"]
+    torch.testing.assert_close(torch.vmap(norm)(x), wanted)
+    traced = torch.jit.trace(norm, x, check_trace=False)
+    assert "layer_norm" in str(traced.inlined_graph)
+    norm.double()
+    torch.testing.assert_close(norm(x.double()), wanted.double())
+    assert norms(launched) == []
+
+
+@emulator
+def test_a_norm_under_a_backend_that_cannot_compute_is_pytorchs(
+    launched: launches.Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, x = LayerNorm(16), torch.randn(3, 16)
+    for name in "reference", "triton":  # the latter needs a GPU, which layers will say
+        monkeypatch.setenv("DCNV4_BACKEND", name)
+        norm(x)
+    assert norms(launched) == []

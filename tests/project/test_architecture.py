@@ -60,8 +60,11 @@ ARROWS = {
     "conversion": {"arguments", "layers"},
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "models": {"models.internimage", "models.rates"},
-    "models.internimage": {"checkpoints", "layers", "models.branch", "models.mlp"},
-    "models.branch": {"eager", "layers.base", "layers.projections"},
+    "models.internimage": {
+        *("checkpoints", "layers", "models.branch", "models.mlp", "models.norm")
+    },
+    "models.branch": {"eager", "layers.base", "layers.projections", "models.norm"},
+    "models.norm": {"backends", "backends.cuda", "eager", "layers.base"},
     "models.mlp": {"eager", "layers.base", "layers.projections"},
     "models.rates": set(),
     "visualize": {"arguments", "layers"},

@@ -32,8 +32,20 @@ def guarded(tensor: Tensor) -> Tensor:
     return numbers.view(tensor.shape).copy_(tensor.detach())
 
 
+def normalize() -> None:
+    """Forward and backward of layer normalisation, on such tensors."""
+    for channels, dtype in ((64, torch.float16), (112, torch.float16), (100, torch.float32)):
+        x, grad, added = (guarded(torch.randn(9, channels).to(dtype)) for _ in range(3))
+        weight, bias = (guarded(torch.randn(channels)) for _ in range(2))
+        with emulated() as cuda, launches.recorded() as launched:
+            cuda.norm_forward(x, weight, bias, 1e-6)
+            cuda.norm_backward(grad, x, weight, 1e-6, added)
+        print(*launched.names, flush=True)
+
+
 def main() -> int:
     """Forward and backward of every technique, on such tensors."""
+    normalize()
     for pays_from, chosen in (
         (launches.DIRECT, [case for _, case in cases.CASES[::5]]),
         (launches.SORTED, sorted_conv_cases()[::4]),

@@ -29,6 +29,8 @@ KERNELS = {
     ZEROS,
     FIXED_POINT_SCALE,
     CONVERT_SUMS,
+    "layer_norm_forward",
+    "layer_norm_backward",
 }
 """All entry names."""
 _LEFTOVER = "_leftover"

@@ -6,40 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, is_autocast, may_read_past
+from ..eager import autocast_dtype, may_read_past
 from ..layers.base import are_unwatched, known
 from ..layers.projections import Call, Formula, Sums, Weights
+from . import norm as layer_norm
+from .norm import LayerNorm
 
 __all__: list[str] = []  # a part of models
 
 for _kind in (nn.Sequential, nn.Identity, DropPath):
     known(_kind)
-
-
-@known
-class LayerNorm(nn.LayerNorm):
-    """Normalised over C in the dtype of the products around it, with float32 statistics.
-
-    Autocast alone would make, and keep for the backward pass, a float32 map of every one.
-    """
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """[..., C] from [..., C], times `scale` [C] where there is one."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if scale is not None:  # of C numbers, not of the map
-            weight, bias = weight * scale, bias * scale
-        if not is_autocast(device := x.device.type):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        dtype = autocast_dtype(x)
-        with torch.autocast(device, enabled=False):
-            return F.layer_norm(
-                x.to(dtype), self.normalized_shape, weight.to(dtype), bias.to(dtype), self.eps
-            )
 
 
 def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module) -> Formula | None:
@@ -56,11 +35,11 @@ def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module) -> Fo
         return None
     if not are_unwatched((norm, layer, drop)) or type(norm) is not nn.Sequential or len(norm) != 1:
         return None
-    layer_norm = norm[0]
-    if not isinstance(layer_norm, LayerNorm) or layer_norm.bias is None:
+    (only,) = norm
+    if not isinstance(only, LayerNorm) or only.bias is None:
         return None
-    inner: Formula | None = make(x, x.dtype, (layer_norm,))
-    return None if inner is None else _BranchFormula(inner, layer_norm, drop)
+    inner: Formula | None = make(x, x.dtype, (only,))
+    return None if inner is None else _BranchFormula(inner, only, drop)
 
 
 class _BranchFormula(Formula):
@@ -71,6 +50,8 @@ class _BranchFormula(Formula):
         self.inner, self.norm, self.drop = inner, norm, drop
         self.kept: Tensor | None = None
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
+        self.of_norm = 0
+        """How many tensors the norm's backward needs that its forward made."""
 
     def _compiled_weights(self) -> Weights:
         """With gradients, the norm's weight and bias are multiplied into the product that reads it,
@@ -101,14 +82,12 @@ class _BranchFormula(Formula):
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (x,), norm = inputs, self.norm
-        weight, bias = weights[0]
-        normed, mean, rstd = torch.native_layer_norm(
-            x, norm.normalized_shape, weight, bias, norm.eps
-        )
+        (x,), (weight, bias) = inputs, weights[0]
+        normed, own = layer_norm.forward(x, weight, bias, self.norm.eps)
+        self.of_norm = len(own)
         y, inner = self.inner.forward((normed,), weights[1:])
         self.kept = self._drawn(x)
-        return self._added(x, y), (normed, mean, rstd, *inner)
+        return self._added(x, y), (normed, *own, *inner)
 
     def backward(
         self,
@@ -119,23 +98,22 @@ class _BranchFormula(Formula):
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
-        normed, mean, rstd = kept[:3]
-        del kept[:3]
+        normed, *own = kept[: 1 + self.of_norm]
+        del kept[: 1 + self.of_norm]
         after = None if sums is None else sums.after(1)
         grad_y = grad if self.kept is None else grad * self.kept
+        grad_normed: Any
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
         )
         del normed, grad_y
-        weight = weights[0]
-        grad_x, *own = torch.ops.aten.native_layer_norm_backward(
-            *(grad_normed, inputs[0], self.norm.normalized_shape, mean, rstd),
-            *(weight, weight),  # of the bias it asks alone whether there is one
-            [needed[0], sums is not None, sums is not None],
+        wanted = needed[0], sums is not None
+        grad_x, grad_weight, grad_bias = layer_norm.backward(
+            grad_normed, inputs[0], weights[0], self.norm.eps, own, grad, wanted
         )
         if sums is not None:
-            made = [(own[0].to(sums.dtype), own[1].to(sums.dtype)), *made]
-        return (grad_x.add_(grad) if needed[0] else None,), made
+            made = [(grad_weight.to(sums.dtype), grad_bias.to(sums.dtype)), *made]
+        return (grad_x,), made
 
     def _drawn(self, x: Tensor) -> Tensor | None:
         """As timm draws it."""

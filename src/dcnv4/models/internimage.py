@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints import as_named, state_of
 from ..layers import DCNv3, DCNv4
 from . import branch
-from .branch import LayerNorm
 from .mlp import Mlp
+from .norm import LayerNorm
 
 __all__ = ["InternImage", "checkpoint_filter_fn"]  # and the models by their names
 

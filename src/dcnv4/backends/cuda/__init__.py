@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...geometry import Reference, Window, sum_dtype
 from .. import UNORDERED, AttnGrads, Call
-from . import compile, plans
+from . import choice, compile, plans
 
 
 def why_not(call: Call) -> str | None:
@@ -179,6 +179,46 @@ def attn_backward(
     else:
         _sum(grad_value, run)
     return grad_value, grad_coordinates, grad_weights
+
+
+def normalizes(x: Tensor) -> bool:
+    """Whether `norm_forward` takes x."""
+    return x.numel() > 0 and choice.normalizes(x.shape[-1], x.dtype)
+
+
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`layer_norm` of the rows [..., C] of x; `weight` and `bias` are in its dtype or float32."""
+    x, weight, bias = _vectors(x), _vectors(weight), _vectors(bias)
+    output = torch.empty_like(x)
+    plan = _norm_plan("forward", x, weight, eps)
+    plan.start(x=x, weight=weight, bias=bias, output=output)
+    return output
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, to which `added` is added, and in float32 of weight and bias."""
+    grad, x, weight = _vectors(grad), _vectors(x), _vectors(weight)
+    added = None if added is None else _vectors(added)
+    grad_x = torch.empty_like(x)
+    plan = _norm_plan("backward", x, weight, eps)
+    sums = x.new_empty(plan.output, dtype=torch.float32)
+    plan.start(x=x, weight=weight, grad=grad, added=added, grad_x=grad_x, sums=sums)
+    grad_weight, grad_bias = sums.sum(0).unbind()
+    return grad_x, grad_weight, grad_bias
+
+
+def _norm_plan(direction: str, x: Tensor, weight: Tensor, eps: float) -> plans.Plan:
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    settings = x.dtype, weight.dtype, eps, x.get_device()
+    return plans.layer_norm_plan(direction, rows, channels, *settings)
+
+
+def _vectors(tensor: Tensor) -> Tensor:
+    """A tensor as kernels read it in vectors of 16 bytes: contiguous, at such an address."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
 def _place(reference: Reference | None) -> tuple[Tensor | None, tuple[Any, str] | None]:

@@ -34,6 +34,8 @@ PAYS_FROM = {
 """Kernels for large calls, and from how many slices on each is used; `attn_forward` then takes an
 encoder's queries in tiles."""
 _WARP = 32
+_NUMBERS_OF_A_LANE = 48
+"""Of a row that is normalised, at most: a backward holds four times as many in registers."""
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
@@ -608,6 +610,31 @@ def convert_sums(images: int, result: Layout, deterministic: bool) -> Kernel:
     macros |= {"VECTOR": vector, "ROW": channels if apart else 0}
     blocks = images * -(-numbers // (images * vector * MAX_THREADS))
     return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
+
+
+def normalizes(channels: int, dtype: torch.dtype) -> bool:
+    """Whether `layer_norm` takes rows of so many channels: whole vectors that fit into a warp."""
+    if dtype not in TYPES or dtype == torch.float64:
+        return False
+    return channels * itemsize(dtype) % 16 == 0 and channels <= _WARP * _NUMBERS_OF_A_LANE
+
+
+def layer_norm(
+    direction: str, rows: int, channels: int, dtype: torch.dtype, weights: torch.dtype, gpu: GPU
+) -> Kernel:
+    """What normalises rows, "forward" or "backward", with weights of another dtype or this one."""
+    vectors = channels * itemsize(dtype) // 16
+    lanes = min(_WARP, 1 << (vectors - 1).bit_length())
+    macros: Macros = {
+        "VALUE": TYPES[dtype],
+        "WEIGHTS": TYPES[weights],
+        "CHANNELS": channels,
+        "LANES": lanes,
+    }
+    # Every block of a backward has sums, which are read and added once more.
+    most = gpu.sms * (8 if direction == "forward" else 4)
+    blocks = min(-(-rows * lanes // MAX_THREADS), most)
+    return Kernel(f"layer_norm_{direction}", macros, blocks, MAX_THREADS)
 
 
 def _types(value: torch.dtype, index64: bool, deterministic: bool) -> Macros:

@@ -91,6 +91,24 @@ ARGUMENTS = {
     INDEX count;
     int blocks;                      // of an image
 """,
+    "layer_norm_forward": """
+    const VALUE* x;         // [rows, CHANNELS]
+    const WEIGHTS* weight;  // [CHANNELS]
+    const WEIGHTS* bias;    // [CHANNELS]
+    VALUE* output;          // [rows, CHANNELS]
+    long long rows;
+    float eps;
+""",
+    "layer_norm_backward": """
+    const VALUE* x;         // [rows, CHANNELS]
+    const WEIGHTS* weight;  // [CHANNELS]
+    const VALUE* grad;      // [rows, CHANNELS], of the output
+    const VALUE* added;     // [rows, CHANNELS], to the gradient of x, or nothing
+    VALUE* grad_x;          // [rows, CHANNELS]
+    float* sums;            // [blocks, 2, CHANNELS], which make the gradients of weight and bias
+    long long rows;
+    float eps;
+""",
 }
 """What each kernel is told, members of a structure: tensors first, types in capitals are macros.
 All kernels of an operator and direction are told the same."""

@@ -183,6 +183,22 @@ def convert_sums_plan(
     return Plan(_starter((kernel,), numbers, device))
 
 
+@lru_cache(_PLANS)
+def layer_norm_plan(
+    direction: str,
+    rows: int,
+    channels: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    eps: float,
+    device: int,
+) -> Plan:
+    """Of layer_norm_forward.cu or layer_norm_backward.cu; its output: of the latter the sums."""
+    kernel = choice.layer_norm(direction, rows, channels, dtype, weights, _gpu(device))
+    start = _starter((kernel,), {"rows": rows, "eps": eps}, device)
+    return Plan(start, (kernel.blocks, 2, channels))
+
+
 def _starter(
     kernels: tuple[choice.Kernel, ...], numbers: Mapping[str, Number], device: int
 ) -> Callable[..., None]:

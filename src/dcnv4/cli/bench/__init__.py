@@ -33,8 +33,9 @@ A result is checked before it is timed: output and gradients against the referen
 float64 (a layer or a model: against itself on the reference backend), by relative L2 error: 1e-4
 for fp32, 1e-2 for fp16, 4e-2 for bf16. A wrong one prints WRONG and gets no time.
 
-median, p20-p80  of single calls, in µs. On a GPU with a cold L2, by CUDA events; a call whose host
-                 time exceeds its device time shows the host's. On a CPU by the wall clock.
+median, p20-p80  of single calls, in µs. On a GPU with a cold L2, by CUDA events; the GPU waits
+                 until the call is issued, so that the host's time is no part. On a CPU by the wall
+                 clock.
 min              the fastest call, which a busy machine disturbs least.
 forward          under no_grad.
 backward         torch.autograd.grad alone, of all inputs, from a retained graph: autograd's own

@@ -17,6 +17,7 @@ Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 _LEAST, _MOST = 5, 300  # repeats of one measurement
 _WARM = 0.025  # seconds for a GPU to reach its clocks
+_HOLD = 4_000  # cycles of a GPU that are more than a µs
 _TURN = 4  # of them at a time on a CPU
 
 
@@ -51,8 +52,8 @@ def times(calls: Sequence[Call], device: torch.device, seconds: float) -> list[T
 
 
 METHOD = {
-    "cuda": "CUDA events around one call, cold L2 (256 MiB written before each); of a layer, "
-    "around the replay of a CUDA graph",
+    "cuda": "CUDA events around one call, issued before the GPU comes to it, cold L2 (256 MiB "
+    "written before each); of a layer, around the replay of a CUDA graph",
     "cpu": "wall clock of one call, warm, contestants in turn",
 }
 
@@ -63,6 +64,7 @@ def _repeats(estimate: float, seconds: float) -> int:
 
 def _cuda_samples(call: Call, seconds: float) -> list[float]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    hold = int(_HOLD * host_time(call, flush.device, 5).p80)
 
     def sample(repeats: int) -> list[float]:
         pairs = [
@@ -71,6 +73,7 @@ def _cuda_samples(call: Call, seconds: float) -> list[float]:
         ]
         for start, end in pairs:
             flush.zero_()
+            torch.cuda._sleep(hold)  # until the host has issued the call
             start.record()
             call()
             end.record()

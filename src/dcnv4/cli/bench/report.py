@@ -77,10 +77,6 @@ class Story:
         """The direction whose memory counts: both, or the backward where both were not run."""
         return max((direction for _, direction, _ in self.rows), key=len)
 
-    def bound_by_host(self, row: Row) -> bool:
-        """Whether issuing the call took longer than running it; a layer's is a graph's replay."""
-        return self.name == "operators" and (row.host or 0) >= (row.median or 0) > 0
-
 
 def stories(rows: Iterable[Row]) -> list[Story]:
     """The rows of operators, of layers and of models; what a call on next to nothing costs is in

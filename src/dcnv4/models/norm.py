@@ -1,0 +1,112 @@
+"""Layer normalisation in the dtype of the products around it.
+
+PyTorch's CUDA kernels give every pixel a block of threads, which takes ten times as long as to read
+and write the narrow maps of a first level; where the CUDA backend computes layers, its own do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends import choose, cuda
+from ..eager import autocast_dtype, has_interested, is_autocast, run_plain
+from ..layers.base import known
+
+__all__: list[str] = []  # a part of models
+
+
+@known
+class LayerNorm(nn.LayerNorm):
+    """Normalised over C in the dtype of the products around it, with float32 statistics.
+
+    Autocast alone would make, and keep for the backward pass, a float32 map of every one.
+    """
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., C] from [..., C], times `scale` [C] where there is one."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if scale is not None:  # of C numbers, not of the map
+            weight, bias = weight * scale, bias * scale
+        x = x.to(autocast_dtype(x))
+        shape, eps = self.normalized_shape, self.eps
+        if weight.dtype in (x.dtype, torch.float32) and _has_kernels(x, weight, bias):
+            return run_plain(_KERNELS, _KERNELS.inputs, (eps, x, weight, bias))
+        if not is_autocast(device := x.device.type):
+            return F.layer_norm(x, shape, weight, bias, eps)
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The normalised x [..., C], and what the backward needs beside x and the weight."""
+    if weight is not None and bias is not None and _has_kernels(x):
+        return cuda.norm_forward(x, weight, bias, eps), ()
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y, (mean, rstd)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    kept: Sequence[Tensor],
+    added: Tensor,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x, plus `added`, and of weight and bias; `needed`: of x, and of the others."""
+    if not kept:
+        return cuda.norm_backward(grad, x, weight, eps, added)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        *(grad, x, x.shape[-1:], *kept),
+        *(weight, weight),  # of the bias it asks alone whether there is one
+        [needed[0], needed[1], needed[1]],
+    )
+    return grad_x.add_(added) if needed[0] else None, grad_weight, grad_bias
+
+
+def _has_kernels(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the CUDA backend normalises x."""
+    if has_interested((x, *weights), range(1 + len(weights))):
+        return False
+    try:
+        chosen = choose("deform_conv", x.device, x.dtype)
+    except RuntimeError:  # of a backend that the environment asks for, which layers will report
+        return False
+    return chosen == "cuda" and cuda.normalizes(x)
+
+
+class _Kernels:
+    """As autograd records them. A call: eps, x [..., C], weight, bias."""
+
+    inputs = 1, 2, 3
+
+    def forward(self, eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return cuda.norm_forward(x, weight, bias, eps)
+
+    def backward(
+        self, grad: Tensor, eps: float, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x, grad_weight, grad_bias = cuda.norm_backward(grad, x, weight, eps)
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+    def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
+        """By PyTorch's operations where somebody wants to see or to differentiate them."""
+        create, (eps, *inputs) = torch.is_grad_enabled(), call
+        if not create and not has_interested((*inputs, grad), range(4)):
+            return self.backward(grad, *call)
+        x, weight, bias = (t if t.requires_grad else t.detach().requires_grad_() for t in inputs)
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            y = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+            return torch.autograd.grad(y, (x, weight, bias), grad, create_graph=create)
+
+
+_KERNELS = _Kernels()
