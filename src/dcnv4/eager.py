@@ -115,7 +115,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, forward: Callable[..., Tensor], *call: Any) -> Tensor:
-        ctx.operator = operator
+        ctx.operator, ctx.dispatched = operator, forward != operator.forward
         ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in call])
         ctx.call = [None if isinstance(a, Tensor) else a for a in call]
         return forward(*call)
@@ -126,8 +126,8 @@ class Differentiable(torch.autograd.Function):
         inputs = operator.inputs
         saved = zip(ctx.saved_tensors, ctx.call, strict=True)
         call = [other if tensor is None else tensor for tensor, other in saved]
-        plain = is_plain((*call, grad), (*inputs, -1))
-        if not plain or torch.is_grad_enabled() or _is_autocast_anywhere():
+        told = ctx.dispatched or not is_plain((*call, grad), (*inputs, -1))
+        if told or torch.is_grad_enabled() or _is_autocast_anywhere():
             results = operator.dispatch_backward(grad, *call)
         else:
             results = operator.backward(grad, *call)

@@ -94,7 +94,7 @@ class Window(NamedTuple):
 
 def unpacked(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Views of `packed` [B, H, W, ...]: value, of so many channels, and offset_mask, the rest."""
-    value, offset_mask = packed.split_with_sizes((channels, packed.shape[3] - channels), 3)
+    value, offset_mask = packed.split_with_sizes((channels, packed.shape[-1] - channels), -1)
     return value, offset_mask
 
 

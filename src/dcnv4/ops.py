@@ -22,6 +22,8 @@ from .eager import (
     below_autograd,
     beside,
     dtype_of_autocast,
+    is_compiling,
+    may_read_past,
     needs_grad,
     run,
     without_autocast,
@@ -62,6 +64,9 @@ class Operator:
     """The flat arguments."""
     inputs: tuple[int, ...]
     """Where in a call the tensors stand that it is differentiable in, the value first."""
+    maps: tuple[int, ...] = (1,)
+    """Where those of four dimensions stand. TorchInductor, which takes such a one for [B, C, H, W]
+    where convolutions are near, moves C and copies it; so it gets them with a dimension more."""
     flatten: Callable[..., tuple[Any, ...]]
     """The flat arguments of a call."""
     unflatten: Callable[..., tuple[Any, ...]]
@@ -109,26 +114,47 @@ class Operator:
 
     def dispatch(self, *call: Any) -> Tensor:
         """The output, by way of PyTorch's dispatcher."""
-        output: Tensor = self.operator(*self.flatten(*call))
-        return output
+        if not is_compiling() or not may_read_past(*[call[i] for i in self.inputs]):
+            output: Tensor = self.operator(*self.flatten(*call))
+            return output
+        output = self.operator(*self.flatten(*self._with_maps(call, unsqueeze)))
+        return output.squeeze(0) if output.dim() == 5 else output
 
     def dispatch_backward(self, grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
         grads = self.operator_backward(grad, *self.flatten(*call))
         return (grads,) if isinstance(grads, Tensor) else tuple(grads)
 
+    def _with_maps(self, call: Sequence[Any], change: Callable[[Tensor], Tensor]) -> list[Any]:
+        return [change(part) if i in self.maps else part for i, part in enumerate(call)]
+
+    def _on_maps(self, function: Callable[..., Tensor], call: Sequence[Any]) -> Tensor:
+        """What a function of a call makes of one whose maps may have a dimension more."""
+        if call[1].dim() == 4:
+            return function(*call)
+        y = function(*self._with_maps(call, squeeze))
+        return y.unsqueeze(0) if y.dim() == 4 else y
+
     def _compute(self, *flat: Any) -> Tensor:
-        return self.forward(*self.unflatten(*flat))
+        return self._on_maps(self.forward, self.unflatten(*flat))
 
     def _compute_backward(self, grad: Tensor, *flat: Any) -> Any:
-        call = self.unflatten(*flat)
-        inputs = (call[i] for i in self.inputs)
+        given = self.unflatten(*flat)
+        call: Sequence[Any] = given
+        if call[1].dim() == 5:
+            call = self._with_maps(call, squeeze)
+            grad = grad.squeeze(0) if grad.dim() == 5 else grad
+        inputs = (given[i] for i in self.inputs)
         pairs = zip(inputs, self.backward(grad, *call), strict=True)
-        return _results(tuple(t.new_zeros(t.shape) if made is None else made for t, made in pairs))
+        return _results(
+            tuple(t.new_zeros(t.shape) if made is None else made.view(t.shape) for t, made in pairs)
+        )
 
     def _meta(self, *flat: Any) -> Tensor:
-        call = self.unflatten(*flat)
-        value: Tensor = call[1]
-        return value.new_empty(self.output_shape(*call))
+        def empty(*call: Any) -> Tensor:
+            value: Tensor = call[1]
+            return value.new_empty(self.output_shape(*call))
+
+        return self._on_maps(empty, self.unflatten(*flat))
 
     def _meta_backward(self, grad: Tensor, *flat: Any) -> Any:
         call = self.unflatten(*flat)
@@ -150,13 +176,16 @@ class Operator:
                 if not call[i].requires_grad:
                     call[i] = call[i].detach().requires_grad_()
             wanted = [call[i] for i in self.inputs]
-            output = self.differentiable(*call)
+            output = self._on_maps(self.differentiable, call)
             return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
         return below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:
         operator, call = self.under_autocast(device, *self.unflatten(*flat))
         return without_autocast(device, operator.dispatch, *call)
+
+
+squeeze, unsqueeze = (partial(change, dim=0) for change in (torch.squeeze, torch.unsqueeze))
 
 
 def _results(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -174,6 +203,7 @@ class DeformConv(Operator):
         "str backend"
     )
     inputs = 1, 2
+    maps = 1, 2
 
     @staticmethod
     def flatten(
@@ -342,6 +372,7 @@ class DeformAttnFromOffsets(_Attention):
         "bool reference_gradient, str backend"
     )
     inputs = 1, 3, 4, 5
+    maps = 1, 3
 
     def splits(self, *call: Any) -> list[tuple[int | None, ...]]:
         images, queries, _ = (size != 1 for size in call[3].shape[:3])
@@ -415,6 +446,69 @@ class DeformAttnFromOffsets(_Attention):
         return reference.attn_forward(*inputs, reference=place, differentiable=True)
 
 
+class CenteredConv(Operator):
+    """An ordinary convolution, as TorchInductor gets it: around one that it knows as such, it lays
+    out maps [B, H, W, C] as if H were the channels, and copies them back.
+
+    A call: backend, x [B, H, W, C_in], weight [C_out, C_in/groups, kh, kw] of odd sizes, dilation.
+    The output has the size of the input.
+    """
+
+    name = "centered_conv"
+    schema = "Tensor x, Tensor weight, int[2] dilation, str backend"
+    inputs = 1, 2
+
+    @staticmethod
+    def flatten(
+        backend: str, x: Tensor, weight: Tensor, dilation: tuple[int, ...]
+    ) -> tuple[Any, ...]:
+        return x, weight, dilation, backend
+
+    @staticmethod
+    def unflatten(x: Tensor, weight: Tensor, dilation: Any, backend: str) -> tuple[Any, ...]:
+        return backend, x, weight, tuple(dilation)
+
+    @staticmethod
+    def output_shape(backend: str, x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, ...]:
+        return *x.shape[:3], weight.shape[0]
+
+    @staticmethod
+    def forward(backend: str, x: Tensor, weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
+        padding = centered_padding(weight.shape[2:], dilation)
+        groups = x.shape[3] // weight.shape[1]
+        image = x.permute(0, 3, 1, 2)
+        y = torch.conv2d(image, weight, None, (1, 1), padding, dilation, groups)
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    @staticmethod
+    def backward(
+        grad: Tensor, backend: str, x: Tensor, weight: Tensor, dilation: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        grad_x, grad_weight, _ = centered_conv_backward(
+            grad, x, weight, dilation, (True, True, False)
+        )
+        return grad_x.contiguous(), grad_weight.contiguous()
+
+    differentiable = forward
+
+
+def centered_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """What keeps the size, of a kernel of odd size."""
+    return tuple([step * (size // 2) for step, size in zip(dilation, kernel_size, strict=True)])
+
+
+def centered_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int], needed: Sequence[bool]
+) -> list[Any]:
+    """Gradients of x [B, H, W, C_in], of the weight and of a bias; None of what is not needed."""
+    grad_x, *others = torch.ops.aten.convolution_backward(
+        *(grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [weight.shape[0]]),
+        *((1, 1), centered_padding(weight.shape[2:], dilation), dilation),
+        *(False, (0, 0), x.shape[3] // weight.shape[1], needed),
+    )
+    return [grad_x.permute(0, 2, 3, 1) if needed[0] else None, *others]
+
+
 def _levels(shapes: Tensor | Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
     """Heights and widths of levels."""
     if isinstance(shapes, Tensor):
@@ -436,6 +530,7 @@ OPERATORS: tuple[Operator, Operator, Operator, Operator] = (
     DeformAttnFromOffsets(),
 )
 DEFORM_CONV, MS_DEFORM_ATTN, DEFORM_CONV_PACKED, MS_DEFORM_ATTN_FROM_OFFSETS = OPERATORS
+CENTERED_CONV = CenteredConv()
 deform_conv, ms_deform_attn, deform_conv_packed, ms_deform_attn_from_offsets = (
     partial(run, operator) for operator in OPERATORS
 )

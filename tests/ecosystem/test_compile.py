@@ -93,6 +93,7 @@ COMPILED: dict[str, Callable[[], torch.nn.Module]] = {
     "DCNv3-blended": lambda: DCNv3(8, group=2, center_feature_scale=True),
     "DCNv4": lambda: DCNv4(8, group=2),
     "DCNv4-blended": lambda: DCNv4(8, group=2, center_feature_scale=True),
+    "DCNv4-depthwise": lambda: DCNv4(8, group=2, dw_kernel_size=3),
     "FlashDeformAttn": lambda: FlashDeformAttn(8, n_levels=1, n_heads=2),
     "boxes": lambda: FlashDeformAttn(8, 1, 2, ratio=0.5, use_4D_normalizer=True),
 }
@@ -141,6 +142,10 @@ autocast: inputs, and all parameters at once. What DCNv3 casts is not counted.""
 class Graphs(list[Any]):
     """Forward and backward behind AOTAutograd, run as they are."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs: list[torch.fx.Graph] = []
+
     def backend(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._dynamo.backends.common import aot_autograd
 
@@ -150,11 +155,28 @@ class Graphs(list[Any]):
         from functorch.compile import make_boxed_func
 
         self.append([node.target for node in module.graph.nodes])
+        self.graphs.append(module.graph)
         return make_boxed_func(module.forward)
 
     def count(self, *names: str) -> list[int]:
         operators = [getattr(torch.ops.aten, name).default for name in names]
         return [sum(target in operators for target in graph) for graph in self]
+
+    def maps(self) -> list[str]:
+        """What gets or makes a map of four dimensions, which TorchInductor takes for [B, C, H, W]
+        where a convolution is near."""
+        return [
+            str(node.target)
+            for graph in self.graphs
+            for node in graph.nodes
+            if "dcnv4" in str(node.target)
+            and any(map(_is_map, (node, *node.all_input_nodes)))
+        ]
+
+
+def _is_map(node: torch.fx.Node) -> bool:
+    tensor = node.meta.get("val")
+    return isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[0] == 2
 
 
 def randomised(name: str) -> torch.nn.Module:
@@ -203,6 +225,19 @@ def test_a_compiled_layer_is_few_products(name: str, autocast: bool) -> None:
     eager = errors(results(layer, name, dtype, autocast), right)
     for key, error in made.items():
         assert error <= 2 * eager[key] + budget, (key, error, eager[key])
+
+
+@needs_packing
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiler_gets_no_map_to_lay_out(name: str) -> None:
+    graphs, layer = Graphs(), randomised(name)
+    right = results(layer, name, torch.float64, False)
+    made = errors(results(layer, name, torch.float64, False, graphs.backend), right)
+    assert max(made.values()) < 1e-12
+    calls = [str(n.target) for graph in graphs.graphs for n in graph.nodes]
+    assert sum("dcnv4" in call for call in calls) == (4 if name == "DCNv4-depthwise" else 2)
+    assert graphs.maps() == []
+    assert not any("convolution" in call for call in calls if name == "DCNv4-depthwise")
 
 
 @needs_packing
@@ -307,11 +342,8 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr
 
 
-@needs_compile
-@CASES
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_opcheck(case: cases.Case, grad: bool) -> None:
-    """Schema, fakes, autograd registration and dynamic tracing, as PyTorch checks them."""
+def dispatched(case: cases.Case, *inputs: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that a case calls, and its flat arguments."""
     recorded: list[tuple[Any, ...]] = []
 
     class Record(torch.overrides.TorchFunctionMode):
@@ -322,12 +354,46 @@ def test_opcheck(case: cases.Case, grad: bool) -> None:
                 recorded.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    inputs = [t.detach().requires_grad_(grad) for t in case.inputs(torch.float64)]
     with Record():
-        case.call(*inputs[:-1], backend="reference")
+        case.call(*inputs, backend="reference")
     ((operator, arguments),) = recorded
     assert operator.namespace == "dcnv4"
+    return operator, arguments
+
+
+def with_a_dimension_more(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As a compiler gets them."""
+    return tuple(a.unsqueeze(0) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments)
+
+
+@needs_compile
+@CASES
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_opcheck(case: cases.Case, grad: bool) -> None:
+    """Schema, fakes, autograd registration and dynamic tracing, as PyTorch checks them."""
+    inputs = [t.detach().requires_grad_(grad) for t in case.inputs(torch.float64)]
+    operator, arguments = dispatched(case, *inputs[:-1])
     torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, with_a_dimension_more(arguments))
+
+
+@CASES
+def test_maps_may_have_a_dimension_more(case: cases.Case) -> None:
+    """With the same output and derivatives, the second ones too."""
+    inputs = [t.detach().requires_grad_() for t in case.inputs(torch.float64)[:-1]]
+    operator, arguments = dispatched(case, *inputs)
+    results = []
+    for given in (arguments, with_a_dimension_more(arguments)):
+        y = operator(*given)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(
+            sum(g.square().sum() for g in first), inputs, allow_unused=True
+        )
+        results.append([y.reshape(-1), *first, *second])
+    for found, right in zip(*results, strict=True):
+        assert (found is None) == (right is None)
+        if right is not None:
+            torch.testing.assert_close(found, right)
 
 
 @needs_compile

@@ -23,7 +23,15 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import as_leaf, autocast_dtype, compute, compute_backward, may_read_past, remembered
+from ..eager import (
+    as_leaf,
+    autocast_dtype,
+    compute,
+    compute_backward,
+    is_compiling,
+    may_read_past,
+    remembered,
+)
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
@@ -236,8 +244,7 @@ class _ConvFormula(Formula):
             y = compute(ops.DEFORM_CONV_PACKED, self.backend, packed, self.channels, self.window)
             return layout.leave(F.linear(y, *weights[1])), (y, packed)
         value_proj, offset_mask, depthwise, output_proj = weights
-        seen = self._depthwise()._conv_forward(x.permute(0, 3, 1, 2), *depthwise)
-        seen = seen.permute(0, 2, 3, 1).contiguous()
+        seen = self._seen(x, *depthwise)
         value, predicted = F.linear(x, *value_proj), F.linear(seen, *offset_mask)
         y = compute(ops.DEFORM_CONV, self.backend, value, predicted, self.window)
         return layout.leave(F.linear(y, *output_proj)), (y, seen, value, predicted)
@@ -300,16 +307,13 @@ class _ConvFormula(Formula):
         grad_value, grad_predicted = (g.view(-1, g.shape[3]) for g in grads)
         module = self._depthwise()
         biased = module.bias is not None
-        image = x.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
-        grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape).permute(0, 3, 1, 2)
-        grad_x, *depthwise = torch.ops.aten.convolution_backward(
-            *(grad_seen, image, weights[2], [module.out_channels] if biased else None),
-            *(module.stride, _centered_padding(module), module.dilation),
-            *(False, (0, 0), module.groups),
+        grad_seen = torch.mm(grad_predicted, weights[1]).view(seen.shape)
+        grad_x, *depthwise = ops.centered_conv_backward(
+            *(grad_seen, x.view(*seen.shape[:3], -1), weights[2], module.dilation),
             (needed, sums is not None, sums is not None and biased),
         )
         if needed:
-            grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.shape)
+            grad_x = grad_x.reshape(x.shape)
             grad_x = torch.addmm(grad_x, grad_value, weights[0]).to(self.wide[0])
         if sums is None:
             return grad_x, []
@@ -317,6 +321,15 @@ class _ConvFormula(Formula):
         weight, bias = depthwise[0].to(sums.dtype), depthwise[1].to(sums.dtype) if biased else None
         made = [sums.of(0, grad_value, x), sums.of(1, grad_predicted, rows), (weight, bias)]
         return grad_x, made
+
+    def _seen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What `offset_mask` reads, contiguous."""
+        module = self._depthwise()
+        if not is_compiling():
+            seen: Tensor = module._conv_forward(x.permute(0, 3, 1, 2), weight, bias)
+            return seen.permute(0, 2, 3, 1).contiguous()
+        seen = ops.CENTERED_CONV.dispatch(self.backend, x, weight, module.dilation)
+        return seen if bias is None else seen + bias
 
     def _depthwise(self) -> Any:
         return self.layer._modules["offset_mask_dw"]
@@ -329,15 +342,10 @@ def _is_centered(depthwise: nn.Module) -> bool:
         type(depthwise) is nn.Conv2d
         and depthwise.padding_mode == "zeros"
         and depthwise.stride == (1, 1)
-        and depthwise.padding in ("same", _centered_padding(depthwise))
+        and depthwise.padding
+        in ("same", ops.centered_padding(depthwise.kernel_size, depthwise.dilation))
         and all(size % 2 for size in depthwise.kernel_size)
     )
-
-
-def _centered_padding(depthwise: nn.Conv2d) -> tuple[int, ...]:
-    """What keeps the size, of a kernel of odd size."""
-    sizes = zip(depthwise.dilation, depthwise.kernel_size, strict=True)
-    return tuple(dilation * (size // 2) for dilation, size in sizes)
 
 
 @remembered
