@@ -451,24 +451,6 @@ def _panels(story: Story) -> list[Panel]:
     return [panel for panel in panels if any(panel.numbers.values())]
 
 
-def against_floor() -> Picture:
-    """Times on the GPU as multiples of the floor, where the host is not what takes the time."""
-    rows = table("backward: floor")
-    names = "dcnv4 cuda", "dcnv4 triton", "deformops 3.0.1"
-    panels = []
-    for title, first in (("forward", 1), ("backward", 5)):
-        numbers: dict[str, dict[str, float]] = {}
-        for row in rows:
-            floor, *times = row[first : first + 4]
-            timed = zip(names, times, strict=True)
-            numbers[row[0]] = {
-                name: number(time) / number(floor) for name, time in timed if "ʰ" not in time
-            }
-        panels.append(Panel(title, "times the floor", numbers))
-    kinds = dict(zip(names, ("backend", "backend", "peer"), strict=True))
-    return dots("Operators on an NVIDIA H100: less is better", kinds, panels)
-
-
 def against_convolutions() -> Picture:
     """Times and memory of layers on the GPU, of two versions and of ordinary convolutions."""
     kinds = {"DCNv4, dcnv4 0.2": "backend", "DCNv4, dcnv4 0.1": "backend"}
@@ -538,7 +520,6 @@ def pictures() -> dict[str, Picture]:
         "attention.svg": attention(),
         "offset_mask.svg": layout(),
         "tiles.svg": tiles(),
-        "h100.svg": against_floor(),
         "h100-layers.svg": against_convolutions(),
         **of_results(RESULTS),
         "spread.svg": against_spread(),
