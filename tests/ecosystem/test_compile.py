@@ -169,8 +169,7 @@ class Graphs(list[Any]):
             str(node.target)
             for graph in self.graphs
             for node in graph.nodes
-            if "dcnv4" in str(node.target)
-            and any(map(_is_map, (node, *node.all_input_nodes)))
+            if "dcnv4" in str(node.target) and any(map(_is_map, (node, *node.all_input_nodes)))
         ]
 
 

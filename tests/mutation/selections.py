@@ -30,6 +30,7 @@ _PLANS = (
     "tests/backends/test_cuda.py "
     "-k 'launch_shape or threads_move or block_size or strip or what_they_can or what_it_can'"
 )
+_NORM = "tests/backends/test_cuda_norm.py"
 _MORE = "--exhaustive -m exhaustive"
 
 # Of a pattern of files, stages: arguments of pytest, after settings of the environment. A stage
@@ -50,13 +51,14 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_EMULATED} {_POSITIONS}",
         f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
+    "*/norm/*": (_NORM, f"{_EMULATED} -k beyond"),
     "*/direct/*": (
         f"{_EMULATED} {_POSITIONS} "
         "-k 'oracle or position or direct or random or deterministic or beyond'",
         f"{_MORE} {_EMULATED} -k 'oracle or direct or random or deterministic'",
     ),
     "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
-    "*/cuda/*.py": (_PLANS, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    "*/cuda/*.py": (_PLANS, _NORM, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
     "*/include/*": (
         f"{_OPERATORS} -k cpu-cpu",
         f"{_EMULATED} {_POSITIONS}",

@@ -114,6 +114,7 @@ def test_results(root: Path) -> None:
     assert (root / FILE).read_text() == SOURCE
 
 
+@pytest.mark.exhaustive
 def test_a_mutant_that_never_ends(root: Path) -> None:
     (entry,) = results(bench(root, patience=5), [change("total += 1", "total += 0")])
     assert entry["result"] == "timeout"
@@ -125,6 +126,7 @@ def test_an_import_that_fails_does_not_count(root: Path) -> None:
     assert entry["result"] == "uncompiled"
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_fails_anyway_notices_nothing(root: Path) -> None:
     path = root / "tests/test_small.py"
     path.write_text("def test_fails():\n    assert False\n" + TESTS)
@@ -147,6 +149,7 @@ def test_the_budget_ends_a_run(root: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_is_gone(root: Path) -> None:
     stage = Stage(("tests/test_small.py",), ())
     where = bench(root)
