@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_rows_are_normalized(case: tuple[int, int, torch.dtype, torch.dtype]) ->
     given, results = inputs(*case), []
     for backwards in (False, True):
         with emulated.emulated(backwards), launches.launching(*KERNELS):
-            assert backend.normalizes(given[0])
+            assert backend.normalizes(*given[:3])
             results.append(computed(*given))
     check(results[0], exact(*given), case[2])
     assert all(map(torch.equal, *results))
@@ -104,19 +105,32 @@ def test_a_constant_row_has_no_direction() -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in found)
 
 
+def takes(shape: tuple[int, ...], dtype: torch.dtype, *weights: Any, **made: Any) -> bool:
+    """Whether rows of zeros are taken; `weights`: dtypes of weight and bias, those of x if none."""
+    held = (torch.zeros(shape[-1:], dtype=kind, **made) for kind in weights or (dtype, dtype))
+    return backend.normalizes(torch.zeros(shape, dtype=dtype), *held)
+
+
 def test_what_rows_cannot_be() -> None:
+    half, single = torch.float16, torch.float32
     for shape, dtype in (
-        ((4, 12), torch.float16),  # no whole vectors
-        ((4, 1544), torch.float16),  # too many registers
-        ((4, 1540), torch.float32),
+        ((4, 12), half),  # no whole vectors
+        ((4, 1544), half),  # too many registers
+        ((4, 1540), single),
         ((4, 64), torch.float64),
-        ((0, 64), torch.float32),
+        ((0, 64), single),
         ((4, 64), torch.int64),
     ):
-        assert not backend.normalizes(torch.zeros(shape, dtype=dtype))
+        assert not takes(shape, dtype)
     for channels in (8, 64, 1536):
-        assert backend.normalizes(torch.zeros((4, channels), dtype=torch.float16))
-    assert backend.normalizes(torch.zeros((4, 4)))
+        assert takes((4, channels), half)
+    assert takes((4, 4), single)
+    assert takes((4, 64), half, single, single)
+    for weights in ((single, half), (half, single), (torch.bfloat16, torch.bfloat16)):
+        assert not takes((4, 64), half, *weights)
+    assert not takes((4, 64), half, device="meta")
+    x, weight = torch.zeros(4, 64), torch.zeros(64)
+    assert not backend.normalizes(x, weight, torch.zeros(1))
 
 
 @pytest.mark.gpu

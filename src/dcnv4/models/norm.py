@@ -35,7 +35,7 @@ class LayerNorm(nn.LayerNorm):
             weight, bias = weight * scale, bias * scale
         x = x.to(autocast_dtype(x))
         shape, eps = self.normalized_shape, self.eps
-        if weight.dtype in (x.dtype, torch.float32) and _has_kernels(x, weight, bias):
+        if _has_kernels(x, weight, bias):
             return run_plain(_KERNELS, _KERNELS.inputs, (eps, x, weight, bias))
         if not is_autocast(device := x.device.type):
             return F.layer_norm(x, shape, weight, bias, eps)
@@ -43,11 +43,9 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(x: Tensor, weight: Any, bias: Any, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The normalised x [..., C], and what the backward needs beside x and the weight."""
-    if weight is not None and bias is not None and _has_kernels(x):
+    if _has_kernels(x, weight, bias):
         return cuda.norm_forward(x, weight, bias, eps), ()
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y, (mean, rstd)
@@ -73,15 +71,15 @@ def backward(
     return grad_x.add_(added) if needed[0] else None, grad_weight, grad_bias
 
 
-def _has_kernels(x: Tensor, *weights: Tensor) -> bool:
+def _has_kernels(x: Tensor, weight: Any, bias: Any) -> bool:
     """Whether the CUDA backend normalises x."""
-    if has_interested((x, *weights), range(1 + len(weights))):
+    if has_interested((x, weight, bias), range(3)):  # also where one is None
         return False
     try:
         chosen = choose("deform_conv", x.device, x.dtype)
     except RuntimeError:  # of a backend that the environment asks for, which layers will report
         return False
-    return chosen == "cuda" and cuda.normalizes(x)
+    return chosen == "cuda" and cuda.normalizes(x, weight, bias)
 
 
 class _Kernels:

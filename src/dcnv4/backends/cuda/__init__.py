@@ -181,13 +181,17 @@ def attn_backward(
     return grad_value, grad_coordinates, grad_weights
 
 
-def normalizes(x: Tensor) -> bool:
-    """Whether `norm_forward` takes x."""
-    return x.numel() > 0 and choice.normalizes(x.shape[-1], x.dtype)
+def normalizes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether `norm_forward` takes these."""
+    if x.numel() == 0 or not choice.normalizes(x.shape[-1], x.dtype):
+        return False
+    if weight.dtype not in (x.dtype, torch.float32) or bias.dtype != weight.dtype:
+        return False
+    return all(t.shape == x.shape[-1:] and t.device == x.device for t in (weight, bias))
 
 
 def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`layer_norm` of the rows [..., C] of x; `weight` and `bias` are in its dtype or float32."""
+    """`layer_norm` of the rows [..., C] of x."""
     x, weight, bias = _vectors(x), _vectors(weight), _vectors(bias)
     output = torch.empty_like(x)
     plan = _norm_plan("forward", x, weight, eps)
