@@ -114,7 +114,7 @@ class Differentiable(torch.autograd.Function):
     """What autograd records of a call that `forward` computes."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, forward: Callable[..., Tensor], *call: Any) -> Tensor:
+    def forward(ctx: Any, operator: Recorded, forward: Callable[..., Tensor], *call: Any) -> Tensor:
         ctx.operator, ctx.dispatched = operator, forward != operator.forward
         ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in call])
         ctx.call = [None if isinstance(a, Tensor) else a for a in call]

@@ -139,12 +139,8 @@ PACKED: dict[str, tuple[str, int, int]] = {
 autocast: inputs, and all parameters at once. What DCNv3 casts is not counted."""
 
 
-class Graphs(list[Any]):
+class Graphs(list[torch.fx.Graph]):
     """Forward and backward behind AOTAutograd, run as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graphs: list[torch.fx.Graph] = []
 
     def backend(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._dynamo.backends.common import aot_autograd
@@ -154,20 +150,19 @@ class Graphs(list[Any]):
     def record(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from functorch.compile import make_boxed_func
 
-        self.append([node.target for node in module.graph.nodes])
-        self.graphs.append(module.graph)
+        self.append(module.graph)
         return make_boxed_func(module.forward)
 
     def count(self, *names: str) -> list[int]:
         operators = [getattr(torch.ops.aten, name).default for name in names]
-        return [sum(target in operators for target in graph) for graph in self]
+        return [sum(node.target in operators for node in graph.nodes) for graph in self]
 
     def maps(self) -> list[str]:
         """What gets or makes a map of four dimensions, which TorchInductor takes for [B, C, H, W]
         where a convolution is near."""
         return [
             str(node.target)
-            for graph in self.graphs
+            for graph in self
             for node in graph.nodes
             if "dcnv4" in str(node.target) and any(map(_is_map, (node, *node.all_input_nodes)))
         ]
@@ -233,7 +228,7 @@ def test_a_compiler_gets_no_map_to_lay_out(name: str) -> None:
     right = results(layer, name, torch.float64, False)
     made = errors(results(layer, name, torch.float64, False, graphs.backend), right)
     assert max(made.values()) < 1e-12
-    calls = [str(n.target) for graph in graphs.graphs for n in graph.nodes]
+    calls = [str(n.target) for graph in graphs for n in graph.nodes]
     assert sum("dcnv4" in call for call in calls) == (4 if name == "DCNv4-depthwise" else 2)
     assert graphs.maps() == []
     assert not any("convolution" in call for call in calls if name == "DCNv4-depthwise")

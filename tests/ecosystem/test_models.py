@@ -523,7 +523,7 @@ def test_one_graph_serves_every_batch_and_size(kind: str, amp: bool) -> None:
             rounding = torch.finfo(torch.bfloat16 if amp else torch.float32).eps * right.norm()
             # The batch norm takes the last level's biases out: their gradients are rounding alone.
             error, allowed = (found - right).norm(), 2 * (plain - right).norm()
-            assert error <= allowed + 8 * rounding + (1e-3 if amp else 1e-6)
+            assert error <= allowed + 8 * rounding + (1e-4 if amp else 1e-6)
 
 
 @compiles

@@ -17,21 +17,7 @@ from dcnv4.backends.cuda import choice, compile, plans
 from support import cases
 
 ZEROS, FIXED_POINT_SCALE, CONVERT_SUMS = "zeros", "fixed_point_scale", "convert_sums"
-KERNELS = {
-    "conv_forward",
-    "conv_backward",
-    "conv_tile_forward",
-    "conv_tile_backward",
-    "conv_sorted_backward",
-    "attn_forward",
-    "attn_backward",
-    "attn_sorted_backward",
-    ZEROS,
-    FIXED_POINT_SCALE,
-    CONVERT_SUMS,
-    "layer_norm_forward",
-    "layer_norm_backward",
-}
+KERNELS = set(compile.KERNELS)
 """All entry names."""
 _LEFTOVER = "_leftover"
 """The backend's function that makes the tensor in which tiles are noted that a launch leaves."""

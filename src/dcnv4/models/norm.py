@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import choose, cuda
-from ..eager import autocast_dtype, has_interested, is_autocast, run_plain
+from ..eager import autocast_dtype, has_interested, is_autocast, is_compiling, run_plain
 from ..layers.base import known
 
 __all__: list[str] = []  # a part of models
@@ -35,7 +35,8 @@ class LayerNorm(nn.LayerNorm):
             weight, bias = weight * scale, bias * scale
         x = x.to(autocast_dtype(x))
         shape, eps = self.normalized_shape, self.eps
-        if _has_kernels(x, weight, bias):
+        interested = has_interested((x, weight, bias), range(3))  # also where one is None
+        if not interested and _has_kernels(x, weight, bias):
             return run_plain(_KERNELS, _KERNELS.inputs, (eps, x, weight, bias))
         if not is_autocast(device := x.device.type):
             return F.layer_norm(x, shape, weight, bias, eps)
@@ -44,8 +45,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 def forward(x: Tensor, weight: Any, bias: Any, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The normalised x [..., C], and what the backward needs beside x and the weight."""
-    if _has_kernels(x, weight, bias):
+    """The normalised x [..., C], and what the backward needs beside x and the weight; below
+    autograd, where nobody is interested but a compiler."""
+    if not is_compiling() and _has_kernels(x, weight, bias):
         return cuda.norm_forward(x, weight, bias, eps), ()
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y, (mean, rstd)
@@ -71,10 +73,8 @@ def backward(
     return grad_x.add_(added) if needed[0] else None, grad_weight, grad_bias
 
 
-def _has_kernels(x: Tensor, weight: Any, bias: Any) -> bool:
+def _has_kernels(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether the CUDA backend normalises x."""
-    if has_interested((x, weight, bias), range(3)):  # also where one is None
-        return False
     try:
         chosen = choose("deform_conv", x.device, x.dtype)
     except RuntimeError:  # of a backend that the environment asks for, which layers will report
