@@ -23,6 +23,7 @@ from .eager import (
     beside,
     dtype_of_autocast,
     is_compiling,
+    is_plain,
     may_read_past,
     needs_grad,
     run,
@@ -164,6 +165,8 @@ class Operator:
     def _autograd(self, *flat: Any) -> Any:
         call = self.unflatten(*flat)
         if not needs_grad(call, self.inputs):
+            if is_plain(call, self.inputs):  # as those of compiled graphs are
+                return below_autograd(self._on_maps, self.forward, call)
             return below_autograd(self.operator, *flat)
         forward = partial(below_autograd, self.dispatch)
         return Differentiable.apply(self, forward, *call)  # type: ignore[no-untyped-call]
@@ -178,6 +181,8 @@ class Operator:
             wanted = [call[i] for i in self.inputs]
             output = self._on_maps(self.differentiable, call)
             return _results(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        if is_plain((grad, *tensors), range(1 + len(tensors))):
+            return below_autograd(self._compute_backward, grad, *flat)
         return below_autograd(self.operator_backward, grad, *flat)
 
     def _autocast(self, device: str, *flat: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dcnv4.layers import projections
 from dcnv4.layers.projections import Formula
 from support import emulated, launches
 from support.autograd import nodes
@@ -88,7 +89,7 @@ def test_a_branch_is_its_submodules(drop_path: float, settings: dict[str, Any]) 
     assert calls == [["LayerNorm"]] * 2
     same(found, wanted)
     torch.manual_seed(4)
-    middle = made._branch(x, made.norm1, made.dcn, None)
+    middle = made._branch(x, made.norm1, made.dcn, None, None)
     dropped = [bool((middle[i] == x[i]).all()) for i in range(6)]
     assert any(dropped) is (drop_path > 0)
 
@@ -240,6 +241,143 @@ def test_a_branch_that_forgets_its_input_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_BranchFormula, "backward", wrong)
     with pytest.raises(AssertionError, match="x: "):
         test_a_branch_is_its_submodules(0.0, {})
+
+
+# Levels.
+
+
+def level(depth: int, **settings: Any) -> nn.Module:
+    """A level of several blocks in training, every parameter of which counts."""
+    torch.manual_seed(0)
+    model = InternImage(channels=16, depths=(depth, 1, 1, 1), drop_path_rate=0.4, **settings)
+    made: nn.Module = model.levels[0].double()
+    made.downsample = None
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    return made
+
+
+def casts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many formulas weights are cast at once; the list grows with each cast."""
+    counts: list[int] = []
+
+    def record(many: Any, dtype: torch.dtype) -> Any:
+        counts.append(len(many))
+        return join(many, dtype)
+
+    join = projections.join
+    monkeypatch.setattr(projections, "join", record)
+    return counts
+
+
+SETTINGS = [
+    {},
+    {"dw_kernel_size": 3, "output_bias": True, "mlp_fc2_bias": True},
+    {"layer_scale": 0.5},
+    {"post_norm": True, "layer_scale": 0.5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_weights_of_a_levels_blocks_are_cast_together(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of a kind at once, unless somebody watches a block; with the same results."""
+    made, x = level(5, **settings), random(2, 3, 4, 16).requires_grad_()
+    counts, shared = casts(monkeypatch), set()
+    rows = projections.Sums._rows
+
+    def record(sums: projections.Sums, grad: Tensor) -> Tensor:
+        shared.add(id(sums.ones))
+        return rows(sums, grad)
+
+    monkeypatch.setattr(projections.Sums, "_rows", record)
+    found = gradients(made, x)
+    assert counts == [4, 4, 1, 1]
+    # The MLP's first product has a bias always, and offsets have.
+    assert len(shared) == 4
+    counts.clear()
+    calls = watch(made.blocks[3])
+    wanted = gradients(made, x)
+    assert counts == [1] * 10
+    assert calls == ["Block"]
+    same(found, wanted)
+    made.grad_checkpointing = True
+    same(gradients(made, x), wanted)
+    assert set(counts) == {1}
+    counts.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval()(x), made(x))
+    assert counts == [1] * 20  # of a block that is watched
+
+
+@pytest.mark.parametrize("other", ["block", "layer", "class"])
+def test_a_level_with_a_block_that_has_to_be_called(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, x = level(3), random(2, 3, 4, 16)
+
+    class Block(type(made.blocks[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = 2 * super().forward(x)
+            return y
+
+    if other == "block":
+        made.blocks[1] = nn.Tanh()
+    elif other == "layer":
+        made.blocks[1].mlp = nn.Tanh()
+    else:
+        made.blocks[1].__class__ = Block
+    counts = casts(monkeypatch)
+    torch.manual_seed(4)
+    found = made(x)
+    assert set(counts) == {1}
+    torch.manual_seed(4)
+    for block in made.blocks:
+        x = block(x)
+    torch.testing.assert_close(found, made.norm(x))
+
+
+def test_a_level_of_frozen_and_different_blocks() -> None:
+    """Only the gradients that are wanted, of parameters of several dtypes under autocast."""
+    made, x = level(3).float(), torch.randn(2, 3, 4, 16, dtype=torch.bfloat16)
+    made.blocks[1].requires_grad_(False)
+    made.blocks[2].mlp.bfloat16()
+    results = []
+    for watched in (False, True):
+        if watched:
+            watch(made.blocks[0])
+        torch.manual_seed(4)
+        made.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+        y.float().square().sum().backward()
+        results.append({"y": y, **{n: p.grad for n, p in made.named_parameters()}})
+    for name, found in results[0].items():
+        assert (found is None) is name.startswith("blocks.1."), name
+        torch.testing.assert_close(found, results[1][name])
+
+
+# 7 weights and biases of the one branch, 5 of the other, or 6 with every bias.
+@pytest.mark.parametrize(("settings", "count"), list(zip(SETTINGS, (7 + 5, 6, 0, 0), strict=True)))
+def test_a_compiled_level_stacks_what_it_computes_with(
+    settings: dict[str, Any], count: int
+) -> None:
+    """The weights of a branch that a norm is multiplied into, four blocks at once."""
+    made, x = level(6, **settings), random(2, 3, 4, 16).requires_grad_()
+    stacks = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        stacks.append([len(n.args[0]) for n in graph.graph.nodes if n.target is torch.stack])
+        return graph.forward
+
+    found = gradients(torch.compile(made, backend=record, fullgraph=True), x)
+    with torch.no_grad():
+        torch.compile(made, backend=record, fullgraph=True)(x)
+    assert stacks == [[4] * count + [2] * count, []]
+    watch(made.blocks[0])
+    same({name.removeprefix("_orig_mod."): t for name, t in found.items()}, gradients(made, x))
 
 
 # The MLP.

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.flop_counter import FlopCounterMode
 
-from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, ops
 from dcnv4.layers import DCNv3
 from support import cases
 
@@ -55,6 +56,34 @@ def test_compile(case: cases.Case, dynamic: bool) -> None:
     got, expected = grads(case, compiled, *inputs), grads(case, call, *inputs)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@needs_compile
+def test_a_call_of_a_graph_is_dispatched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the dispatcher to the backend, but by way of who is interested."""
+    torch._dynamo.reset()
+    ways: list[str] = []
+
+    def record(function: Callable[..., Any], *arguments: Any) -> Any:
+        ways.append(function.__name__.split(".")[0])
+        return below_autograd(function, *arguments)
+
+    below_autograd = ops.below_autograd
+    layer = torch.compile(DCNv4(16, group=1), backend="aot_eager")
+    x = torch.randn(1, 9, 16)
+    wanted = torch.autograd.grad(layer(x, (3, 3)).sum(), layer.parameters())
+    monkeypatch.setattr(ops, "below_autograd", record)
+    y = layer(x, (3, 3))
+    assert ways == ["_on_maps"]
+    found = torch.autograd.grad(y.sum(), layer.parameters())
+    assert ways == ["_on_maps", "_compute_backward"]
+    y = layer(x, (3, 3))
+    ways.clear()
+    with FlopCounterMode(display=False):  # sees every operation
+        seen = torch.autograd.grad(y.sum(), layer.parameters())
+    assert ways == ["deform_conv_packed_backward"]
+    for grads_found in (found, seen):
+        torch.testing.assert_close(grads_found, wanted)
 
 
 @needs_compile

@@ -61,7 +61,8 @@ ARROWS = {
     "checkpoints": {"conversion", "layers", "layers.dcnv3"},
     "models": {"models.internimage", "models.rates"},
     "models.internimage": {
-        *("checkpoints", "layers", "models.branch", "models.mlp", "models.norm")
+        *("checkpoints", "layers", "layers.base", "layers.projections"),
+        *("models.branch", "models.mlp", "models.norm"),
     },
     "models.branch": {"eager", "layers.base", "layers.projections", "models.norm"},
     "models.norm": {"backends", "backends.cuda", "eager", "layers.base"},

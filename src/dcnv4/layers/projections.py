@@ -51,16 +51,6 @@ class Parameters(NamedTuple):
                 return None
         return first
 
-    def join(self, dtype: torch.dtype) -> Weights:
-        """The products' weights and biases, cast at once."""
-        flat = _flatten(self.tensors)
-        if flat.dtype is not dtype:
-            flat = flat.to(dtype)
-        parts = iter(flat.split_with_sizes(self.sizes))
-        weights = [next(parts).view(shape) for shape, _ in self.shapes]
-        biases = [next(parts) if biased else None for _, biased in self.shapes]
-        return list(zip(weights, biases, strict=True))
-
     def split(self, gradients: Weights) -> list[Tensor]:
         """The parameters' gradients, of those of products."""
         weights: list[Tensor] = []
@@ -88,6 +78,25 @@ class Parameters(NamedTuple):
             return F.linear(x, weight, bias)
 
         return call
+
+
+def join(many: Sequence[Parameters], dtype: torch.dtype) -> list[Weights]:
+    """Weights and biases of the products of each, cast at once."""
+    # Weights first: those behind others are aligned, those behind a bias may not be.
+    weights = [tensor for one in many for tensor in one.tensors[: len(one.modules)]]
+    biases = [tensor for one in many for tensor in one.tensors[len(one.modules) :]]
+    flat = _flatten(weights + biases)
+    if flat.dtype is not dtype:
+        flat = flat.to(dtype)
+    sizes = [size for one in many for size in one.sizes[: len(one.rows)]]
+    count = len(sizes)
+    sizes += [size for one in many for size in one.sizes[len(one.rows) :]]
+    parts = flat.split_with_sizes(sizes)
+    left, behind = iter(parts), iter(parts[count:])
+    return [
+        [(next(left).view(shape), next(behind) if biased else None) for shape, biased in one.shapes]
+        for one in many
+    ]
 
 
 def called(module: nn.Module, x: Tensor) -> Any:
@@ -126,6 +135,11 @@ def _layout(counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]
     sizes = [math.prod(shape) for shape, _ in joined]
     sizes += [shape[0] for shape, biased in joined if biased]
     return tuple(joined), tuple(sizes), tuple(rows)
+
+
+def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, but of one tensor itself."""
+    return torch.cat(list(tensors), dim) if tensors[1:] else tensors[0]
 
 
 def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,6 +185,10 @@ class Formula:
         self, parameters: Parameters, dtype: torch.dtype, wide: tuple[torch.dtype, ...]
     ) -> None:
         self.parameters, self.dtype, self.wide = parameters, dtype, wide
+        self.weights: Weights | None = None
+        """Of the products, where `make_weights` made them."""
+        self.ones: dict[int, Tensor] = {}
+        """Rows of so many ones, which sums are made with."""
 
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
@@ -203,7 +221,8 @@ class Formula:
             inputs: recorded by autograd as made of what was given.
         """
         if is_compiling():
-            return self.forward(inputs, self._compiled_weights())[0]
+            weights = self.weights or self.compiled_weights(self.parameters.tensors)
+            return self.forward(inputs, weights)[0]
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
             sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
@@ -211,12 +230,32 @@ class Formula:
             return output
         return below(inputs[0].device.type, self._forward, inputs)[0]
 
-    def _compiled_weights(self) -> Weights:
-        """The weights where TorchDynamo compiles `forward`, and makes the backward by itself."""
-        return self.parameters.join(self.dtype)
+    def call(self, x: Tensor) -> Tensor:
+        """As a layer is called, with its one input as products read it."""
+        return self.run((x,), (x,))
+
+    def is_folding(self) -> bool:
+        """Whether `compiled_weights` computes with the parameters; it then takes stacks of them."""
+        return False
+
+    def compiled_weights(self, tensors: Sequence[Tensor]) -> Weights:
+        """The weights where TorchDynamo compiles `forward`, and makes the backward by itself; of
+        tensors like the parameters'."""
+        parameters = self.parameters
+        if parameters.dtype() is not self.dtype:
+            return join([parameters], self.dtype)[0]
+        count = len(parameters.modules)
+        weights, biases = iter(tensors[:count]), iter(tensors[count:])
+        return [
+            (
+                concatenated([next(weights) for _ in rows], 0),
+                concatenated([next(biases) for _ in rows], 0) if biased else None,
+            )
+            for rows, (_, biased) in zip(parameters.rows, parameters.shapes, strict=True)
+        ]
 
     def _forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
-        weights = self.parameters.join(self.dtype)
+        weights = self.weights or join([self.parameters], self.dtype)[0]
         output, kept = self.forward(inputs, weights)
         return output, [weight for weight, _ in weights], kept
 
@@ -232,7 +271,9 @@ class Formula:
         count, products = len(inputs), len(self.parameters.rows)
         weights = kept[:products]
         del kept[:products]
-        sums = Sums(tensors[0].dtype, self.parameters.shapes) if any(needed[count:]) else None
+        sums = None
+        if any(needed[count:]):
+            sums = Sums(tensors[0].dtype, self.parameters.shapes, self.ones)
         grads, made = self.backward(grad, inputs, weights, kept, sums, needed)
         if sums is None:
             return [*grads, *[None] * len(tensors)]
@@ -250,6 +291,28 @@ class Formula:
             output = self.composed(inputs, self.parameters.caller(tensors))
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create))
         return [next(found) if needs else None for needs in needed]
+
+
+TOGETHER = 4
+"""Formulas whose weights are made at once; of more tensors, TorchInductor stacks one by one."""
+
+
+def make_weights(formulas: Sequence[Formula]) -> None:
+    """Make the weights of formulas that will run, up to `TOGETHER` of like settings, at once, and
+    have them share what is the same for all."""
+    parameters = [formula.parameters for formula in formulas]
+    first, made = formulas[0], []
+    if not is_compiling():
+        made = below(parameters[0].tensors[0].device.type, join, parameters, first.dtype)
+    elif first.is_folding() and all(p.shapes == parameters[0].shapes for p in parameters[1:]):
+        tensors = zip(*[one.tensors for one in parameters], strict=True)
+        stacks = first.compiled_weights([torch.stack(alike) for alike in tensors])
+        parts: Any = [[t if t is None else t.unbind() for t in product] for product in stacks]
+        made = [[(w and w[i], b and b[i]) for w, b in parts] for i in range(len(formulas))]
+    for formula in formulas:
+        formula.ones = first.ones
+    for formula, weights in zip(formulas, made, strict=False):
+        formula.weights = weights
 
 
 class _Node(torch.autograd.Function):
@@ -302,13 +365,17 @@ class Sums:
     PyTorch's sum of a tall, narrow matrix takes a GPU several times what a product with ones does.
     """
 
-    def __init__(self, dtype: torch.dtype, shapes: Sequence[tuple[tuple[int, ...], bool]]) -> None:
-        self.dtype, self.shapes = dtype, shapes
-        self.ones: Tensor | None = None
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shapes: Sequence[tuple[tuple[int, ...], bool]],
+        ones: dict[int, Tensor],
+    ) -> None:
+        self.dtype, self.shapes, self.ones = dtype, shapes, ones
 
     def after(self, products: int) -> Sums:
         """Those of the products behind so many."""
-        return Sums(self.dtype, self.shapes[products:])
+        return Sums(self.dtype, self.shapes[products:], self.ones)
 
     def of(self, product: int, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of one product, from its input `x` [N, C] and the gradient [N, M] of its output."""
@@ -319,9 +386,10 @@ class Sums:
         """The sum [M] over the rows of a gradient [N, M]."""
         if grad.device.type == "cpu" or (grad.dtype is torch.float32 and _is_rounding()):
             return grad.sum(0).to(self.dtype)
-        if self.ones is None or self.ones.shape[1] != grad.shape[0]:
-            self.ones = grad.new_ones((1, grad.shape[0]))
-        return multiplied(self.ones, grad, self.dtype)[0]
+        ones = self.ones.get(rows := grad.shape[0])
+        if ones is None:
+            ones = self.ones[rows] = grad.new_ones((1, rows))
+        return multiplied(ones, grad, self.dtype)[0]
 
 
 def _is_rounding() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..eager import autocast_dtype, may_read_past
 from ..layers.base import are_unwatched, known
-from ..layers.projections import Call, Formula, Sums, Weights
+from ..layers.projections import Call, Formula, Sums, Weights, concatenated
 from . import norm as layer_norm
 from .norm import LayerNorm
 
@@ -21,22 +21,28 @@ for _kind in (nn.Sequential, nn.Identity, DropPath):
     known(_kind)
 
 
-def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module) -> Formula | None:
+def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module | None) -> Formula | None:
     """x + drop(layer(norm(x))) as one node of autograd; None where it has to be composed.
 
     Args:
         x: [B, H, W, C].
         norm: an `nn.Sequential` of a `LayerNorm` alone, or one that is called always.
         layer: a `Part`, or one that is composed always.
-        drop: a `DropPath`, or an `nn.Identity`.
+        drop: a `DropPath`, or an `nn.Identity`; None: of the layer alone, in whatever branch with
+            that norm, for which x stands for what the layer reads.
     """
     make = getattr(layer, "_part", None)
     if make is None or not may_read_past(x) or x.dtype is not autocast_dtype(x):
         return None
-    if not are_unwatched((norm, layer, drop)) or type(norm) is not nn.Sequential or len(norm) != 1:
+    if type(norm) is not nn.Sequential or len(norm) != 1:
         return None
     (only,) = norm
     if not isinstance(only, LayerNorm) or only.bias is None:
+        return None
+    if drop is None:
+        alone: Formula | None = make(x, x.dtype) if are_unwatched((norm, only, layer)) else None
+        return alone
+    if not are_unwatched((norm, layer, drop)):
         return None
     inner: Formula | None = make(x, x.dtype, (only,))
     return None if inner is None else _BranchFormula(inner, only, drop)
@@ -53,23 +59,25 @@ class _BranchFormula(Formula):
         self.of_norm = 0
         """How many tensors the norm's backward needs that its forward made."""
 
-    def _compiled_weights(self) -> Weights:
+    def is_folding(self) -> bool:
         """With gradients, the norm's weight and bias are multiplied into the product that reads it,
         unless two do: their gradients are then sums over its weights, not over maps."""
-        parameters, count = self.parameters, len(self.parameters.modules)
-        biased = parameters.shapes[1][1]
-        if len(parameters.rows) != 3 or not biased or not torch.is_grad_enabled():
-            return super()._compiled_weights()
-        weights, biases = parameters.tensors[:count], parameters.tensors[count:]
-        (scale, *read, second), (shift, *biases) = weights, biases
-        weight, bias = torch.cat(read), torch.cat(biases[: len(read)])
-        first = weight * scale, bias + (weight * shift).sum(1)
-        tensors = [tensor.to(self.dtype) for tensor in (*first, second, *biases[len(read) :])]
+        shapes = self.parameters.shapes
+        return len(shapes) == 3 and shapes[1][1] and torch.is_grad_enabled()
+
+    def compiled_weights(self, tensors: Sequence[Tensor]) -> Weights:
+        if not self.is_folding():
+            return super().compiled_weights(tensors)
+        count, read = len(self.parameters.modules), len(self.parameters.rows[1])
+        (scale, *weights), (shift, *biases) = tensors[:count], tensors[count:]
+        weight, bias = concatenated(weights[:read], -2), concatenated(biases[:read], -1)
+        bias = bias + (weight * shift.unsqueeze(-2)).sum(-1)
+        second = biases[read].to(self.dtype) if biases[read:] else None
         of_norm: Any = None
         return [
             (of_norm, None),
-            (tensors[0], tensors[1]),
-            (tensors[2], tensors[3] if tensors[3:] else None),
+            ((weight * scale.unsqueeze(-2)).to(self.dtype), bias.to(self.dtype)),
+            (weights[-1].to(self.dtype), second),
         ]
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import as_named, state_of
 from ..layers import DCNv3, DCNv4
+from ..layers.base import are_unwatched, known
+from ..layers.projections import TOGETHER, Formula, make_weights
 from . import branch
 from .mlp import Mlp
 from .norm import LayerNorm
@@ -72,6 +74,7 @@ class Downsample(nn.Module):
         return y
 
 
+@known
 class Block(nn.Module):
     """x + dcn(x), then x + mlp(x), each with a norm before or after it, and scaled or not."""
 
@@ -101,20 +104,52 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._branch(x, self.norm1, self.dcn, self.gamma1)
-        return self._branch(x, self.norm2, self.mlp, self.gamma2)
+        for norm, layer, gamma in self._branches():
+            x = self._branch(x, norm, layer, gamma, self._formula(x, norm, layer, gamma))
+        return x
+
+    def _run(self, x: Tensor, formulas: Sequence[Formula]) -> Tensor:
+        """`forward`, by what `_formulas` returned."""
+        for parts, formula in zip(self._branches(), formulas, strict=True):
+            x = self._branch(x, *parts, formula)
+        return x
+
+    def _formulas(self, x: Tensor) -> list[Formula]:
+        """Of the layers for an input like x, with all of their branches where that is possible;
+        none where one has to be called."""
+        found = []
+        for parts in self._branches():
+            formula = self._formula(x, *parts)
+            if formula is None:
+                return []
+            found.append(formula)
+        return found
+
+    def _branches(self) -> Sequence[tuple[nn.Sequential, nn.Module, Tensor | None]]:
+        """Norm, layer and scale of each."""
+        return (self.norm1, self.dcn, self.gamma1), (self.norm2, self.mlp, self.gamma2)
+
+    def _formula(
+        self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
+    ) -> Formula | None:
+        whole = not self.post_norm and gamma is None
+        return branch.formula(x, norm, layer, self.drop_path if whole else None)
 
     def _branch(
-        self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
+        self,
+        x: Tensor,
+        norm: nn.Sequential,
+        layer: nn.Module,
+        gamma: Tensor | None,
+        formula: Formula | None,
     ) -> Tensor:
-        if not self.post_norm and gamma is None:
-            formula = branch.formula(x, norm, layer, self.drop_path)
-            if formula is not None:
-                return formula.run((x,), (x,))
+        if formula is not None and not self.post_norm and gamma is None:
+            return formula.call(x)
+        call = layer if formula is None else formula.call
         if self.post_norm:
-            y = norm(layer(x)) if gamma is None else norm[0](layer(x), gamma)
+            y = norm(call(x)) if gamma is None else norm[0](call(x), gamma)
         else:
-            y = layer(norm(x))
+            y = call(norm(x))
             if gamma is not None:
                 y = y * gamma.to(y.dtype)
         added: Tensor = x + self.drop_path(y)
@@ -140,12 +175,31 @@ class Level(nn.Module):
         self.downsample = Downsample(channels, made) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+        checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
+        formulas = [] if checkpointed else self._formulas(x)
+        for i, block in enumerate(self.blocks):
+            if formulas:
+                x = block._run(x, formulas[i])  # type: ignore[operator]
             else:
-                x = block(x)
+                x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
         return x if self.norm is None else self.norm(x)
+
+    def _formulas(self, x: Tensor) -> list[list[Formula]]:
+        """Of each block, the weights of several made together; none where somebody would miss a
+        call."""
+        blocks = [block for block in self.blocks if type(block) is Block]
+        if len(blocks) < len(self.blocks) or not are_unwatched(blocks):
+            return []
+        made: list[list[Formula]] = []
+        for block in blocks:
+            formulas = block._formulas(x)
+            if not formulas:
+                return []
+            made.append(formulas)
+        for i in range(0, len(made), TOGETHER):
+            for alike in zip(*made[i : i + TOGETHER], strict=True):
+                make_weights(alike)
+        return made
 
 
 class InternImage(nn.Module):
