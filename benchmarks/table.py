@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 
 from dcnv4.cli.bench import report
 from dcnv4.cli.bench.report import Row, Story, figures
@@ -52,7 +53,7 @@ def section(file: Path) -> str:
         f"## {environment['device']}, dcnv4 {environment['versions'].split()[1].rstrip(',')}",
         f"{environment['versions']}; copy bandwidth {environment['copy'].partition(', ')[0]}. "
         f"Median µs, {environment['timing']}:",
-        f"    {environment['command']}",
+        indent(environment["command"], "    "),
     ]
     for story in report.stories(rows):
         name = story.name.capitalize()

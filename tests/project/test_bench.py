@@ -171,6 +171,39 @@ def test_the_time_limit_leaves_out_and_says_so(tmp_path: Path) -> None:
     assert {row.problem for row in rows_of(file).values()} == {"not run: over --limit"}
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole cases stay as they are, the others run; on the same machine alone."""
+    file = str(tmp_path / "run.json")
+    words = "--backends", "reference", "--peers", "none", "--json", file
+    assert run(*words) == 0
+    environment, rows = report.load(file)
+    first, second = list(dict.fromkeys(row.case for row in rows))[:2]
+    for row in rows:
+        row.median = 7.0
+        if (row.case, row.direction) == (second, "backward"):
+            row.median, row.problem = None, "not run: over --limit"
+    report.save(file, environment, rows)
+    assert run(*words, "--resume") == 0
+    found = rows_of(file)
+    assert set(found) == {row.key for row in rows}
+    for row in found.values():
+        assert row.problem is None
+        assert (row.median == 7.0) is (row.case != second), row.key
+    assert found[first, "forward", "dcnv4 reference"].median == 7.0
+    lines = report.load(file)[0]["command"].splitlines()
+    assert lines[0] == environment["command"]
+    assert len(lines) == 2
+    for words, message in (
+        (("--resume",), "--resume must come with --json"),
+        (("--resume", "--json", str(tmp_path / "none.json")), "No such file"),
+    ):
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+    report.save(file, {**environment, "device": "an abacus"}, rows)
+    assert run("--resume", "--json", file) == 2
+    assert "got one of an abacus" in capsys.readouterr().err
+
+
 ROWS = [
     Row("a", "", "forward", "dcnv4 cpu", "backend", 10.0, 40.0, 39.0, 41.0, 38.0, 5, None, 1e-7),
     Row("a", "", "forward", "other", "peer", 10.0, 60.0, 50.0, 70.0, 50.0),

@@ -100,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start no contestant after this much time; what was left out is said",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results, after every case")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the --json FILE: only what --limit left out of it",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw time over floor, as .png, .svg, .pdf")
     parser.add_argument("--compare", metavar="FILE", help="say what changed since this JSON")
     parser.add_argument("--list", action="store_true", help="list cases and contestants, run none")
@@ -136,12 +141,9 @@ def run(args: argparse.Namespace) -> int:
                 f"--backends must be of {', '.join(backends.NAMES)}; got {', '.join(unknown)}"
             )
         _check_peers(device, args.peers)
+        _check_files(args)
         old = report.load(args.compare) if args.compare else None
-        for file in filter(None, (args.json, args.plot)):
-            if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-                raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
-        if args.plot:
-            report.check_plot(args.plot)
+        kept = report.load(args.json) if args.resume else None
     except (ValueError, OSError, RuntimeError) as error:
         print(f"dcnv4 bench: {error}", file=sys.stderr)
         return 2
@@ -153,11 +155,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bandwidth = measure.copy_bandwidth(device)
     environment = _environment(device, bandwidth, contestants, missing)
+    rows: list[Row] = []
+    if kept is not None:
+        try:
+            environment, rows = report.resumed(kept, environment)
+        except ValueError as error:
+            print(f"dcnv4 bench: {error}", file=sys.stderr)
+            return 2
+        finished = {row.case for row in rows}
+        chosen = [case for case in chosen if case.name not in finished]
     print(report.header(environment), flush=True)
 
     budget = args.budget or (0.1 if args.quick else 0.5)
     bench = _Bench(device, bandwidth, budget, time.monotonic() + args.limit)
-    rows: list[Row] = []
     lost = None
     try:
         for group in bench.run(chosen, contestants):
@@ -179,6 +189,16 @@ def run(args: argparse.Namespace) -> int:
         if left_out:
             print(f"\n{args.plot} lacks the last {left_out} cases; choose others with --cases")
     return int(bool(lost) or any(row.kind == "backend" and _failed(row) for row in rows))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for file in filter(None, (args.json, args.plot)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+            raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
+    if args.plot:
+        report.check_plot(args.plot)
+    if args.resume and not args.json:
+        raise ValueError("--resume must come with --json, whose run goes on; got none")
 
 
 def _failed(row: Row) -> bool:

@@ -169,6 +169,27 @@ def load(path: str) -> tuple[dict[str, str], list[Row]]:
     ]
 
 
+def resumed(
+    kept: tuple[dict[str, str], list[Row]], environment: dict[str, str]
+) -> tuple[dict[str, str], list[Row]]:
+    """What a run that goes on in this environment begins with: what it has of whole cases.
+
+    Raises:
+        ValueError: it was another device's, or other versions'.
+    """
+    old, rows = kept
+    for name in "device", "versions":
+        if old[name] != environment[name]:
+            raise ValueError(
+                f"--resume must go on with a run of the same {name}, {environment[name]}; "
+                f"got one of {old[name]}"
+            )
+    left = {row.case for row in rows if (row.problem or "").startswith("not run")}
+    commands = old["command"], environment["command"]
+    finished = [row for row in rows if row.case not in left]
+    return {**old, "command": "\n".join(commands)}, finished
+
+
 def compare(
     old: tuple[dict[str, str], Sequence[Row]], new: tuple[dict[str, str], Sequence[Row]]
 ) -> str:
