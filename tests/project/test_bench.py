@@ -183,6 +183,9 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
         if (row.case, row.direction) == (second, "backward"):
             row.median, row.problem = None, "not run: over --limit"
     report.save(file, environment, rows)
+    assert run(*words, "--resume", "--cases", first) == 0
+    assert list(rows_of(file).values()) == rows  # nothing is lost
+    report.save(file, environment, rows)
     assert run(*words, "--resume") == 0
     found = rows_of(file)
     assert set(found) == {row.key for row in rows}

@@ -158,12 +158,12 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     if kept is not None:
         try:
-            environment, rows = report.resumed(kept, environment)
+            names = {case.name for case in chosen}
+            environment, rows, again = report.resumed(kept, environment, names)
         except ValueError as error:
             print(f"dcnv4 bench: {error}", file=sys.stderr)
             return 2
-        finished = {row.case for row in rows}
-        chosen = [case for case in chosen if case.name not in finished]
+        chosen = [case for case in chosen if case.name in again]
     print(report.header(environment), flush=True)
 
     budget = args.budget or (0.1 if args.quick else 0.5)

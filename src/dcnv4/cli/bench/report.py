@@ -170,9 +170,10 @@ def load(path: str) -> tuple[dict[str, str], list[Row]]:
 
 
 def resumed(
-    kept: tuple[dict[str, str], list[Row]], environment: dict[str, str]
-) -> tuple[dict[str, str], list[Row]]:
-    """What a run that goes on in this environment begins with: what it has of whole cases.
+    kept: tuple[dict[str, str], list[Row]], environment: dict[str, str], names: set[str]
+) -> tuple[dict[str, str], list[Row], set[str]]:
+    """What a run that goes on in this environment begins with: its rows but for those of the cases
+    that run again, which are the ones of these names that were not finished, or are new.
 
     Raises:
         ValueError: it was another device's, or other versions'.
@@ -185,9 +186,10 @@ def resumed(
                 f"got one of {old[name]}"
             )
     left = {row.case for row in rows if (row.problem or "").startswith("not run")}
+    again = names - ({row.case for row in rows} - left)
     commands = old["command"], environment["command"]
-    finished = [row for row in rows if row.case not in left]
-    return {**old, "command": "\n".join(commands)}, finished
+    rows = [row for row in rows if row.case not in again]
+    return {**old, "command": "\n".join(commands)}, rows, again
 
 
 def compare(
