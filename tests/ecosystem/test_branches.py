@@ -18,7 +18,7 @@ from support.autograd import nodes
 try:
     import timm  # noqa: F401
 
-    from dcnv4.models import InternImage
+    from dcnv4.models import InternImage, branch
     from dcnv4.models.mlp import Mlp
     from dcnv4.models.norm import LayerNorm
 except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
@@ -77,7 +77,15 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: floa
 # Branches.
 
 
-@pytest.mark.parametrize("settings", [{}, {"dw_kernel_size": 3, "output_bias": True}])
+POST_NORM: list[dict[str, Any]] = [
+    {"post_norm": True},
+    {"post_norm": True, "layer_scale": 0.5, "dw_kernel_size": 3},
+]
+WHOLE: list[dict[str, Any]] = [{}, *POST_NORM]
+"""Settings of blocks whose branches are one node each."""
+
+
+@pytest.mark.parametrize("settings", [*WHOLE, {"dw_kernel_size": 3, "output_bias": True}])
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 def test_a_branch_is_its_submodules(drop_path: float, settings: dict[str, Any]) -> None:
     """In its output and in every gradient; what stochastic depth drops is what timm would drop."""
@@ -89,14 +97,15 @@ def test_a_branch_is_its_submodules(drop_path: float, settings: dict[str, Any]) 
     assert calls == [["LayerNorm"]] * 2
     same(found, wanted)
     torch.manual_seed(4)
-    middle = made._branch(x, made.norm1, made.dcn, None, None)
+    middle = made._branch(x, made.norm1, made.dcn, made.gamma1, None)
     dropped = [bool((middle[i] == x[i]).all()) for i in range(6)]
     assert any(dropped) is (drop_path > 0)
 
 
-def test_a_block_that_drops_nothing_anew() -> None:
+@pytest.mark.parametrize("settings", WHOLE)
+def test_a_block_that_drops_nothing_anew(settings: dict[str, Any]) -> None:
     """In evaluation, and where every path is dropped."""
-    made, x = block(0.4), random(2, 3, 4, 16)
+    made, x = block(0.4, **settings), random(2, 3, 4, 16)
     evaluated = made.eval()(x)
     made.drop_path.drop_prob = 0.0
     torch.testing.assert_close(made.train()(x), evaluated)
@@ -107,8 +116,9 @@ def test_a_block_that_drops_nothing_anew() -> None:
 @pytest.mark.parametrize(
     "name", ["norm1", "norm1.0", "dcn", "drop_path", "norm2", "mlp", "mlp.fc1"]
 )
-def test_a_part_that_somebody_watches_is_called(name: str) -> None:
-    made, x = block(0.4), random(6, 3, 4, 16).requires_grad_()
+@pytest.mark.parametrize("settings", WHOLE)
+def test_a_part_that_somebody_watches_is_called(name: str, settings: dict[str, Any]) -> None:
+    made, x = block(0.4, **settings), random(6, 3, 4, 16).requires_grad_()
     found = gradients(made, x)
     calls = watch(made.get_submodule(name))
     same(gradients(made, x), found)
@@ -160,8 +170,9 @@ def test_a_compiled_branch_has_its_norm_in_a_product(
     same({name.removeprefix("_orig_mod."): t for name, t in found.items()}, gradients(made, x))
 
 
-def test_second_derivatives_of_a_block() -> None:
-    made, x = block(0.4), random(2, 2, 2, 16).requires_grad_()
+@pytest.mark.parametrize("settings", WHOLE)
+def test_second_derivatives_of_a_block(settings: dict[str, Any]) -> None:
+    made, x = block(0.4, **settings), random(2, 2, 2, 16).requires_grad_()
 
     def call(x: Tensor) -> Tensor:
         torch.manual_seed(4)
@@ -169,32 +180,51 @@ def test_second_derivatives_of_a_block() -> None:
         return y
 
     assert torch.autograd.gradgradcheck(call, (x,), atol=1e-4, nondet_tol=1e-9, fast_mode=True)
+    if not settings:
+        return
+    # Also by what is no weight of a product.
+    leaves = [p for n, p in made.named_parameters() if n.startswith(("norm1", "gamma1"))]
+    grads = torch.autograd.grad(call(x).square().sum(), [x, *leaves], create_graph=True)
+    found = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *leaves])
+    watch(made.norm1[0]), watch(made.norm2[0])
+    grads = torch.autograd.grad(call(x).square().sum(), [x, *leaves], create_graph=True)
+    wanted = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *leaves])
+    for got, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, right)
 
 
-@pytest.mark.parametrize("frozen", ["norm1", "norm2", "dcn", "mlp", "x"])
-def test_only_what_is_needed_of_a_block(frozen: str) -> None:
-    made, x = block(0.4), random(3, 3, 4, 16).requires_grad_()
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        *[(settings, name) for settings in WHOLE for name in ("norm1", "norm2", "dcn", "mlp", "x")],
+        *[(POST_NORM[1], name) for name in ("gamma1", "norm1 dcn", "norm1 gamma1", "norm dcn x")],
+    ],
+)
+def test_only_what_is_needed_of_a_block(settings: dict[str, Any], frozen: str) -> None:
+    made, x = block(0.4, **settings), random(3, 3, 4, 16).requires_grad_()
     wanted = gradients(made, x)
-    (x if frozen == "x" else made.get_submodule(frozen)).requires_grad_(False)
+    for name, leaf in {"x": x, **dict(made.named_parameters())}.items():
+        leaf.requires_grad_(not name.startswith(tuple(frozen.split())))
     torch.manual_seed(4)
     y = made(x)
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
     for name, leaf in {"x": x, **dict(made.named_parameters())}.items():
-        if name.startswith(frozen):
+        if not leaf.requires_grad:
             assert leaf.grad is None
         else:
             torch.testing.assert_close(leaf.grad, wanted[name])
 
 
-def test_a_checkpointed_block_drops_the_same_twice() -> None:
-    made, x = block(0.4), random(6, 3, 4, 16).requires_grad_()
+@pytest.mark.parametrize("settings", WHOLE)
+def test_a_checkpointed_block_drops_the_same_twice(settings: dict[str, Any]) -> None:
+    made, x = block(0.4, **settings), random(6, 3, 4, 16).requires_grad_()
     wanted = gradients(made, x)
     kept: Callable[..., Any] = made.forward
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            for name, child in made.named_children():
+            for name, child in (*made.named_children(), *made.named_parameters(recurse=False)):
                 setattr(self, name, child)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -203,12 +233,13 @@ def test_a_checkpointed_block_drops_the_same_twice() -> None:
     same(gradients(Checkpointed(), x), wanted)
 
 
+@pytest.mark.parametrize("settings", WHOLE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_branch_under_autocast(dtype: torch.dtype) -> None:
+def test_a_branch_under_autocast(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """As exact as the calls that it is made of; a float32 map is not cast by the branch."""
     if dtype == torch.float16 and not hasattr(torch, "get_autocast_dtype"):
         pytest.skip(f"torch {torch.__version__} has no float16 autocast on the CPU")
-    made, x = block(0.4).float(), random(6, 3, 4, 16)
+    made, x = block(0.4, **settings).float(), random(6, 3, 4, 16)
     x = x.to(dtype).double().requires_grad_()
     exact = gradients(made.double(), x)
     made.float()
@@ -229,18 +260,41 @@ def test_a_branch_under_autocast(dtype: torch.dtype) -> None:
         assert made(x.detach().float()).dtype == torch.float32
 
 
-def test_a_branch_that_forgets_its_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dcnv4.models.branch import _BranchFormula
-
-    right = _BranchFormula.backward
+@pytest.mark.parametrize("settings", WHOLE)
+def test_a_branch_that_forgets_its_input_is_noticed(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = branch._PostNormFormula if settings else branch._PreNormFormula
+    right = kind.backward
 
     def wrong(self: Formula, grad: Tensor, *rest: Any) -> Any:
-        (x,), made = right(self, grad, *rest)  # type: ignore[arg-type]
-        return (x - grad,), made
+        (x, *others), made = right(self, grad, *rest)  # type: ignore[arg-type]
+        return (x - grad, *others), made
 
-    monkeypatch.setattr(_BranchFormula, "backward", wrong)
+    monkeypatch.setattr(kind, "backward", wrong)
     with pytest.raises(AssertionError, match="x: "):
-        test_a_branch_is_its_submodules(0.0, {})
+        test_a_branch_is_its_submodules(0.0, settings)
+
+
+def test_a_scale_that_is_more_than_numbers_is_multiplied_by() -> None:
+    """A parameter of another class, of which only its own functions know what it is."""
+
+    class Twice(nn.Parameter):
+        @classmethod
+        def __torch_function__(
+            cls, function: Any, kinds: Any, given: Any, named: Any = None
+        ) -> Any:
+            if function is Tensor.mul:
+                given = [2 * g.as_subclass(Tensor) if type(g) is Twice else g for g in given]
+            return super().__torch_function__(function, kinds, given, named or {})
+
+    made, x = block(post_norm=True, layer_scale=0.5), random(2, 3, 4, 16)
+    watch(made.norm2)
+    with torch.no_grad():
+        made.gamma1 *= 2
+        wanted = made(x)
+        made.gamma1 = Twice(made.gamma1.detach() / 2)
+        torch.testing.assert_close(made(x).as_subclass(Tensor), wanted)
 
 
 # Levels.

@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..eager import autocast_dtype, may_read_past
 from ..layers.base import are_unwatched, known
-from ..layers.projections import Call, Formula, Sums, Weights, concatenated
+from ..layers.projections import (
+    Call,
+    Formula,
+    Sums,
+    Weights,
+    computed_dtype,
+    concatenated,
+    read,
+)
 from . import norm as layer_norm
 from .norm import LayerNorm
 
@@ -21,43 +30,97 @@ for _kind in (nn.Sequential, nn.Identity, DropPath):
     known(_kind)
 
 
-def formula(x: Tensor, norm: nn.Module, layer: nn.Module, drop: nn.Module | None) -> Formula | None:
-    """x + drop(layer(norm(x))) as one node of autograd; None where it has to be composed.
+def formula(
+    x: Tensor,
+    norm: nn.Module,
+    layer: nn.Module,
+    drop: nn.Module,
+    gamma: Tensor | None = None,
+    post_norm: bool = False,
+) -> Formula | None:
+    """A branch as one node of autograd, or the layer of one as a part of it; None where it has to
+    be composed.
 
     Args:
         x: [B, H, W, C].
         norm: an `nn.Sequential` of a `LayerNorm` alone, or one that is called always.
         layer: a `Part`, or one that is composed always.
-        drop: a `DropPath`, or an `nn.Identity`; None: of the layer alone, in whatever branch with
-            that norm, for which x stands for what the layer reads.
+        drop: a `DropPath`, or an `nn.Identity`.
+        gamma: what the branch is multiplied by, [C].
+        post_norm: whether the norm is behind the layer.
+
+    Returns:
+        x + drop(layer(norm(x))); with `post_norm`, x + drop(norm(layer(x))·gamma); where there is a
+        gamma but no `post_norm`, of the layer alone, for which x stands for what it reads.
     """
     make = getattr(layer, "_part", None)
     if make is None or not may_read_past(x) or x.dtype is not autocast_dtype(x):
         return None
-    if type(norm) is not nn.Sequential or len(norm) != 1:
+    if not are_unwatched((layer, drop)) or (only := norm_in(norm)) is None:
+        return None
+    if not post_norm and gamma is None:
+        whole: Formula | None = make(x, x.dtype, (only,))
+        return None if whole is None else _PreNormFormula(whole, only, drop)
+    own = read((only,))
+    if own is None or computed_dtype(x.dtype, x.device.type, own) is None:
+        return None
+    alone: Formula | None = make(x, x.dtype)
+    if alone is None or not post_norm:
+        return alone
+    if gamma is not None and type(gamma) is not nn.Parameter:
+        return None
+    return _PostNormFormula(alone, only, drop, gamma)
+
+
+def norm_in(norm: nn.Module) -> LayerNorm | None:
+    """The `LayerNorm` that an `nn.Sequential` is made of, whose own call nobody would miss."""
+    if type(norm) is not nn.Sequential or len(norm) != 1 or not are_unwatched((norm,)):
         return None
     (only,) = norm
-    if not isinstance(only, LayerNorm) or only.bias is None:
-        return None
-    if drop is None:
-        alone: Formula | None = make(x, x.dtype) if are_unwatched((norm, only, layer)) else None
-        return alone
-    if not are_unwatched((norm, layer, drop)):
-        return None
-    inner: Formula | None = make(x, x.dtype, (only,))
-    return None if inner is None else _BranchFormula(inner, only, drop)
+    return only if isinstance(only, LayerNorm) and only.bias is not None else None
 
 
-class _BranchFormula(Formula):
-    """The norm's parameters are the first, then those of the layer's products."""
+class _Branch(Formula):
+    """A branch around the formula of its layer."""
 
-    def __init__(self, inner: Formula, norm: LayerNorm, drop: nn.Module) -> None:
-        super().__init__(inner.parameters, inner.dtype, inner.wide)
+    def __init__(
+        self,
+        inner: Formula,
+        norm: LayerNorm,
+        drop: nn.Module,
+        wide: tuple[torch.dtype, ...],
+    ) -> None:
+        super().__init__(inner.parameters, inner.dtype, wide)
         self.inner, self.norm, self.drop = inner, norm, drop
         self.kept: Tensor | None = None
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
         self.of_norm = 0
         """How many tensors the norm's backward needs that its forward made."""
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
+
+    def _dropped(self, grad: Tensor) -> Tensor:
+        """Of what was added, from the gradient of the sum."""
+        return grad if self.kept is None else grad * self.kept
+
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """As timm draws it."""
+        drop = self.drop
+        if not drop.training or (rate := getattr(drop, "drop_prob", 0.0)) == 0.0:
+            return None
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate)
+        return kept.div_(1 - rate) if rate < 1 and drop.scale_by_keep else kept
+
+
+class _PreNormFormula(_Branch):
+    """x + drop(layer(norm(x))).
+
+    The norm's parameters are the first, then those of the layer's products.
+    """
+
+    def __init__(self, inner: Formula, norm: LayerNorm, drop: nn.Module) -> None:
+        super().__init__(inner, norm, drop, inner.wide)
 
     def is_folding(self) -> bool:
         """With gradients, the norm's weight and bias are multiplied into the product that reads it,
@@ -79,9 +142,6 @@ class _BranchFormula(Formula):
             ((weight * scale.unsqueeze(-2)).to(self.dtype), bias.to(self.dtype)),
             (weights[-1].to(self.dtype), second),
         ]
-
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         (x,) = inputs
@@ -109,7 +169,7 @@ class _BranchFormula(Formula):
         normed, *own = kept[: 1 + self.of_norm]
         del kept[: 1 + self.of_norm]
         after = None if sums is None else sums.after(1)
-        grad_y = grad if self.kept is None else grad * self.kept
+        grad_y = self._dropped(grad)
         grad_normed: Any
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
@@ -123,10 +183,77 @@ class _BranchFormula(Formula):
             made = [(grad_weight.to(sums.dtype), grad_bias.to(sums.dtype)), *made]
         return (grad_x,), made
 
-    def _drawn(self, x: Tensor) -> Tensor | None:
-        """As timm draws it."""
-        drop = self.drop
-        if not drop.training or (rate := getattr(drop, "drop_prob", 0.0)) == 0.0:
-            return None
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate)
-        return kept.div_(1 - rate) if rate < 1 and drop.scale_by_keep else kept
+
+class _PostNormFormula(_Branch):
+    """x + drop(norm(layer(x))·gamma).
+
+    Its inputs are x, the norm's weight and bias and, if there is one, gamma, which are multiplied
+    as they are: a product of halves could be too small for one.
+    """
+
+    def __init__(
+        self, inner: Formula, norm: LayerNorm, drop: nn.Module, gamma: Tensor | None
+    ) -> None:
+        self.scales = (norm.weight, norm.bias) + (() if gamma is None else (gamma,))
+        wide = (*inner.wide, *[scale.dtype for scale in self.scales])
+        super().__init__(inner, norm, drop, wide)
+
+    def call(self, x: Tensor) -> Tensor:
+        inputs = (x, *self.scales)
+        return self.run(inputs, inputs)
+
+    def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
+        x, *scales = inputs
+        y = self.inner.composed((x,), call)
+        weight, bias = (t.to(y.dtype) for t in _scaled(*scales))
+        return self._added(x, F.layer_norm(y, y.shape[-1:], weight, bias, self.norm.eps))
+
+    def forward(
+        self, inputs: Sequence[Tensor], weights: Weights
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, *scales = inputs
+        y, inner = self.inner.forward((x,), weights)
+        normed, own = layer_norm.forward(y, *_scaled(*scales), self.norm.eps)
+        self.of_norm = len(own)
+        self.kept = self._drawn(x)
+        return self._added(x, normed), (y, *own, *inner)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        kept: list[Tensor],
+        sums: Sums | None,
+        needed: Sequence[bool],
+    ) -> tuple[Sequence[Tensor | None], Weights]:
+        x, *scales = inputs
+        y, *own = kept[: 1 + self.of_norm]
+        del kept[: 1 + self.of_norm]
+        through, wanted = sums is not None or needed[0], any(needed[1 : len(inputs)])
+        weight, _ = _scaled(*scales)
+        grad_y: Any
+        grad_y, *of_norm = layer_norm.backward(
+            self._dropped(grad), y, weight, self.norm.eps, own, None, (through, wanted)
+        )
+        del y, own
+        of_scales = _scales_gradients(of_norm, scales) if wanted else [None] * len(scales)
+        if not through:
+            return (None, *of_scales), []
+        (grad_x,), made = self.inner.backward(grad_y, (x,), weights, kept, sums, (needed[0],))
+        return (None if grad_x is None else grad_x + grad, *of_scales), made
+
+
+def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm that is multiplied by gamma."""
+    return (weight, bias) if gamma is None else (weight * gamma, bias * gamma)
+
+
+def _scales_gradients(found: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of weight, bias and gamma, from those of the first two times gamma."""
+    grads = list(found)
+    if scales[2:]:
+        weight, bias, gamma = scales
+        of_gamma = torch.addcmul(grads[0] * weight, grads[1], bias)
+        grads = [grads[0] * gamma, grads[1] * gamma, of_gamma]
+    return [grad.to(scale.dtype) for grad, scale in zip(grads, scales, strict=True)]

@@ -132,8 +132,7 @@ class Block(nn.Module):
     def _formula(
         self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
     ) -> Formula | None:
-        whole = not self.post_norm and gamma is None
-        return branch.formula(x, norm, layer, self.drop_path if whole else None)
+        return branch.formula(x, norm, layer, self.drop_path, gamma, self.post_norm)
 
     def _branch(
         self,
@@ -143,13 +142,13 @@ class Block(nn.Module):
         gamma: Tensor | None,
         formula: Formula | None,
     ) -> Tensor:
-        if formula is not None and not self.post_norm and gamma is None:
+        if formula is not None and (self.post_norm or gamma is None):
             return formula.call(x)
         call = layer if formula is None else formula.call
-        if self.post_norm:
-            y = norm(call(x)) if gamma is None else norm[0](call(x), gamma)
+        if self.post_norm and gamma is not None and (only := branch.norm_in(norm)) is not None:
+            y = only(call(x), gamma)
         else:
-            y = call(norm(x))
+            y = norm(call(x)) if self.post_norm else call(norm(x))
             if gamma is not None:
                 y = y * gamma.to(y.dtype)
         added: Tensor = x + self.drop_path(y)

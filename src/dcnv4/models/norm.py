@@ -49,6 +49,7 @@ def forward(x: Tensor, weight: Any, bias: Any, eps: float) -> tuple[Tensor, tupl
     autograd, where nobody is interested but a compiler."""
     if not is_compiling() and _has_kernels(x, weight, bias):
         return cuda.norm_forward(x, weight, bias, eps), ()
+    weight, bias = (t if t is None else t.to(x.dtype) for t in (weight, bias))
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y, (mean, rstd)
 
@@ -59,18 +60,22 @@ def backward(
     weight: Tensor,
     eps: float,
     kept: Sequence[Tensor],
-    added: Tensor,
+    added: Tensor | None,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x, plus `added`, and of weight and bias; `needed`: of x, and of the others."""
+    """Gradients of x, with what is `added`, and of weight and bias; `needed`: of x, and of the
+    others."""
     if not kept:
         return cuda.norm_backward(grad, x, weight, eps, added)
+    weight = weight.to(x.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         *(grad, x, x.shape[-1:], *kept),
         *(weight, weight),  # of the bias it asks alone whether there is one
         [needed[0], needed[1], needed[1]],
     )
-    return grad_x.add_(added) if needed[0] else None, grad_weight, grad_bias
+    if added is not None and needed[0]:
+        grad_x = grad_x.add_(added)
+    return grad_x if needed[0] else None, grad_weight, grad_bias
 
 
 def _has_kernels(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
