@@ -395,9 +395,12 @@ def _panel(
 
     bottom = top + high * len(rows)
     picture.text(left + wide / 2, top - 10, panel.title, "small bold middle")
-    for tick in ticks:
+    longest = f"{ticks[-1]:,g}"
+    crowded = place(ticks[1]) - place(ticks[0]) < 7 * len(longest)
+    for index, tick in enumerate(ticks):
         picture.line(place(tick), top, place(tick), bottom, "grid")
-        picture.text(place(tick), bottom + 16, f"{tick:,g}", "small middle soft")
+        if not crowded or index % 2 == 0:
+            picture.text(place(tick), bottom + 16, f"{tick:,g}", "small middle soft")
     picture.text(left + wide / 2, bottom + 33, panel.unit, "small middle soft")
     for index, row in enumerate(rows):
         y = top + high * (index + 0.5)
