@@ -77,12 +77,12 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: floa
 # Branches.
 
 
-POST_NORM: list[dict[str, Any]] = [
+WHOLE: list[dict[str, Any]] = [
+    {},
+    {"layer_scale": 0.5},
     {"post_norm": True},
     {"post_norm": True, "layer_scale": 0.5, "dw_kernel_size": 3},
 ]
-WHOLE: list[dict[str, Any]] = [{}, *POST_NORM]
-"""Settings of blocks whose branches are one node each."""
 
 
 @pytest.mark.parametrize("settings", [*WHOLE, {"dw_kernel_size": 3, "output_bias": True}])
@@ -180,8 +180,6 @@ def test_second_derivatives_of_a_block(settings: dict[str, Any]) -> None:
         return y
 
     assert torch.autograd.gradgradcheck(call, (x,), atol=1e-4, nondet_tol=1e-9, fast_mode=True)
-    if not settings:
-        return
     # Also by what is no weight of a product.
     leaves = [p for n, p in made.named_parameters() if n.startswith(("norm1", "gamma1"))]
     grads = torch.autograd.grad(call(x).square().sum(), [x, *leaves], create_graph=True)
@@ -197,7 +195,11 @@ def test_second_derivatives_of_a_block(settings: dict[str, Any]) -> None:
     ("settings", "frozen"),
     [
         *[(settings, name) for settings in WHOLE for name in ("norm1", "norm2", "dcn", "mlp", "x")],
-        *[(POST_NORM[1], name) for name in ("gamma1", "norm1 dcn", "norm1 gamma1", "norm dcn x")],
+        *[
+            (settings, name)
+            for settings in (WHOLE[1], WHOLE[3])
+            for name in ("gamma1", "norm1 dcn", "norm1 gamma1", "norm dcn x", "norm dcn mlp x")
+        ],
     ],
 )
 def test_only_what_is_needed_of_a_block(settings: dict[str, Any], frozen: str) -> None:
@@ -264,7 +266,8 @@ def test_a_branch_under_autocast(dtype: torch.dtype, settings: dict[str, Any]) -
 def test_a_branch_that_forgets_its_input_is_noticed(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = branch._PostNormFormula if settings else branch._PreNormFormula
+    name = "_PostNormFormula" if "post_norm" in settings else "_PreNormFormula"
+    kind = getattr(branch, name)
     right = kind.backward
 
     def wrong(self: Formula, grad: Tensor, *rest: Any) -> Any:
@@ -276,7 +279,8 @@ def test_a_branch_that_forgets_its_input_is_noticed(
         test_a_branch_is_its_submodules(0.0, settings)
 
 
-def test_a_scale_that_is_more_than_numbers_is_multiplied_by() -> None:
+@pytest.mark.parametrize("settings", [WHOLE[1], WHOLE[3]])
+def test_a_scale_that_is_more_than_numbers_is_multiplied_by(settings: dict[str, Any]) -> None:
     """A parameter of another class, of which only its own functions know what it is."""
 
     class Twice(nn.Parameter):
@@ -288,7 +292,7 @@ def test_a_scale_that_is_more_than_numbers_is_multiplied_by() -> None:
                 given = [2 * g.as_subclass(Tensor) if type(g) is Twice else g for g in given]
             return super().__torch_function__(function, kinds, given, named or {})
 
-    made, x = block(post_norm=True, layer_scale=0.5), random(2, 3, 4, 16)
+    made, x = block(**settings), random(2, 3, 4, 16)
     watch(made.norm2)
     with torch.no_grad():
         made.gamma1 *= 2
@@ -414,7 +418,9 @@ def test_a_level_of_frozen_and_different_blocks() -> None:
 
 
 # 7 weights and biases of the one branch, 5 of the other, or 6 with every bias.
-@pytest.mark.parametrize(("settings", "count"), list(zip(SETTINGS, (7 + 5, 6, 0, 0), strict=True)))
+@pytest.mark.parametrize(
+    ("settings", "count"), list(zip(SETTINGS, (7 + 5, 6, 7 + 5, 0), strict=True))
+)
 def test_a_compiled_level_stacks_what_it_computes_with(
     settings: dict[str, Any], count: int
 ) -> None:

@@ -64,7 +64,7 @@ ARROWS = {
         *("checkpoints", "layers", "layers.base", "layers.projections"),
         *("models.branch", "models.mlp", "models.norm"),
     },
-    "models.branch": {"eager", "layers.base", "layers.projections", "models.norm"},
+    "models.branch": {"eager", "geometry", "layers.base", "layers.projections", "models.norm"},
     "models.norm": {"backends", "backends.cuda", "eager", "layers.base"},
     "models.mlp": {"eager", "layers.base", "layers.projections"},
     "models.rates": set(),

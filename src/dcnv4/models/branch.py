@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..eager import autocast_dtype, may_read_past
+from ..geometry import sum_dtype
 from ..layers.base import are_unwatched, known
 from ..layers.projections import (
     Call,
@@ -38,38 +40,34 @@ def formula(
     gamma: Tensor | None = None,
     post_norm: bool = False,
 ) -> Formula | None:
-    """A branch as one node of autograd, or the layer of one as a part of it; None where it has to
-    be composed.
+    """x + drop(layer(norm(x))·gamma) or, with `post_norm`, x + drop(norm(layer(x))·gamma), as one
+    node of autograd; None where it has to be composed.
 
     Args:
         x: [B, H, W, C].
         norm: an `nn.Sequential` of a `LayerNorm` alone, or one that is called always.
         layer: a `Part`, or one that is composed always.
         drop: a `DropPath`, or an `nn.Identity`.
-        gamma: what the branch is multiplied by, [C].
+        gamma: [C]; None for 1.
         post_norm: whether the norm is behind the layer.
-
-    Returns:
-        x + drop(layer(norm(x))); with `post_norm`, x + drop(norm(layer(x))·gamma); where there is a
-        gamma but no `post_norm`, of the layer alone, for which x stands for what it reads.
     """
     make = getattr(layer, "_part", None)
     if make is None or not may_read_past(x) or x.dtype is not autocast_dtype(x):
         return None
     if not are_unwatched((layer, drop)) or (only := norm_in(norm)) is None:
         return None
-    if not post_norm and gamma is None:
-        whole: Formula | None = make(x, x.dtype, (only,))
-        return None if whole is None else _PreNormFormula(whole, only, drop)
-    own = read((only,))
-    if own is None or computed_dtype(x.dtype, x.device.type, own) is None:
-        return None
-    alone: Formula | None = make(x, x.dtype)
-    if alone is None or not post_norm:
-        return alone
     if gamma is not None and type(gamma) is not nn.Parameter:
         return None
-    return _PostNormFormula(alone, only, drop, gamma)
+    own = (only,)
+    inner: Formula | None
+    if not post_norm:
+        inner = make(x, x.dtype, own)
+        return None if inner is None else _PreNormFormula(inner, only, drop, gamma)
+    parameters = read(own)
+    if parameters is None or computed_dtype(x.dtype, x.device.type, parameters) is None:
+        return None
+    inner = make(x, x.dtype)
+    return None if inner is None else _PostNormFormula(inner, only, drop, gamma)
 
 
 def norm_in(norm: nn.Module) -> LayerNorm | None:
@@ -81,28 +79,27 @@ def norm_in(norm: nn.Module) -> LayerNorm | None:
 
 
 class _Branch(Formula):
-    """A branch around the formula of its layer."""
+    """A branch around the formula of its layer. Its inputs are x, then the `scales`: what maps are
+    multiplied by that is no weight of a product, each in its own dtype."""
 
     def __init__(
         self,
         inner: Formula,
         norm: LayerNorm,
         drop: nn.Module,
-        wide: tuple[torch.dtype, ...],
+        scales: tuple[Tensor, ...],
     ) -> None:
+        wide = (*inner.wide, *[scale.dtype for scale in scales])
         super().__init__(inner.parameters, inner.dtype, wide)
-        self.inner, self.norm, self.drop = inner, norm, drop
+        self.inner, self.norm, self.drop, self.scales = inner, norm, drop, scales
         self.kept: Tensor | None = None
         """What `drop` multiplies by, [B, 1, 1, 1]; None where it drops nothing."""
         self.of_norm = 0
         """How many tensors the norm's backward needs that its forward made."""
 
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self.kept is None else torch.addcmul(x, y, self.kept)
-
-    def _dropped(self, grad: Tensor) -> Tensor:
-        """Of what was added, from the gradient of the sum."""
-        return grad if self.kept is None else grad * self.kept
+    def call(self, x: Tensor) -> Tensor:
+        inputs = (x, *self.scales)
+        return self.run(inputs, inputs)
 
     def _drawn(self, x: Tensor) -> Tensor | None:
         """As timm draws it."""
@@ -113,14 +110,26 @@ class _Branch(Formula):
         return kept.div_(1 - rate) if rate < 1 and drop.scale_by_keep else kept
 
 
+def _added(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
+    return x + y if factor is None else torch.addcmul(x, y, factor)
+
+
+def _product(*factors: Tensor | None) -> Tensor | None:
+    """Of those that are not None."""
+    found = [factor for factor in factors if factor is not None]
+    return math.prod(found[1:], start=found[0]) if found else None
+
+
 class _PreNormFormula(_Branch):
-    """x + drop(layer(norm(x))).
+    """x + drop(layer(norm(x))·gamma).
 
     The norm's parameters are the first, then those of the layer's products.
     """
 
-    def __init__(self, inner: Formula, norm: LayerNorm, drop: nn.Module) -> None:
-        super().__init__(inner, norm, drop, inner.wide)
+    def __init__(
+        self, inner: Formula, norm: LayerNorm, drop: nn.Module, gamma: Tensor | None
+    ) -> None:
+        super().__init__(inner, norm, drop, () if gamma is None else (gamma,))
 
     def is_folding(self) -> bool:
         """With gradients, the norm's weight and bias are multiplied into the product that reads it,
@@ -144,18 +153,23 @@ class _PreNormFormula(_Branch):
         ]
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
-        (x,) = inputs
-        return self._added(x, self.inner.composed((call(self.norm, x),), call))
+        x, *gamma = inputs
+        return _added(x, self.inner.composed((call(self.norm, x),), call), self._factor(x, gamma))
+
+    def _factor(self, x: Tensor, gamma: Sequence[Tensor]) -> Tensor | None:
+        """What the layer's output is multiplied by."""
+        return _product(self.kept, *[g.to(x.dtype) for g in gamma])
 
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (x,), (weight, bias) = inputs, weights[0]
+        (x, *gamma), (weight, bias) = inputs, weights[0]
         normed, own = layer_norm.forward(x, weight, bias, self.norm.eps)
         self.of_norm = len(own)
         y, inner = self.inner.forward((normed,), weights[1:])
         self.kept = self._drawn(x)
-        return self._added(x, y), (normed, *own, *inner)
+        read = (y,) if gamma else ()
+        return _added(x, y, self._factor(x, gamma)), (*read, normed, *own, *inner)
 
     def backward(
         self,
@@ -166,10 +180,19 @@ class _PreNormFormula(_Branch):
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
+        x, *gamma = inputs
+        factor, of_gamma = self._factor(x, gamma), []
+        if gamma:
+            y = kept.pop(0)
+            y = y if self.kept is None else y * self.kept
+            of_gamma = [(grad * y).sum((0, 1, 2), dtype=sum_dtype(y.dtype)).to(gamma[0].dtype)]
+            del y
+        if sums is None and not needed[0]:
+            return (None, *of_gamma), []
         normed, *own = kept[: 1 + self.of_norm]
         del kept[: 1 + self.of_norm]
         after = None if sums is None else sums.after(1)
-        grad_y = self._dropped(grad)
+        grad_y = grad if factor is None else grad * factor
         grad_normed: Any
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
@@ -177,36 +200,32 @@ class _PreNormFormula(_Branch):
         del normed, grad_y
         wanted = needed[0], sums is not None
         grad_x, grad_weight, grad_bias = layer_norm.backward(
-            grad_normed, inputs[0], weights[0], self.norm.eps, own, grad, wanted
+            grad_normed, x, weights[0], self.norm.eps, own, grad, wanted
         )
         if sums is not None:
             made = [(grad_weight.to(sums.dtype), grad_bias.to(sums.dtype)), *made]
-        return (grad_x,), made
+        return (grad_x, *of_gamma), made
 
 
 class _PostNormFormula(_Branch):
     """x + drop(norm(layer(x))·gamma).
 
-    Its inputs are x, the norm's weight and bias and, if there is one, gamma, which are multiplied
-    as they are: a product of halves could be too small for one.
+    The norm's weight and bias are scales, too: gamma, with which they are multiplied, could be too
+    small for a half.
     """
 
     def __init__(
         self, inner: Formula, norm: LayerNorm, drop: nn.Module, gamma: Tensor | None
     ) -> None:
-        self.scales = (norm.weight, norm.bias) + (() if gamma is None else (gamma,))
-        wide = (*inner.wide, *[scale.dtype for scale in self.scales])
-        super().__init__(inner, norm, drop, wide)
-
-    def call(self, x: Tensor) -> Tensor:
-        inputs = (x, *self.scales)
-        return self.run(inputs, inputs)
+        scales = (norm.weight, norm.bias)
+        super().__init__(inner, norm, drop, scales if gamma is None else (*scales, gamma))
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         x, *scales = inputs
         y = self.inner.composed((x,), call)
         weight, bias = (t.to(y.dtype) for t in _scaled(*scales))
-        return self._added(x, F.layer_norm(y, y.shape[-1:], weight, bias, self.norm.eps))
+        y = F.layer_norm(y, y.shape[-1:], weight, bias, self.norm.eps)
+        return _added(x, y, self.kept)
 
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
@@ -216,7 +235,7 @@ class _PostNormFormula(_Branch):
         normed, own = layer_norm.forward(y, *_scaled(*scales), self.norm.eps)
         self.of_norm = len(own)
         self.kept = self._drawn(x)
-        return self._added(x, normed), (y, *own, *inner)
+        return _added(x, normed, self.kept), (y, *own, *inner)
 
     def backward(
         self,
@@ -234,7 +253,8 @@ class _PostNormFormula(_Branch):
         weight, _ = _scaled(*scales)
         grad_y: Any
         grad_y, *of_norm = layer_norm.backward(
-            self._dropped(grad), y, weight, self.norm.eps, own, None, (through, wanted)
+            grad if self.kept is None else grad * self.kept,
+            *(y, weight, self.norm.eps, own, None, (through, wanted)),
         )
         del y, own
         of_scales = _scales_gradients(of_norm, scales) if wanted else [None] * len(scales)

@@ -115,8 +115,7 @@ class Block(nn.Module):
         return x
 
     def _formulas(self, x: Tensor) -> list[Formula]:
-        """Of the layers for an input like x, with all of their branches where that is possible;
-        none where one has to be called."""
+        """Of both branches for an input like x; none where one has to be composed."""
         found = []
         for parts in self._branches():
             formula = self._formula(x, *parts)
@@ -142,13 +141,12 @@ class Block(nn.Module):
         gamma: Tensor | None,
         formula: Formula | None,
     ) -> Tensor:
-        if formula is not None and (self.post_norm or gamma is None):
+        if formula is not None:
             return formula.call(x)
-        call = layer if formula is None else formula.call
         if self.post_norm and gamma is not None and (only := branch.norm_in(norm)) is not None:
-            y = only(call(x), gamma)
+            y = only(layer(x), gamma)
         else:
-            y = norm(call(x)) if self.post_norm else call(norm(x))
+            y = norm(layer(x)) if self.post_norm else layer(norm(x))
             if gamma is not None:
                 y = y * gamma.to(y.dtype)
         added: Tensor = x + self.drop_path(y)
