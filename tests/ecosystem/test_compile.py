@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import register_parametrization
-from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, ops
 from dcnv4.layers import DCNv3
@@ -61,6 +60,8 @@ def test_compile(case: cases.Case, dynamic: bool) -> None:
 @needs_compile
 def test_a_call_of_a_graph_is_dispatched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the dispatcher to the backend, but by way of who is interested."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     torch._dynamo.reset()
     ways: list[str] = []
 
