@@ -37,15 +37,19 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
+def counting(made: nn.Module) -> nn.Module:
+    """In float64, with parameters that all count."""
+    with torch.no_grad():
+        for parameter in made.double().parameters():
+            parameter.normal_(std=0.3)
+    return made
+
+
 def block(drop_path: float = 0.0, **settings: Any) -> nn.Module:
     """A block in training, of 16 channels, every parameter of which counts."""
     torch.manual_seed(0)
     model = InternImage(channels=16, depths=(2, 1, 1, 1), drop_path_rate=4 * drop_path, **settings)
-    made: nn.Module = model.levels[0].blocks[1].double()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.3)
-    return made
+    return counting(model.levels[0].blocks[1])
 
 
 def watch(module: nn.Module) -> list[str]:
@@ -97,7 +101,7 @@ def test_a_branch_is_its_submodules(drop_path: float, settings: dict[str, Any]) 
     assert calls == [["LayerNorm"]] * 2
     same(found, wanted)
     torch.manual_seed(4)
-    middle = made._branch(x, made.norm1, made.dcn, made.gamma1, None)
+    middle = made._composed(x, made.norm1, made.dcn, made.gamma1)
     dropped = [bool((middle[i] == x[i]).all()) for i in range(6)]
     assert any(dropped) is (drop_path > 0)
 
@@ -308,12 +312,8 @@ def level(depth: int, **settings: Any) -> nn.Module:
     """A level of several blocks in training, every parameter of which counts."""
     torch.manual_seed(0)
     model = InternImage(channels=16, depths=(depth, 1, 1, 1), drop_path_rate=0.4, **settings)
-    made: nn.Module = model.levels[0].double()
-    made.downsample = None
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.3)
-    return made
+    model.levels[0].downsample = None
+    return counting(model.levels[0])
 
 
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[int]:

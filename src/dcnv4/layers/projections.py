@@ -230,10 +230,6 @@ class Formula:
             return output
         return below(inputs[0].device.type, self._forward, inputs)[0]
 
-    def call(self, x: Tensor) -> Tensor:
-        """As a layer is called, with its one input as products read it."""
-        return self.run((x,), (x,))
-
     def is_folding(self) -> bool:
         """Whether `compiled_weights` computes with the parameters; it then takes stacks of them."""
         return False

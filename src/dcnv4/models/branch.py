@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ def formula(
     drop: nn.Module,
     gamma: Tensor | None = None,
     post_norm: bool = False,
-) -> Formula | None:
+) -> Branch | None:
     """x + drop(layer(norm(x))·gamma) or, with `post_norm`, x + drop(norm(layer(x))·gamma), as one
     node of autograd; None where it has to be composed.
 
@@ -78,7 +77,7 @@ def norm_in(norm: nn.Module) -> LayerNorm | None:
     return only if isinstance(only, LayerNorm) and only.bias is not None else None
 
 
-class _Branch(Formula):
+class Branch(Formula):
     """A branch around the formula of its layer. Its inputs are x, then the `scales`: what maps are
     multiplied by that is no weight of a product, each in its own dtype."""
 
@@ -114,13 +113,11 @@ def _added(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
     return x + y if factor is None else torch.addcmul(x, y, factor)
 
 
-def _product(*factors: Tensor | None) -> Tensor | None:
-    """Of those that are not None."""
-    found = [factor for factor in factors if factor is not None]
-    return math.prod(found[1:], start=found[0]) if found else None
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
 
 
-class _PreNormFormula(_Branch):
+class _PreNormFormula(Branch):
     """x + drop(layer(norm(x))·gamma).
 
     The norm's parameters are the first, then those of the layer's products.
@@ -158,7 +155,7 @@ class _PreNormFormula(_Branch):
 
     def _factor(self, x: Tensor, gamma: Sequence[Tensor]) -> Tensor | None:
         """What the layer's output is multiplied by."""
-        return _product(self.kept, *[g.to(x.dtype) for g in gamma])
+        return _times(gamma[0].to(x.dtype), self.kept) if gamma else self.kept
 
     def forward(
         self, inputs: Sequence[Tensor], weights: Weights
@@ -183,8 +180,7 @@ class _PreNormFormula(_Branch):
         x, *gamma = inputs
         factor, of_gamma = self._factor(x, gamma), []
         if gamma:
-            y = kept.pop(0)
-            y = y if self.kept is None else y * self.kept
+            y = _times(kept.pop(0), self.kept)
             of_gamma = [(grad * y).sum((0, 1, 2), dtype=sum_dtype(y.dtype)).to(gamma[0].dtype)]
             del y
         if sums is None and not needed[0]:
@@ -192,7 +188,7 @@ class _PreNormFormula(_Branch):
         normed, *own = kept[: 1 + self.of_norm]
         del kept[: 1 + self.of_norm]
         after = None if sums is None else sums.after(1)
-        grad_y = grad if factor is None else grad * factor
+        grad_y = _times(grad, factor)
         grad_normed: Any
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
@@ -207,7 +203,7 @@ class _PreNormFormula(_Branch):
         return (grad_x, *of_gamma), made
 
 
-class _PostNormFormula(_Branch):
+class _PostNormFormula(Branch):
     """x + drop(norm(layer(x))·gamma).
 
     The norm's weight and bias are scales, too: gamma, with which they are multiplied, could be too
@@ -223,7 +219,7 @@ class _PostNormFormula(_Branch):
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         x, *scales = inputs
         y = self.inner.composed((x,), call)
-        weight, bias = (t.to(y.dtype) for t in _scaled(*scales))
+        weight, bias = (t.to(y.dtype) for t in layer_norm.scaled(*scales))
         y = F.layer_norm(y, y.shape[-1:], weight, bias, self.norm.eps)
         return _added(x, y, self.kept)
 
@@ -232,10 +228,11 @@ class _PostNormFormula(_Branch):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, *scales = inputs
         y, inner = self.inner.forward((x,), weights)
-        normed, own = layer_norm.forward(y, *_scaled(*scales), self.norm.eps)
+        weight, bias = layer_norm.scaled(*scales)
+        normed, own = layer_norm.forward(y, weight, bias, self.norm.eps)
         self.of_norm = len(own)
         self.kept = self._drawn(x)
-        return _added(x, normed, self.kept), (y, *own, *inner)
+        return _added(x, normed, self.kept), (y, weight, *own, *inner)
 
     def backward(
         self,
@@ -247,13 +244,12 @@ class _PostNormFormula(_Branch):
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
         x, *scales = inputs
-        y, *own = kept[: 1 + self.of_norm]
-        del kept[: 1 + self.of_norm]
+        y, weight, *own = kept[: 2 + self.of_norm]
+        del kept[: 2 + self.of_norm]
         through, wanted = sums is not None or needed[0], any(needed[1 : len(inputs)])
-        weight, _ = _scaled(*scales)
         grad_y: Any
         grad_y, *of_norm = layer_norm.backward(
-            grad if self.kept is None else grad * self.kept,
+            _times(grad, self.kept),
             *(y, weight, self.norm.eps, own, None, (through, wanted)),
         )
         del y, own
@@ -262,11 +258,6 @@ class _PostNormFormula(_Branch):
             return (None, *of_scales), []
         (grad_x,), made = self.inner.backward(grad_y, (x,), weights, kept, sums, (needed[0],))
         return (None if grad_x is None else grad_x + grad, *of_scales), made
-
-
-def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a norm that is multiplied by gamma."""
-    return (weight, bias) if gamma is None else (weight * gamma, bias * gamma)
 
 
 def _scales_gradients(found: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor | None]:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints import as_named, state_of
 from ..layers import DCNv3, DCNv4
 from ..layers.base import are_unwatched, known
-from ..layers.projections import TOGETHER, Formula, make_weights
+from ..layers.projections import TOGETHER, make_weights
 from . import branch
 from .mlp import Mlp
 from .norm import LayerNorm
@@ -104,17 +104,12 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, layer, gamma in self._branches():
-            x = self._branch(x, norm, layer, gamma, self._formula(x, norm, layer, gamma))
+        for parts in self._branches():
+            formula = self._formula(x, *parts)
+            x = self._composed(x, *parts) if formula is None else formula.call(x)
         return x
 
-    def _run(self, x: Tensor, formulas: Sequence[Formula]) -> Tensor:
-        """`forward`, by what `_formulas` returned."""
-        for parts, formula in zip(self._branches(), formulas, strict=True):
-            x = self._branch(x, *parts, formula)
-        return x
-
-    def _formulas(self, x: Tensor) -> list[Formula]:
+    def _formulas(self, x: Tensor) -> list[branch.Branch]:
         """Of both branches for an input like x; none where one has to be composed."""
         found = []
         for parts in self._branches():
@@ -130,19 +125,12 @@ class Block(nn.Module):
 
     def _formula(
         self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
-    ) -> Formula | None:
+    ) -> branch.Branch | None:
         return branch.formula(x, norm, layer, self.drop_path, gamma, self.post_norm)
 
-    def _branch(
-        self,
-        x: Tensor,
-        norm: nn.Sequential,
-        layer: nn.Module,
-        gamma: Tensor | None,
-        formula: Formula | None,
+    def _composed(
+        self, x: Tensor, norm: nn.Sequential, layer: nn.Module, gamma: Tensor | None
     ) -> Tensor:
-        if formula is not None:
-            return formula.call(x)
         if self.post_norm and gamma is not None and (only := branch.norm_in(norm)) is not None:
             y = only(layer(x), gamma)
         else:
@@ -174,20 +162,19 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
         formulas = [] if checkpointed else self._formulas(x)
-        for i, block in enumerate(self.blocks):
-            if formulas:
-                x = block._run(x, formulas[i])  # type: ignore[operator]
-            else:
-                x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        for formula in formulas:
+            x = formula.call(x)
+        for block in () if formulas else self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
         return x if self.norm is None else self.norm(x)
 
-    def _formulas(self, x: Tensor) -> list[list[Formula]]:
-        """Of each block, the weights of several made together; none where somebody would miss a
-        call."""
+    def _formulas(self, x: Tensor) -> list[branch.Branch]:
+        """Of all branches, the weights of several blocks made together; none where somebody would
+        miss a call."""
         blocks = [block for block in self.blocks if type(block) is Block]
         if len(blocks) < len(self.blocks) or not are_unwatched(blocks):
             return []
-        made: list[list[Formula]] = []
+        made: list[list[branch.Branch]] = []
         for block in blocks:
             formulas = block._formulas(x)
             if not formulas:
@@ -196,7 +183,7 @@ class Level(nn.Module):
         for i in range(0, len(made), TOGETHER):
             for alike in zip(*made[i : i + TOGETHER], strict=True):
                 make_weights(alike)
-        return made
+        return [formula for formulas in made for formula in formulas]
 
 
 class InternImage(nn.Module):

@@ -29,10 +29,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., C] from [..., C], times `scale` [C] where there is one."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if scale is not None:  # of C numbers, not of the map
-            weight, bias = weight * scale, bias * scale
+        weight, bias = scaled(self.weight, self.bias, scale)
         x = x.to(autocast_dtype(x))
         shape, eps = self.normalized_shape, self.eps
         interested = has_interested((x, weight, bias), range(3))  # also where one is None
@@ -42,6 +39,11 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, shape, weight, bias, eps)
         with torch.autocast(device, enabled=False):
             return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def scaled(weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm times `scale`: products of C numbers, not of the map."""
+    return (weight, bias) if scale is None else (weight * scale, bias * scale)
 
 
 def forward(x: Tensor, weight: Any, bias: Any, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -145,8 +145,7 @@ def run(args: argparse.Namespace) -> int:
         old = report.load(args.compare) if args.compare else None
         kept = report.load(args.json) if args.resume else None
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"dcnv4 bench: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
 
     contestants, missing = _contestants(device, args.backends, args.peers)
     if args.list:
@@ -161,8 +160,7 @@ def run(args: argparse.Namespace) -> int:
             names = {case.name for case in chosen}
             environment, rows, again = report.resumed(kept, environment, names)
         except ValueError as error:
-            print(f"dcnv4 bench: {error}", file=sys.stderr)
-            return 2
+            return _refuse(error)
         chosen = [case for case in chosen if case.name in again]
     print(report.header(environment), flush=True)
 
@@ -184,11 +182,15 @@ def run(args: argparse.Namespace) -> int:
         try:
             left_out = report.plot(args.plot, environment, rows)
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"dcnv4 bench: {error}", file=sys.stderr)
-            return 2
+            return _refuse(error)
         if left_out:
             print(f"\n{args.plot} lacks the last {left_out} cases; choose others with --cases")
     return int(bool(lost) or any(row.kind == "backend" and _failed(row) for row in rows))
+
+
+def _refuse(error: Exception) -> int:
+    print(f"dcnv4 bench: {error}", file=sys.stderr)
+    return 2
 
 
 def _check_files(args: argparse.Namespace) -> None:
