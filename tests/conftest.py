@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, GPU tests where there is a GPU, each backend."""
+"""What every test runs under: a seed, poisoned memory, GPU tests where there is one, each backend."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from torch import Tensor
 
 from dcnv4 import backends
 from support.runner import Runner
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws is the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

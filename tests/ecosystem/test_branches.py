@@ -446,7 +446,6 @@ def test_a_compiled_level_stacks_what_it_computes_with(
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_mlp_is_its_submodules(bias: bool) -> None:
     """In its output and in every gradient, the second ones too; and it keeps one hidden map."""
-    torch.manual_seed(0)
     mlp = Mlp(3, 12, bias, {"dtype": torch.float64})
     x = torch.randn(5, 2, 1, 3, dtype=torch.float64, requires_grad=True)
     leaves = {"x": x, **dict(mlp.named_parameters())}

@@ -212,7 +212,6 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("wrapped", ["bare", "model", "state_dict", "module", "DDP", "both"])
 def test_load_finds_the_weights(wrapped: str) -> None:
-    torch.manual_seed(0)
     trained = {name: torch.randn_like(tensor) for name, tensor in Block().state_dict().items()}
     parallel = {f"module.{name}": tensor for name, tensor in trained.items()}
     checkpoint: Any = {

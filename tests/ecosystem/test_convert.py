@@ -175,7 +175,6 @@ KERNELS = [
 @pytest.mark.parametrize("arguments", KERNELS, ids=repr)
 def test_kernel_starts_as_the_convolution(arguments: dict[str, Any]) -> None:
     """Up to the image's border and beyond, in value and gradient."""
-    torch.manual_seed(0)
     conv = nn.Conv2d(6, 6, groups=6, **arguments).double()
     model = nn.Sequential(copy.deepcopy(conv))
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64, requires_grad=True)

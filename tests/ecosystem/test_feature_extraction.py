@@ -30,7 +30,6 @@ class Model(nn.Module):
 
 
 def test_torchvision() -> None:
-    torch.manual_seed(0)
     model, x = Model().eval(), torch.randn(2, 3, 9, 8)
     assert "deform.0" in get_graph_node_names(model)[0]
     extract = create_feature_extractor(model, {"deform.0": "points", "deform": "features"})
@@ -42,7 +41,6 @@ def test_torchvision() -> None:
 
 
 def test_a_model_of_torchvision() -> None:
-    torch.manual_seed(0)
     model = resnet18().eval()
     model.layer2[0].conv1 = DCNv4Conv2d(64, 128, stride=2, padding=1)
     x = torch.randn(1, 3, 32, 32)

@@ -148,7 +148,6 @@ def expected(
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_computes_what_the_papers_say(kind: str) -> None:
     """Logits, maps and every gradient, in float64, of images whose sides no stride divides."""
-    torch.manual_seed(0)
     model = small(kind).double().eval()
     randomise(model)
     images = torch.randn(2, 3, 37, 50, dtype=torch.float64, requires_grad=True)
@@ -308,7 +307,6 @@ def test_without_a_network_it_says_what_to_do(served: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["T", "B", "InternImage-L"])
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 2), (-1,), 2])
 def test_features(kind: str, indices: Any) -> None:
-    torch.manual_seed(0)
     model = small(kind).eval()
     randomise(model)
     backbone = small(kind, features_only=True, out_indices=indices)
@@ -328,7 +326,6 @@ def test_features(kind: str, indices: Any) -> None:
 
 
 def test_intermediates() -> None:
-    torch.manual_seed(0)
     model, images = small().eval(), torch.randn(1, 3, 64, 32)
     randomise(model)
     last, maps = model.forward_intermediates(images)
@@ -348,7 +345,6 @@ def test_intermediates() -> None:
 
 
 def test_checkpointing_changes_no_gradient() -> None:
-    torch.manual_seed(0)
     model, images = small("B"), torch.randn(2, 3, 32, 32)
     randomise(model)
     grads = []
@@ -410,7 +406,6 @@ def test_coarse_groups() -> None:
 
 
 def test_it_trains_with_timms_optimizer() -> None:
-    torch.manual_seed(0)
     model = small("B", drop_path_rate=0.2, drop_rate=0.1).train()
     optimizer = create_optimizer_v2(model, "adamw", lr=3e-3, param_group_fn=parameter_groups)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
@@ -447,7 +442,6 @@ def test_stochastic_depth_grows_to_its_rate() -> None:
 
 
 def test_a_fresh_model_begins_as_the_original() -> None:
-    torch.manual_seed(0)
     model = timm.create_model("flash_internimage_s", depths=(1, 1, 1, 1))
     for name, parameter in model.named_parameters():
         if ".dcn.offset_mask." in name:
@@ -466,7 +460,6 @@ def test_a_fresh_model_begins_as_the_original() -> None:
 @pytest.mark.skipif(VERSION < (2, 1), reason="autocast of a CPU needs torch >= 2.1")
 @pytest.mark.parametrize("kind", ["T", "B"])
 def test_maps_have_autocasts_dtype_and_statistics_are_exact(kind: str) -> None:
-    torch.manual_seed(0)
     model, images = small(kind).eval(), torch.randn(2, 3, 64, 64)
     randomise(model)
     seen: list[torch.dtype] = []

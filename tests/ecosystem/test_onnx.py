@@ -185,7 +185,6 @@ def network_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("attention", one_in(2, ["gather", "grid_sample"]))
 def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
-    torch.manual_seed(0)
     network = Network().eval()
     path = tmp_path / "model.onnx"
     dcnv4.onnx.export(
@@ -224,7 +223,6 @@ def test_dynamic_shapes(tmp_path: Path, attention: str) -> None:
 )
 def test_dynamic_axes(tmp_path: Path, axes: dict[str, Any], names: list[str] | None) -> None:
     """The old exporter's way to say which sizes change."""
-    torch.manual_seed(0)
     network = Network().eval()
     path = tmp_path / "model.onnx"
     example = network_inputs(2, 12, 12)

@@ -24,16 +24,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-MAP = (torch.randn(2, 6, 8, 8),)
+SEEDED = torch.Generator().manual_seed(0)
+MAP = (torch.randn(2, 6, 8, 8, generator=SEEDED),)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "DCNv4": (lambda: DCNv4(8, group=2), MAP),
     "DCNv4, depthwise": (lambda: DCNv4(8, group=2, dw_kernel_size=3), MAP),
     "DCNv4Conv2d": (
         lambda: DCNv4Conv2d(8, 8, 3, 2, 1, groups=2, dw_kernel_size=5),
-        (torch.randn(2, 8, 6, 8),),
+        (torch.randn(2, 8, 6, 8, generator=SEEDED),),
     ),
     "DCNv3": (lambda: DCNv3(8, group=2), MAP),
-    "FlashDeformAttn": (Attention, (*MAP, torch.rand(2, 3, 2, 2))),
+    "FlashDeformAttn": (Attention, (*MAP, torch.rand(2, 3, 2, 2, generator=SEEDED))),
 }
 
 
@@ -44,7 +45,6 @@ def poison() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_int8(name: str) -> None:
-    torch.manual_seed(0)
     make, inputs = LAYERS[name]
     layer = make().eval()
     for parameter in layer.parameters():
@@ -65,4 +65,9 @@ def test_int8(name: str) -> None:
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
     program = torch.export.export(converted, inputs).run_decompositions(decompositions())
     assert not [n for n in program.graph.nodes if str(n.target).startswith("dcnv4.")]
-    torch.testing.assert_close(program.module()(*inputs), found)
+    # Summed in another order, a sample between two integers may become either: almost none does.
+    plain = program.module()(*inputs)
+    (weight,) = [w for n, w in layer.named_parameters() if n.endswith("output_proj.weight")]
+    step = products[-1].args[0].args[1] * weight.abs().sum(1).max().item()
+    torch.testing.assert_close(plain, found, rtol=1.3e-6, atol=step)
+    assert torch.isclose(plain, found, rtol=1.3e-6, atol=1e-5).float().mean() > 0.95

@@ -39,7 +39,6 @@ def sum_at(value, positions, weights):
     ids=["plain", "stride 2, 3x5", "depthwise, no centre, scaled", "softmax"],
 )
 def test_layer_is_the_sum_over_its_points(settings):
-    torch.manual_seed(0)
     layer = randomised(DCNv4(12, group=3, without_pointwise=True, **settings))
     x = torch.randn(2, 6, 7, 12, dtype=torch.float64)
     positions, weights = layer.sampling_points(x)
@@ -50,7 +49,6 @@ def test_layer_is_the_sum_over_its_points(settings):
 
 
 def test_layouts_agree():
-    torch.manual_seed(0)
     layer = randomised(DCNv4Conv2d(5, 8, stride=2, padding=1, groups=2))
     flat = DCNv4(8, stride=2, group=2).double()
     x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
@@ -76,7 +74,6 @@ def test_a_fresh_layer_looks_at_the_kernel_grid():
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_attention_is_the_sum_over_its_points(size, as_tensor):
-    torch.manual_seed(0)
     layer = randomised(FlashDeformAttn(8, n_levels=2, n_heads=2, n_points=3))
     shapes = ((4, 5), (2, 3))
     query, flat = (torch.randn(2, n, 8, dtype=torch.float64) for n in (6, 26))
