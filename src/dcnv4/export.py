@@ -22,8 +22,8 @@ __all__ = ["decompositions", "portable"]
 def portable() -> Iterator[None]:
     """A context in which traced graphs hold PyTorch's own operations, none of this package.
 
-    They may be traced by `torch.export.export`, `torch.jit.trace` or `torch.compile`. Other calls run as they
-    always do. `torch.onnx.export` does not need this context.
+    They may be traced by `torch.export.export`, `torch.jit.trace` or `torch.compile`. Other calls
+    run as they always do. `torch.onnx.export` does not need this context.
 
     Example:
         >>> import torch

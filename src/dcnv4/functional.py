@@ -340,8 +340,8 @@ def ms_deform_attn_from_offsets(
 
     Note:
         Positions and sums are computed in float32 (float64 for float64). Other images of the batch
-        change a result by rounding at most. Differentiable in `value`, `reference_points`, `offsets`
-        and `attention_weights`, to any order.
+        change a result by rounding at most. Differentiable in `value`, `reference_points`,
+        `offsets` and `attention_weights`, to any order.
 
     Example:
         >>> import torch

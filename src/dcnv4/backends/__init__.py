@@ -154,8 +154,8 @@ def choose(
 
     Args:
         op, device, dtype: as in `Call`.
-        deterministic: as in `Call`. If PyTorch is told `warn_only`, a backend without a deterministic
-            backward runs, with a warning.
+        deterministic: as in `Call`. With PyTorch's `warn_only=True`, a backend without a
+            deterministic backward runs, with a warning.
         backend: a name out of `NAMES`, "auto", or None: the one of the environment variables.
 
     Raises:
