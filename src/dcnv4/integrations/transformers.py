@@ -1,10 +1,10 @@
 """Hugging Face models: their deformable attention through this package's operators.
 
-A model of transformers samples in one of three places: in a module without parameters, in a function
-that is an attribute of the layer, or in a function of the file, which the layer's forward calls. In
-the first and the last case this one layer becomes an instance of a subclass with another forward,
-and no other layer changes. The same is done with the whole forward of a layer that computes what
-Deformable DETR's does.
+A model of transformers samples in one of three places: in a module without parameters, in a
+function that is an attribute of the layer, or in a function of the file, which the layer's forward
+calls. In the first and the last case this one layer becomes an instance of a subclass with another
+forward, and no other layer changes. The same is done with the whole forward of a layer that
+computes what Deformable DETR's does.
 """
 
 from __future__ import annotations
