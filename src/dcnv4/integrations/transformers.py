@@ -40,8 +40,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def enable(model: Model, *, backend: str | None = None) -> Model:
     """Route the deformable attention of a Hugging Face model through this package's operators.
 
-    A layer that computes what Deformable DETR's does runs on `ms_deform_attn_from_offsets`; of any
-    other the sampling runs on `ms_deform_attn`.
+    A layer that computes what Deformable DETR's does runs on
+    `functional.ms_deform_attn_from_offsets`. Any other layer samples by
+    `functional.ms_deform_attn`.
 
     Args:
         model: a model of transformers, or any module that holds one; changed in place. Parameters,
