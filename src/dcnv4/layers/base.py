@@ -24,7 +24,7 @@ from ..arguments import (
 from ..autocast import is_autocast
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
-from ..tracing import beside, is_traced
+from ..tracing import beside, is_traced, refuse_scripting
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -124,6 +124,8 @@ def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
 
 class Layer(nn.Module):
     """What all layers share: parameters that the layer initializes, whoever resets them."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         """The submodules that PyTorch initializes otherwise: how weight and bias are."""
