@@ -49,6 +49,7 @@ OPTIONAL = {
     "matplotlib",
     "mmcv",
     "onnxruntime",
+    "segmentation_models_pytorch",
     "thop",
     "timm",
     "torchvision",
