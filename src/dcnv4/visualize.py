@@ -83,9 +83,12 @@ def conv(
     column, row = window.origins(*(torch.arange(n) for n in positions.shape[1:3]))
     centers = torch.stack(torch.broadcast_tensors(column, row[:, None]), -1).double()
     cells = window.offset_scale * torch.tensor(window.cells(), dtype=torch.float64)
-    chosen = range(weights.shape[3]) if groups is None else groups
+    chosen = list(range(weights.shape[3]) if groups is None else groups)
+    if not chosen:
+        raise ValueError(f"groups must name one at least; got {groups}")
     for group in chosen:
         _check_below("groups", group, weights.shape[3])
+    _check_around(around)
     if pixel is None:
         positions = (positions - centers[:, :, None, None]).flatten(0, 2)
         center, spread = torch.zeros(2, dtype=torch.float64), positions.std(0, unbiased=False)
@@ -104,7 +107,7 @@ def conv(
     size = backdrop.shape[:2] if whole else (1, 1)
     figure = _figure(figure, len(chosen), size)
     figure.suptitle(f"{weights.shape[1]} points a group: {what}", fontsize=14)
-    largest = weights[list(chosen)].abs().max().item()
+    largest = weights[chosen].abs().max().item()
     for group, axes in zip(chosen, _panels(figure, len(chosen)), strict=True):
         axes.set_title(f"group {group}", fontsize=12)
         if pixel is not None:
@@ -114,7 +117,7 @@ def conv(
         _ellipses(axes, positions[group], spread[group], colours)
         points(axes, positions[group], weights[group], center=center, largest=largest)
         if not whole:
-            ends = (positions[list(chosen)] - center).abs() + spread[list(chosen)]
+            ends = (positions[chosen] - center).abs() + spread[chosen]
             shown = torch.cat((cells.abs(), ends.flatten(0, 1)))
             _center(axes, center, around or 1.1 * shown.max().item() + 0.5, pixel is None)
     _legend(
@@ -171,7 +174,9 @@ def attention(
     sizes = torch.tensor(shapes, dtype=torch.float64).flip(-1)
     references = reference_points.double().cpu()[..., :2] * sizes - 0.5
     positions = locations.double().cpu() * sizes[:, None] - 0.5
+    references = references.expand(*positions.shape[:2], -1, -1)
     weights = weights.double().cpu()
+    _check_around(around)
     if index is None:
         positions = (positions - references[:, :, None, :, None]).flatten(0, 1)
         spread = positions.std(0, unbiased=False)
@@ -315,6 +320,11 @@ def _check_layer(layer: Any, kinds: tuple[type, ...]) -> None:
 def _check_below(name: str, index: int, count: int) -> None:
     if check_integer(name, index, 0) >= count:
         raise ValueError(f"{name} must be below {count}; got {index}")
+
+
+def _check_around(around: float | None) -> None:
+    if around is not None and not around > 0:
+        raise ValueError(f"around must be a number of pixels > 0; got {around}")
 
 
 def _check_pixel(pixel: Any, size: Sequence[int]) -> tuple[int, int]:
