@@ -144,10 +144,14 @@ def run(args: argparse.Namespace) -> int:
         _check_files(args)
         old = report.load(args.compare) if args.compare else None
         kept = report.load(args.json) if args.resume else None
+        contestants, missing = _contestants(device, args.backends, args.peers)
+        for name in args.backends:
+            ours = f"dcnv4 {name}"
+            if ours in missing and not any(able.name == ours for able in contestants):
+                raise ValueError(f"--backends must run here; got {name}, which {missing[ours]}")
     except (ValueError, OSError, RuntimeError) as error:
         return _refuse(error)
 
-    contestants, missing = _contestants(device, args.backends, args.peers)
     if args.list:
         print("\n".join(f"{case.name:<40}{case.note}".rstrip() for case in chosen))
         print("\ncontestants:", ", ".join(dict.fromkeys(c.name for c in contestants)))
@@ -195,8 +199,8 @@ def _refuse(error: Exception) -> int:
 
 def _check_files(args: argparse.Namespace) -> None:
     for file in filter(None, (args.json, args.plot)):
-        if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-            raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(file))) or os.path.isdir(file):
+            raise ValueError(f"--json and --plot must be files in a folder that exists; got {file}")
     if args.plot:
         report.check_plot(args.plot)
     if args.resume and not args.json:

@@ -158,7 +158,10 @@ def save(path: str, environment: dict[str, str], rows: Sequence[Row]) -> None:
 def load(path: str) -> tuple[dict[str, str], list[Row]]:
     """Environment and rows of a saved run."""
     with open(path, encoding="utf-8") as file:
-        document = json.load(file)
+        try:
+            document = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a benchmark's JSON; {error}") from error
     version = document.get("schema") if isinstance(document, dict) else None
     if version != SCHEMA:
         raise ValueError(f"{path} must be a benchmark's JSON of schema {SCHEMA}; got {version}")
