@@ -76,19 +76,14 @@ def conv(
         >>> figure = visualize.conv(layer, x, pixel=(10, 16))
         >>> figure.savefig("points.png")
     """
-    _check_layer(layer, (DCNv4Conv2d, DCNv4, DCNv3))
+    _check(layer, (DCNv4Conv2d, DCNv4, DCNv3), around)
     told = layer.sampling_points(x, shape) if isinstance(layer, DCNv4) else layer.sampling_points(x)
     positions, weights = (tensor.double().cpu() for tensor in told)
     window = layer.window
     column, row = window.origins(*(torch.arange(n) for n in positions.shape[1:3]))
     centers = torch.stack(torch.broadcast_tensors(column, row[:, None]), -1).double()
     cells = window.offset_scale * torch.tensor(window.cells(), dtype=torch.float64)
-    chosen = list(range(weights.shape[3]) if groups is None else groups)
-    if not chosen:
-        raise ValueError(f"groups must name one at least; got {groups}")
-    for group in chosen:
-        _check_below("groups", group, weights.shape[3])
-    _check_around(around)
+    chosen = _chosen(groups, weights.shape[3])
     if pixel is None:
         positions = (positions - centers[:, :, None, None]).flatten(0, 2)
         center, spread = torch.zeros(2, dtype=torch.float64), positions.std(0, unbiased=False)
@@ -168,15 +163,14 @@ def attention(
         >>> figure = visualize.attention(layer, queries, reference_points, shapes, index=7)
         >>> figure.savefig("points.png")
     """
-    _check_layer(layer, (FlashDeformAttn,))
-    locations, weights = layer.sampling_points(query, reference_points, input_spatial_shapes)
+    _check(layer, (FlashDeformAttn,), around)
+    told = layer.sampling_points(query, reference_points, input_spatial_shapes)
+    locations, weights = (tensor.double().cpu() for tensor in told)
     shapes = torch.as_tensor(input_spatial_shapes).tolist()
     sizes = torch.tensor(shapes, dtype=torch.float64).flip(-1)
+    positions = locations * sizes[:, None] - 0.5
     references = reference_points.double().cpu()[..., :2] * sizes - 0.5
-    positions = locations.double().cpu() * sizes[:, None] - 0.5
     references = references.expand(*positions.shape[:2], -1, -1)
-    weights = weights.double().cpu()
-    _check_around(around)
     if index is None:
         positions = (positions - references[:, :, None, :, None]).flatten(0, 1)
         spread = positions.std(0, unbiased=False)
@@ -198,9 +192,8 @@ def attention(
         (MARKERS[h // len(HEADS) % len(MARKERS)], HEADS[h % len(HEADS)]) for h in range(heads)
     ]
     for level, axes in enumerate(_panels(figure, levels)):
-        height, width = shapes[level]
+        center, (height, width) = references[level], shapes[level]
         axes.set_title(f"level {level}: {height} x {width} pixels", fontsize=12)
-        center = references[level]
         if index is not None:
             _show(axes, image, (height, width), None, size[1] / size[0])
         for head, (marker, colour) in enumerate(styles):
@@ -311,20 +304,26 @@ def _as_map(layer: nn.Module, x: Tensor, shape: Sequence[int] | None) -> Tensor:
     return x
 
 
-def _check_layer(layer: Any, kinds: tuple[type, ...]) -> None:
+def _check(layer: Any, kinds: tuple[type, ...], around: float | None) -> None:
     if not isinstance(layer, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"layer must be a {names}, which tells its points; got {layer!r:.80}")
+    if around is not None and not around > 0:
+        raise ValueError(f"around must be a number of pixels > 0; got {around}")
+
+
+def _chosen(groups: Sequence[int] | None, count: int) -> list[int]:
+    chosen = list(range(count) if groups is None else groups)
+    if not chosen:
+        raise ValueError(f"groups must name one at least; got {groups}")
+    for group in chosen:
+        _check_below("groups", group, count)
+    return chosen
 
 
 def _check_below(name: str, index: int, count: int) -> None:
     if check_integer(name, index, 0) >= count:
         raise ValueError(f"{name} must be below {count}; got {index}")
-
-
-def _check_around(around: float | None) -> None:
-    if around is not None and not around > 0:
-        raise ValueError(f"around must be a number of pixels > 0; got {around}")
 
 
 def _check_pixel(pixel: Any, size: Sequence[int]) -> tuple[int, int]:

@@ -72,7 +72,7 @@ ARROWS = {
     "export": {"eager", "ops"},
     "onnx": {"export", "geometry", "ops"},
     "compat": {f"compat.{name}" for name in COMPAT},
-    "compat.deformable_detr": {"eager", "functional", "layers"},
+    "compat.deformable_detr": {"arguments", "eager", "functional", "layers"},
     "compat.fork": {"arguments", "compat.opengvlab", "ops"},
     "compat.mmcv": {
         *("arguments", "compat.deformable_detr", "compat.torchvision", "eager", "layers")

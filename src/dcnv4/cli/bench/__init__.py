@@ -135,20 +135,12 @@ def run(args: argparse.Namespace) -> int:
         chosen = cases.choose(device, args.cases, args.quick)
         if not chosen:
             raise ValueError(f"--cases must match a case of --list; got {','.join(args.cases)}")
-        unknown = set(args.backends) - set(backends.NAMES)
-        if unknown:
-            raise ValueError(
-                f"--backends must be of {', '.join(backends.NAMES)}; got {', '.join(unknown)}"
-            )
+        contestants, missing = _contestants(device, args.backends, args.peers)
+        _check_backends(args.backends, contestants, missing)
         _check_peers(device, args.peers)
         _check_files(args)
         old = report.load(args.compare) if args.compare else None
         kept = report.load(args.json) if args.resume else None
-        contestants, missing = _contestants(device, args.backends, args.peers)
-        for name in args.backends:
-            ours = f"dcnv4 {name}"
-            if ours in missing and not any(able.name == ours for able in contestants):
-                raise ValueError(f"--backends must run here; got {name}, which {missing[ours]}")
     except (ValueError, OSError, RuntimeError) as error:
         return _refuse(error)
 
@@ -241,6 +233,17 @@ def _contestants(
         else:
             missing[contestant.requires or contestant.name] = reason
     return able, missing
+
+
+def _check_backends(
+    names: Sequence[str], contestants: Sequence[Contestant], missing: dict[str, str]
+) -> None:
+    able = {contestant.name for contestant in contestants}
+    for name in names:
+        if name not in backends.NAMES:
+            raise ValueError(f"--backends must be of {', '.join(backends.NAMES)}; got {name}")
+        if (ours := f"dcnv4 {name}") not in able:
+            raise ValueError(f"--backends must run here; got {name}, which {missing[ours]}")
 
 
 def _check_peers(device: torch.device, patterns: Sequence[str]) -> None:
