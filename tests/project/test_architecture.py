@@ -70,7 +70,7 @@ ARROWS = {
     "models.rates": set(),
     "visualize": {"arguments", "layers"},
     "export": {"eager", "ops"},
-    "onnx": {"export", "geometry", "ops"},
+    "onnx": {"arguments", "export", "geometry", "ops"},
     "compat": {f"compat.{name}" for name in COMPAT},
     "compat.deformable_detr": {"arguments", "eager", "functional", "layers"},
     "compat.fork": {"arguments", "compat.opengvlab", "ops"},
