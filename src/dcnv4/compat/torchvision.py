@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import check_flag, check_integer, check_tensor
 from ..arguments import window as check_window
-from ..eager import as_leaf, autocast_dtype, is_traced
+from ..autocast import autocast_dtype
 from ..functional import deform_conv, windowed_conv
 from ..geometry import Window
+from ..tracing import as_leaf, is_traced, refuse_scripting
 
 Size = int | Sequence[int]
 
@@ -291,6 +292,8 @@ class DeformConv2d(nn.Module):
         >>> layer(x, offset, mask).shape
         torch.Size([1, 128, 14, 14])
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -21,9 +21,10 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..eager import beside, is_autocast, is_traced
+from ..autocast import is_autocast
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
+from ..tracing import beside, is_traced, refuse_scripting
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -61,11 +62,8 @@ def known(kind: Kind) -> Kind:
 
 known(nn.Linear)
 known(nn.Conv2d)
-_HOOKS = tuple(
-    f"_{hooks}"
-    for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-)
-_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(_every, f"_global{hooks}", {}) for hooks in _HOOKS]
 
 
 def are_bare(modules: Iterable[nn.Module]) -> bool:
@@ -83,9 +81,8 @@ def are_bare(modules: Iterable[nn.Module]) -> bool:
 
 def are_unwatched(modules: Iterable[nn.Module]) -> bool:
     """Whether these are of known classes, their own forwards and hooks being nobody's."""
-    for hooks in _GLOBAL_HOOKS:
-        if getattr(_every, hooks, None):
-            return False
+    if any(_GLOBAL_HOOKS):
+        return False
     for module in modules:
         kind = type(module)  # which a parametrisation and `fully_shard` change
         if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
@@ -123,6 +120,8 @@ def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
 
 class Layer(nn.Module):
     """What all layers share: parameters that the layer initializes, whoever resets them."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         """The submodules that PyTorch initializes otherwise: how weight and bias are."""

@@ -54,6 +54,8 @@ class Stem(nn.Module):
         self.norm2 = _norm(channels, "1", made)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"x must be images [B, in_chans, H, W]; got {list(x.shape)}")
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
         x = self.conv2(x.permute(0, 3, 1, 2))
@@ -259,6 +261,7 @@ class InternImage(nn.Module):
         self.patch_embed = Stem(in_chans, channels, made)
         self.levels = nn.ModuleList()
         self.feature_info = []
+        self.output_fmt = "NHWC"  # to timm: of what hooks see
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         for i, depth in enumerate(depths):
             width, last = channels << i, i == len(depths) - 1
@@ -268,7 +271,8 @@ class InternImage(nn.Module):
                 blocks.append(Block(width, deformable, drop_path=next(rates), **block))
             level = Level(width, blocks, norm=not post_norm, downsample=not last, made=made)
             self.levels.append(level)
-            where = {"num_chs": width, "reduction": 4 << i, "module": f"levels.{i}"}
+            last_of_level = f"levels.{i}." + (f"blocks.{depth - 1}" if post_norm else "norm")
+            where = {"num_chs": width, "reduction": 4 << i, "module": last_of_level}
             self.feature_info.append(where)
         self.num_features, self.head_hidden_size = width, int(width * cls_scale)
         self.conv_head: nn.Module = _conv_head(width, self.head_hidden_size, made)
