@@ -326,6 +326,11 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "input_flatten",
         lambda: attend(input_flatten=torch.zeros(10, 8)),
     ),
+    "flatten_batch": (
+        ValueError,
+        "input_flatten must be [B, S, d_model] with B = 2",
+        lambda: attend(input_flatten=torch.zeros(1, 10, 8)),
+    ),
     "reference_points": (
         ValueError,
         "reference_points",
