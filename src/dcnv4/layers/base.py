@@ -233,9 +233,7 @@ class WindowedLayer(Layer):
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
         if not is_traced(x) and 0 in (height, width):
-            raise ValueError(
-                f"x must have pixels at the centres of windows; got {height} x {width}"
-            )
+            raise ValueError(f"x must have pixels where windows are; got {height} x {width}")
         column, row = self.window.origins(
             # None where the window does not fit, which the operator refuses.
             *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))
