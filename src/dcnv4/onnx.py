@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import geometry, ops
+from .arguments import check_choice
 from .export import decompositions
 from .geometry import Reference, Window, sum_dtype, unpacked
 
@@ -116,7 +117,7 @@ _SAVING = {
 
 def _opset(version: int | None, deform_conv: str) -> int:
     """The version that is written."""
-    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    check_choice("deform_conv", deform_conv, tuple(_DEFORM_CONV))
     if deform_conv == "DeformConv":
         if version is not None and version < 19:
             raise ValueError(
@@ -217,19 +218,14 @@ def lower(
         >>> onnx = torch.onnx.export(lowered, f="model.onnx", dynamo=True, verbose=False)
     """
     _require_torch()
-    _check("deform_conv", deform_conv, _DEFORM_CONV)
-    _check("attention", attention, _ATTENTION)
+    check_choice("deform_conv", deform_conv, tuple(_DEFORM_CONV))
+    check_choice("attention", attention, tuple(_ATTENTION))
     if not isinstance(program, torch.export.ExportedProgram):
         raise TypeError(
             f"program must be what torch.export.export returns; got {type(program).__name__}"
         )
     table = decompositions() | _DEFORM_CONV[deform_conv] | _ATTENTION[attention]
     return program.run_decompositions(table)
-
-
-def _check(name: str, choice: str, choices: Mapping[str, Any]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {choice!r}")
 
 
 def _require_torch() -> None:

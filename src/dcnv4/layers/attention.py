@@ -171,6 +171,11 @@ class FlashDeformAttn(Layer):
         whole = *query.shape[:2], self.n_levels
         check_reference_points(reference_points, whole, query)
         _check_rows("input_flatten", input_flatten, self.value_proj)
+        if input_flatten.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"input_flatten must be [B, S, d_model] with B = {query.shape[0]}, as query has; "
+                f"got {list(input_flatten.shape)}"
+            )
         if input_padding_mask is not None:
             _check_mask(input_padding_mask, input_flatten)
         if may_read_past(query, reference_points, input_flatten):

@@ -27,10 +27,6 @@ class Unable(Exception):  # noqa: N818
     """A contestant gets no time in a case; the text says why in few words."""
 
 
-def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors
-
-
 class Job:
     """One contestant on one case: `call(*leaves)` is what is timed.
 
@@ -46,7 +42,7 @@ class Job:
         self,
         inputs: Sequence[Tensor],
         call: Callable[..., Tensor],
-        own: Callable[..., tuple[Tensor, ...]] = _same,
+        own: Callable[..., tuple[Tensor, ...]] = lambda *tensors: tensors,
         contract: Callable[[Tensor], Tensor] = lambda output: output,
         parameters: Sequence[Tensor] = (),
     ) -> None:

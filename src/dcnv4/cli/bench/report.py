@@ -158,7 +158,10 @@ def save(path: str, environment: dict[str, str], rows: Sequence[Row]) -> None:
 def load(path: str) -> tuple[dict[str, str], list[Row]]:
     """Environment and rows of a saved run."""
     with open(path, encoding="utf-8") as file:
-        document = json.load(file)
+        try:
+            document = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a benchmark's JSON; {error}") from error
     version = document.get("schema") if isinstance(document, dict) else None
     if version != SCHEMA:
         raise ValueError(f"{path} must be a benchmark's JSON of schema {SCHEMA}; got {version}")
@@ -241,10 +244,6 @@ _PLOTTED = 6
 """Cases that a plot has room for."""
 
 
-_Style = dict[str, Any]
-"""What a bar looks like, as matplotlib names it."""
-
-
 def check_plot(path: str) -> None:
     """Raise where there is nothing to plot with, or no such kind of picture."""
     try:
@@ -264,7 +263,6 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
     Returns:
         How many of the rows' cases were left out for want of room.
     """
-    check_plot(path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -321,8 +319,9 @@ def _contestants(group: Sequence[Row]) -> list[Row]:
     return sorted((r for r in group if r.contestant != left_out), key=lambda row: row.ratio or 0)
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
-    """Greens for this library, hatched greys for yardsticks, other hues for peers."""
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What a contestant's bars look like, as matplotlib names it: greens for this library, hatched
+    greys for yardsticks, other hues for peers."""
     named = {
         kind: list(dict.fromkeys(row.contestant for row in rows if row.kind == kind))
         for kind in ("backend", "peer", "yardstick")
@@ -342,7 +341,10 @@ def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
 
 
 def _draw(
-    axis: Any, panel: Sequence[Sequence[Row]], heights: Sequence[float], styles: dict[str, _Style]
+    axis: Any,
+    panel: Sequence[Sequence[Row]],
+    heights: Sequence[float],
+    styles: dict[str, dict[str, Any]],
 ) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
