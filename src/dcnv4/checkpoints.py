@@ -29,13 +29,13 @@ class Loaded(NamedTuple):
     """
 
     missing_keys: list[str]
-    """Of the model, which the checkpoint has not."""
+    """Names that the model has and the checkpoint does not have."""
     unexpected_keys: list[str]
-    """Of the checkpoint, which the model has not."""
+    """Names that the checkpoint has and the model does not have."""
     skipped_keys: list[str]
-    """Left out, because `skip` names them or, without `strict`, because shapes differ."""
+    """Names left out because of `skip` or, without `strict`, because shapes differ."""
     source: str
-    """Where in the checkpoint the weights lay, such as "model_ema"; empty where it is bare."""
+    """The key of the weights in the checkpoint, such as "model_ema"; empty without a key."""
 
 
 def load(

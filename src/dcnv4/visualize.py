@@ -146,7 +146,8 @@ def attention(
         index: the query whose points are drawn over the image. None: positions from the reference
             point and weights, averaged over all queries of the batch, in ellipses of one standard
             deviation.
-        image, sample, figure: as in `conv`; no image draws the pixels' borders.
+        image: as in `conv`. None: the borders of the pixels.
+        sample, figure: as in `conv`.
         around: how many pixels of a level to show around the reference point. None: all.
 
     Returns:

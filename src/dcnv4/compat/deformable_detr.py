@@ -14,7 +14,7 @@ from ..layers import FlashDeformAttn
 from ..tracing import is_traced
 
 MSDeformAttn = FlashDeformAttn
-"""Deformable DETR's layer: the same arguments and parameters."""
+"""Deformable DETR's layer, with the same arguments and parameters, is `FlashDeformAttn`."""
 
 Shapes = Tensor | Sequence[Sequence[int]]
 Starts = Tensor | Sequence[int] | None

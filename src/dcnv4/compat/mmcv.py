@@ -126,7 +126,7 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
     """
 
     is_init = _is_init = True
-    """What mmengine asks before it calls `init_weights`: whether that has been done."""
+    """Tells mmengine that `init_weights` has been called."""
 
     def __init__(
         self,
