@@ -231,10 +231,8 @@ def _state(row: Row) -> str:
 
 def _verdict(was: Row, now: Row, ratio: float) -> str:
     """Faster or slower where the spreads, put on one scale, lie apart."""
-    limits = (was.p20, was.p80, now.p20, now.p80, was.median, now.median)
-    if any(limit is None for limit in limits):
-        return ""
-    p20, p80, new_p20, new_p80, then, new = (float(limit or 0) for limit in limits)
+    limits: Any = (was.p20, was.p80, now.p20, now.p80, was.median, now.median)
+    p20, p80, new_p20, new_p80, then, new = limits
     if ratio * new_p80 / new < p20 / then:
         return "faster"
     return "slower" if ratio * new_p20 / new > p80 / then else ""
@@ -350,7 +348,7 @@ def _draw(
 
     ratios = [row.ratio or 1 for group in panel for row in group] or [1]
     axis.set_xscale("log")
-    axis.set_xlim(min(1, *ratios, 1) * 0.8, max(ratios) * 1.8)
+    axis.set_xlim(min(1, *ratios) * 0.8, max(ratios) * 1.8)
     top = 0.0
     for group, height in zip(panel, heights, strict=True):
         for at, row in enumerate(group):
