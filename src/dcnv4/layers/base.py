@@ -108,11 +108,18 @@ def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
     """Refuse in words what the product of a Linear that reads x would refuse."""
     if type(reader) is not nn.Linear or reader.weight.dtype == x.dtype:
         return
-    if not is_traced(x) and not is_autocast(x.device.type) and are_bare((reader,)):
-        raise TypeError(
-            f"{name} must be {reader.weight.dtype}, as the layer's parameters are, or come under "
-            f"autocast; got {x.dtype}"
-        )
+    if is_traced(x) or not are_bare((reader,)):
+        return
+    if not is_autocast(x.device.type):
+        otherwise = "or come under autocast"
+    elif torch.float64 in (x.dtype, reader.weight.dtype):
+        otherwise = "since autocast leaves float64 as it is"
+    else:
+        return
+    raise TypeError(
+        f"{name} must be {reader.weight.dtype}, as the layer's parameters are, {otherwise}; "
+        f"got {x.dtype}"
+    )
 
 
 # Initialization.
@@ -225,6 +232,8 @@ class WindowedLayer(Layer):
         rows, columns = self.window.output_size(height, width)
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
+        if not is_traced(x) and 0 in (height, width):
+            raise ValueError(f"x must have pixels where windows are; got {height} x {width}")
         column, row = self.window.origins(
             # None where the window does not fit, which the operator refuses.
             *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))
