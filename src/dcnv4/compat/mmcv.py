@@ -141,14 +141,10 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
         init_cfg: Any = None,
         value_proj_ratio: float = 1.0,
     ) -> None:
-        numbers = {
-            "embed_dims": embed_dims,
-            "num_levels": num_levels,
-            "num_heads": num_heads,
-            "num_points": num_points,
-        }
-        for name, number in numbers.items():
-            check_integer(name, number, 1)
+        check_integer("embed_dims", embed_dims, 1)
+        check_integer("num_heads", num_heads, 1)
+        check_integer("num_levels", num_levels, 1)
+        check_integer("num_points", num_points, 1)
         check_divides("num_heads", num_heads, embed_dims, f"embed_dims = {embed_dims}")
         width = int(embed_dims * check_finite("value_proj_ratio", value_proj_ratio))
         if width < 1 or width % num_heads:

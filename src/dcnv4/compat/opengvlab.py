@@ -58,10 +58,11 @@ class FlashDeformAttnFunction:
         check_tensor("sampling_loc_attn", sampling_loc_attn, layout, (4, 3), value)
         levels, heads = len(value_spatial_shapes), value.shape[2]
         numbers = 3 * levels * K
-        if sampling_loc_attn.shape[2:] not in ((heads, numbers), (heads * numbers,)):
+        batch, _, *rest = sampling_loc_attn.shape
+        if batch != value.shape[0] or rest not in ([heads, numbers], [heads * numbers]):
             raise ValueError(
-                f"sampling_loc_attn must be [B, Q, G = {heads}, 3*L*K = {numbers}] or "
-                f"[B, Q, {heads * numbers}] with L = {levels} and K = {K}; "
+                f"sampling_loc_attn must be [B = {value.shape[0]}, Q, G = {heads}, 3*L*K = "
+                f"{numbers}] or [B, Q, {heads * numbers}] with L = {levels} and K = {K}; "
                 f"got {list(sampling_loc_attn.shape)}"
             )
         if sampling_loc_attn.dim() == 3:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -302,16 +303,14 @@ class _DeviceLostError(RuntimeError):
     """An error after which the GPU answers nothing more in this process."""
 
 
+@dataclass
 class _Bench:
     """Checks and times contestants on one device."""
 
-    def __init__(
-        self, device: torch.device, bandwidth: float, budget: float, deadline: float
-    ) -> None:
-        self.device = device
-        self.bandwidth = bandwidth
-        self.budget = budget
-        self.deadline = deadline
+    device: torch.device
+    bandwidth: float
+    budget: float
+    deadline: float
 
     def run(self, chosen: Sequence[Case], contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
         """The rows of one case and direction after another."""

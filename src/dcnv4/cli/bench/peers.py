@@ -49,7 +49,7 @@ class Job:
         self._inputs = [t.detach().requires_grad_() for t in inputs]
         self._own = own
         self.call = call
-        self._contract = contract
+        self.contract = contract
         converted = [t.detach().requires_grad_() for t in own(*self._inputs)]
         self._converted = len(converted)
         self.leaves = (*converted, *parameters)
@@ -58,14 +58,10 @@ class Job:
         """The output in the contestant's layout, recorded for a backward where grad is enabled."""
         return self.call(*self.leaves)
 
-    def output(self, output: Tensor) -> Tensor:
-        """The contestant's output in the contract's layout."""
-        return self._contract(output)
-
     def own_gradient(self, output: Tensor, grad: Tensor) -> Tensor:
         """The output's gradient in the contestant's layout from that in the contract's."""
         leaf = output.detach().requires_grad_()
-        return torch.autograd.grad(self._contract(leaf), leaf, grad)[0]
+        return torch.autograd.grad(self.contract(leaf), leaf, grad)[0]
 
     def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of the case's inputs from those of the leaves."""
@@ -513,7 +509,7 @@ class Expected:
 
     def output_error(self, job: Job, output: Tensor) -> float:
         """The relative error of a job's output."""
-        return relative_error((job.output(output),), (self.output,))
+        return relative_error((job.contract(output),), (self.output,))
 
     def gradients_error(self, job: Job, grads: Sequence[Tensor]) -> float:
         """The largest relative error among the case's inputs of a job's gradients."""
