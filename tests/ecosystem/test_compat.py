@@ -23,11 +23,6 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def attention_inputs() -> dict[str, Tensor]:
     value = random(2, 49, 3, 4)
     # Some of the points lie outside, none on a pixel's centre or edge.
@@ -73,6 +68,109 @@ def test_attention_fallbacks(function: str) -> None:
         grid_sample.ms_deform_attn(SHAPES, value, locations, weights),
         leaves,
     )
+
+
+COUNTS = [5, 2, 3]
+
+
+def by_counts(points: Tensor) -> Tensor:
+    """[B, Q, G, 10, ...], of each level so many points, of [B, Q, G, L, 5, ...]."""
+    return torch.cat([points[:, :, :, level, :n] for level, n in enumerate(COUNTS)], 3)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["RT-DETRv2", "D-FINE"])
+@pytest.mark.parametrize("counts", [COUNTS, [5, 5, 5]], ids=["counts", "alike"])
+def test_rtdetr(split: bool, counts: list[int]) -> None:
+    leaves = attention_inputs()
+    value, locations, weights = leaves.values()
+    used = torch.arange(5) < torch.tensor(counts)[:, None]
+    expected = grid_sample.ms_deform_attn(SHAPES, value, locations, weights * used)
+    if counts == COUNTS:
+        points = by_counts(locations), by_counts(weights)
+    else:
+        points = locations.flatten(3, 4), weights.flatten(3)
+    given = value.permute(0, 2, 3, 1).split([h * w for h, w in SHAPES], -1) if split else value
+    found = compat.deformable_attention_core_func_v2(given, SHAPES, *points, counts)
+    grid_sample.check(found, expected, leaves)
+
+
+def test_rtdetr_of_one_number_of_points() -> None:
+    leaves = attention_inputs()
+    expected = grid_sample.ms_deform_attn(SHAPES, *leaves.values())
+    value, *points = leaves.values()
+    found = compat.deformable_attention_core_func(value, SHAPES, *points)
+    grid_sample.check(found, expected, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_rtdetr_discrete(dtype: torch.dtype) -> None:
+    """The nearest pixels, those outside moved to the edge; no gradient by the locations."""
+    value, locations, weights = (t.detach().to(dtype) for t in attention_inputs().values())
+    leaves = {"value": value.requires_grad_(), "weights": weights.requires_grad_()}
+    expected = torch.zeros(2, 6, 3, 4, dtype=torch.float64)
+    images, heads = torch.arange(2)[:, None, None, None], torch.arange(3)[:, None]
+    for level, ((h, w), start, count) in enumerate(zip(SHAPES, STARTS, COUNTS, strict=True)):
+        x, y = locations[:, :, :, level, :count].unbind(-1)
+        column, row = (x * w + 0.5).long().clamp(0, w - 1), (y * h + 0.5).long().clamp(0, h - 1)
+        read = value.double()[images, start + row * w + column, heads]
+        expected = expected + (read * weights.double()[:, :, :, level, :count, None]).sum(3)
+    locations.requires_grad_()
+    found = compat.deformable_attention_core_func_v2(
+        value, SHAPES, by_counts(locations), by_counts(weights), COUNTS, method="discrete"
+    )
+    tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.float16 else {}
+    torch.testing.assert_close(found, expected.flatten(2).to(dtype), **tolerances)
+    grad = torch.randn(2, 6, 12, dtype=dtype)
+    grads = torch.autograd.grad(found, [*leaves.values(), locations], grad, allow_unused=True)
+    assert grads[2] is None
+    right = torch.autograd.grad(expected.flatten(2), [*leaves.values()], grad.double())
+    for got, wanted in zip(grads, right, strict=False):
+        torch.testing.assert_close(got, wanted, **tolerances)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("origin", ["ultralytics", "lwdetr"])
+def test_levels_and_points_in_one_dimension(origin: str, flat: bool) -> None:
+    leaves = attention_inputs()
+    expected = grid_sample.ms_deform_attn(SHAPES, *leaves.values())
+    value, locations, weights = leaves.values()
+    weights = weights.flatten(3) if flat else weights
+    if origin == "lwdetr":
+        channels_first = value.permute(0, 2, 3, 1)
+        call, inputs = (
+            compat.lwdetr.ms_deform_attn_core_pytorch,
+            (channels_first, SHAPES, locations),
+        )
+    else:
+        points = locations.flatten(3, 4) if flat else locations
+        call, inputs = (
+            compat.ultralytics.multi_scale_deformable_attn_pytorch,
+            (value, SHAPES, points),
+        )
+    grid_sample.check(call(*inputs, weights), expected, leaves)
+
+
+MISUSED: dict[str, Callable[..., Tensor]] = {
+    "sampling_locations must be .* with P = 9": lambda v, x, w: (
+        compat.deformable_attention_core_func_v2(v, SHAPES, x, w, [5, 1, 3])
+    ),
+    "num_points_list must have 3 levels; got 2": lambda v, x, w: (
+        compat.deformable_attention_core_func_v2(v, SHAPES, x, w, [5, 5], "discrete")
+    ),
+    "method must be 'default' or 'discrete'; got 'nearest'": lambda v, x, w: (
+        compat.deformable_attention_core_func_v2(v, SHAPES, x, w, COUNTS, "nearest")
+    ),
+    "sampling_locations must be .* with P = 9, ": lambda v, x, w: (
+        compat.ultralytics.multi_scale_deformable_attn_pytorch(v, SHAPES, x, w)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISUSED)
+def test_misused(message: str) -> None:
+    value, locations, weights = attention_inputs().values()
+    with pytest.raises(ValueError, match=message):
+        MISUSED[message](value, by_counts(locations), by_counts(weights))
 
 
 def test_gradients_of_gradients() -> None:

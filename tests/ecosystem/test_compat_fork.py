@@ -28,11 +28,6 @@ SIZES = {"group": 2, "group_channels": 4, "offset_scale": 0.5, "im2col_step": 64
 SHAPES = [(5, 7), (3, 4)]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def inputs(remove_center: int) -> dict[str, Tensor]:
     fields = 2 * 3 * (15 - remove_center)
     shapes = {"input": (2, 7, 9, 8), "offset_mask": (2, 4, 9, fields + 2)}

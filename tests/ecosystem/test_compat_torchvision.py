@@ -43,11 +43,6 @@ ONES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def real() -> Any:
     try:
         import torchvision.ops

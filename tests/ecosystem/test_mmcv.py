@@ -48,11 +48,6 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Any:
     return mmcv.ops
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def alike(own: Any, original: Any, *arguments: Any, **settings: Any) -> tuple[nn.Module, nn.Module]:
     """Both layers, built after the same seed; their parameters must have the same bits."""
     layers = []

@@ -24,7 +24,10 @@ NATIVE = {
     if path.suffix in (".h", ".hpp", ".cuh", ".cu", ".cpp")
 }
 
-COMPAT = ("deformable_detr", "fork", "mmcv", "opengvlab", "torchvision")
+COMPAT = (
+    *("deformable_detr", "fork", "lwdetr", "mmcv", "opengvlab", "rtdetr", "torchvision"),
+    "ultralytics",
+)
 
 # The package's modules that each one below the command line may import.
 ARROWS = {
@@ -86,8 +89,11 @@ ARROWS = {
     },
     "compat.opengvlab": {"arguments", "compat.deformable_detr", "tracing", "functional"},
     "compat.torchvision": {"arguments", "autocast", "tracing", "functional", "geometry"},
+    "compat.rtdetr": {"arguments", "compat.deformable_detr", "functional", "geometry", "tracing"},
+    "compat.lwdetr": {"compat.deformable_detr", "functional", "tracing"},
+    "compat.ultralytics": {"compat.deformable_detr", "compat.rtdetr"},
     "integrations": set(),
-    "integrations.transformers": {"arguments", "tracing", "functional", "layers.base"},
+    "integrations.transformers": {"arguments", "compat.rtdetr", "functional", "layers.base"},
 }
 
 

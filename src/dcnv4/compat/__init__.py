@@ -6,7 +6,7 @@ The classes that are named after autograd functions have their `apply` and nothi
 gradients of any order come from the operators. `im2col_step` is accepted and ignored.
 """
 
-from . import deformable_detr, fork, mmcv, opengvlab, torchvision
+from . import deformable_detr, fork, lwdetr, mmcv, opengvlab, rtdetr, torchvision, ultralytics
 from .deformable_detr import MSDeformAttn, MSDeformAttnFunction, ms_deform_attn_core_pytorch
 from .fork import (
     compute_offset_mask_channels,
@@ -27,6 +27,7 @@ from .mmcv import (
     multi_scale_deformable_attn_pytorch,
 )
 from .opengvlab import DCNv3Function, DCNv4Function, FlashDeformAttnFunction, dcnv3_core_pytorch
+from .rtdetr import deformable_attention_core_func, deformable_attention_core_func_v2
 from .torchvision import deform_conv2d
 
 __all__ = [
@@ -48,13 +49,18 @@ __all__ = [
     "dcnv4_forward",
     "dcnv4_forward_pytorch",
     "deform_conv2d",
+    "deformable_attention_core_func",
+    "deformable_attention_core_func_v2",
     "deformable_detr",
     "flash_deform_attn",
     "fork",
+    "lwdetr",
     "mmcv",
     "modulated_deform_conv2d",
     "ms_deform_attn_core_pytorch",
     "multi_scale_deformable_attn_pytorch",
     "opengvlab",
+    "rtdetr",
     "torchvision",
+    "ultralytics",
 ]

@@ -18,13 +18,12 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_backend
+from ..compat.rtdetr import attend
 from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
 from ..layers.base import are_unwatched, known
-from ..tracing import unflattened
 
 _MODULE = "MultiScaleDeformableAttention"
 _ATTRIBUTE = "ms_deformable_attn_core"
@@ -55,10 +54,6 @@ def enable(model: Model, *, backend: str | None = None) -> Model:
     Raises:
         TypeError: `model` is not a module.
         ValueError: the model has no deformable attention, or none that can be routed.
-
-    Note:
-        A layer whose method is "discrete" picks the nearest pixels and stays as it is; a
-        `UserWarning` lists such layers where others are routed.
 
     Example:
         >>> import torch
@@ -148,9 +143,6 @@ def _named_globals(own: Any) -> list[str]:
 
 def _why_not(layer: nn.Module) -> str | None:
     """Why this attention cannot be routed; None if it can."""
-    method = getattr(layer, "method", getattr(layer, "decoder_method", "default"))
-    if method != "default":
-        return f"samples by the method {method!r}"
     if "forward" in vars(layer) and _place(layer) != "attribute":
         return "has a forward of its own, such as a hook's; enable the model before adding it"
     return None
@@ -187,14 +179,10 @@ class _Function:
         num_points_list: Sequence[int] | None = None,
         method: str = "default",
     ) -> Tensor:
-        if method != "default":
-            raise ValueError(f"method must be 'default' in an enabled model; got {method!r}")
-        if num_points_list is not None:
-            sampling_locations = _by_level(sampling_locations, num_points_list, _OUTSIDE)
-            attention_weights = _by_level(attention_weights, num_points_list, 0.0)
-        return ms_deform_attn(
-            value, value_spatial_shapes, sampling_locations, attention_weights, backend=self.backend
-        )
+        inputs = value, value_spatial_shapes, sampling_locations, attention_weights
+        if num_points_list is None:
+            return ms_deform_attn(*inputs, backend=self.backend)
+        return attend(*inputs, num_points_list, method, self.backend)
 
     def apply(
         self,
@@ -206,23 +194,6 @@ class _Function:
         im2col_step: int,
     ) -> Tensor:
         return self(value, value_spatial_shapes, sampling_locations, attention_weights)
-
-
-_OUTSIDE = -1.0
-"""A location outside every level: nothing is read there."""
-
-
-def _by_level(points: Tensor, counts: Sequence[int], fill: float) -> Tensor:
-    """[B, Q, G, L, P, ...] of what is [B, Q, G, sum of the levels' counts, ...].
-
-    P is the largest count; the points that a level lacks are `fill`.
-    """
-    most = max(counts)
-    if all(count == most for count in counts):
-        return unflattened(points, 3, (len(counts), most))
-    inner = (0, 0) * (points.dim() - 4)
-    levels = points.split(list(counts), 3)
-    return torch.stack([F.pad(p, (*inner, 0, most - p.shape[3]), value=fill) for p in levels], 3)
 
 
 class _Routed(nn.Module):
