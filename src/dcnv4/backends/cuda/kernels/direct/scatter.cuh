@@ -10,8 +10,8 @@ constexpr int UNROLLED_BACKWARD = SOFTMAX && ROUNDS <= 4 ? ROUNDS : LANES < 4 ? 
 
 // The gradients of a slice: adds to the value's, and gives `points` those of its points.
 template <typename Points>
-DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Operands& o,
-                          const Slice& slice) {
+DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Slice& slice) {
+    const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
     const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
     const Index pixel_bytes = a.pixel_bytes;

@@ -319,7 +319,8 @@ DCNV4_DEVICE void each_point(int first, int lane, const Visit& visit) {
 // As `scatter`, for all slices of a block at once: all its threads must come here.
 template <typename Points>
 DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Points& points,
-                                 const Operands& o, const Slice& slice) {
+                                 const Slice& slice) {
+    const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
     const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
     const Index pixel_bytes = a.pixel_bytes;

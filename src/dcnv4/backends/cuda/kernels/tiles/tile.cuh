@@ -34,12 +34,8 @@ namespace dcnv4 {
 // The offset's scale is a power of two, so that float16 holds a scaled offset as exactly as the
 // offset. Cells lie at whole steps from the window's centre, of which a pixel has PIXEL_STEPS.
 constexpr float SCALE = float(SCALE_STEPS) / PIXEL_STEPS;
-constexpr DCNV4_DEVICE int steps_x(int cell) {
-    return SCALE_STEPS * (cell / KERNEL_H * DILATION_W - CENTER_W);
-}
-constexpr DCNV4_DEVICE int steps_y(int cell) {
-    return SCALE_STEPS * (cell % KERNEL_H * DILATION_H - CENTER_H);
-}
+constexpr DCNV4_DEVICE int steps_x(int cell) { return SCALE_STEPS * cell_x(cell); }
+constexpr DCNV4_DEVICE int steps_y(int cell) { return SCALE_STEPS * cell_y(cell); }
 constexpr DCNV4_DEVICE int nearest(int steps) {
     constexpr int half = PIXEL_STEPS / 2 - 1;
     return (steps + (steps < 0 ? -half : half)) / PIXEL_STEPS;
