@@ -13,13 +13,13 @@ DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image, Sum share = 1) {
     return a.fixed_point_scale[image];
 }
 
-// What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
-// each.
+// The DEPTH channels of a slice's group: what its gradients are made of, and where the value's is
+// summed.
 struct Operands {
-    const VALUE* image;  // the value's first pixel
+    const VALUE* value;  // the image's first pixel
     const VALUE* grad;   // the output's gradient
-    Total* sums;         // of the value's gradient, at the first pixel
-    Index number;        // of the image
+    Total* sums;         // of the value's gradient, at the image's first pixel
+    Index image;
     static constexpr Index sums_bytes = SUMS_PIXEL * sizeof(Total);  // from pixel to pixel
 };
 

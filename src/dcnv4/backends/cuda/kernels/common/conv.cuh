@@ -30,6 +30,10 @@ struct Grid {
 };
 __constant__ constexpr Grid grid;
 
+// An integer, or the number beside it that Sum holds.
+DCNV4_DEVICE Sum round_up(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_ru(n); }
+DCNV4_DEVICE Sum round_down(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_rd(n); }
+
 // Along one axis, the pixel at the centre of a window, and the points of an image of `size` pixels
 // as they are seen from there. Where Sum does not hold a bound exactly, 2^24 pixels away and more,
 // the next number on the inner side takes its place.
@@ -86,14 +90,19 @@ struct OutputPixel {
     }
 };
 
-// The points of a slice.
+// The points of a slice and, of a backward, where their gradients go.
 struct ConvPoints {
     const OFFSET_MASK* offset_mask;  // 2K offsets, K weights
+    OFFSET_MASK* grad_pixel;         // grad_offset_mask of the pixel
+    OFFSET_MASK* grad_offset_mask;   // of the slice
     OwnWindow window;
 
-    DCNV4_DEVICE ConvPoints(const Arguments& a, const OutputPixel& at, int group)
+    DCNV4_DEVICE ConvPoints(const Arguments& a, const OutputPixel& at, int group,
+                            OFFSET_MASK* grad_pixel = nullptr)
         : offset_mask(a.offset_mask + at.image * a.offset_mask_image +
                       at.in_image * a.offset_mask_pixel + group * (3 * POINTS)),
+          grad_pixel(grad_pixel),
+          grad_offset_mask(grad_pixel + group * (3 * POINTS)),
           window(a, at.row, at.column) {}
 
     DCNV4_DEVICE Place locate(int k) const {

@@ -6,19 +6,13 @@
 
 namespace dcnv4 {
 
-// The points of a slice, and where their gradients go.
+// The points of a slice, and what their gradients are made of.
 struct ConvGradients : ConvPoints {
-    OFFSET_MASK* grad_pixel;        // grad_offset_mask of all groups of the pixel
-    OFFSET_MASK* grad_offset_mask;  // of this group
     Operands operands;
 
     DCNV4_DEVICE ConvGradients(const Arguments& a, const Slice& slice, const OutputPixel& at)
-        : ConvGradients(a, slice, at, a.grad_offset_mask + slice.pixel * a.grad_offset_mask_pixel) {}
-    DCNV4_DEVICE ConvGradients(const Arguments& a, const Slice& slice, const OutputPixel& at,
-                               OFFSET_MASK* grad_pixel)
-        : ConvPoints(a, at, slice.group),
-          grad_pixel(grad_pixel),
-          grad_offset_mask(grad_pixel + slice.group * (3 * POINTS)),
+        : ConvPoints(a, at, slice.group,
+                     a.grad_offset_mask + slice.pixel * a.grad_offset_mask_pixel),
           operands{
               a.value + at.image * a.value_image + slice.group * DEPTH,
               a.grad + at.image * a.grad_image + at.in_image * a.grad_pixel + slice.group * DEPTH,

@@ -24,10 +24,6 @@ using Sum = SUM;
 using Total = TOTAL;  // what the value's gradient is summed in
 using Channels = Vector<VALUE, VECTOR>;
 
-// An integer, or the number beside it that Sum holds.
-DCNV4_DEVICE Sum round_up(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_ru(n); }
-DCNV4_DEVICE Sum round_down(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_rd(n); }
-
 // The n-th piece of work of a backward, which goes from the last to the first: the zeros to which
 // it adds were written from the first on, as the sums will be read, and of more than L2 can hold
 // it holds what was written last.

@@ -13,7 +13,7 @@ template <typename Points>
 DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Slice& slice) {
     const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
+    const Sum fixed_point_scale = scale_of_sums(a, o.image, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     ptx::griddepcontrol_wait();  // for zeros to add to
     Sum slope[ROUNDS], mean = 0;
@@ -42,7 +42,7 @@ DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Slice&
                 const Channels out = Channels::load(o.grad + c);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const Channels corner = Channels::load(at(o.image + c, pixel[i], pixel_bytes));
+                    const Channels corner = Channels::load(at(o.value + c, pixel[i], pixel_bytes));
                     Sum term[VECTOR];
 #pragma unroll
                     for (int v = 0; v < VECTOR; ++v) {

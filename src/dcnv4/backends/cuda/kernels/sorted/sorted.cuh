@@ -93,13 +93,30 @@ static_assert(CORNERS < 1 << 15, "places of 16 bits");
 
 // What a block shares.
 struct Sorted {
-    uint4 grad[Held::quads][THREADS];  // the output's gradient
+    uint4 grad[Held::quads][THREADS];  // the output's gradient, of each thread's channels
     // In stretches, with two corners to spare lest all walk in the same banks.
     alignas(16) Corner list[(CORNERS + STRETCH - 1) / STRETCH * (STRETCH + 2)];
     unsigned bucket[BUCKETS];  // how many it holds, then where they begin
     unsigned total;
 
     static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / STRETCH * 2; }
+
+    DCNV4_DEVICE void store_grad(const Held& own) {
+#pragma unroll
+        for (int q = 0; q < Held::quads; ++q)
+            grad[q][threadIdx.x] = make_uint4(own.word[4 * q], own.word[4 * q + 1],
+                                              own.word[4 * q + 2], own.word[4 * q + 3]);
+    }
+    DCNV4_DEVICE Held load_grad(unsigned thread) const {
+        Held out;
+#pragma unroll
+        for (int q = 0; q < Held::quads; ++q) {
+            const uint4 quad = grad[q][thread];
+            out.word[4 * q] = quad.x, out.word[4 * q + 1] = quad.y;
+            out.word[4 * q + 2] = quad.z, out.word[4 * q + 3] = quad.w;
+        }
+        return out;
+    }
 
     // Of the list, for the LANES threads of a slice.
     DCNV4_DEVICE unsigned part() const {
@@ -144,19 +161,14 @@ struct Sorted {
     }
 };
 
-// Those of a point's corners.
-struct Buckets {
-    int bucket[4];
-
-    DCNV4_DEVICE Buckets(const Place& place, int level) {
-        const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
+// The buckets of a point's corners.
+DCNV4_DEVICE void buckets_of(const Place& place, int level, int (&bucket)[4]) {
+    const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            bucket[i] = first | (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
-                        place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
-    }
-    DCNV4_DEVICE int operator[](int i) const { return bucket[i]; }
-};
+    for (int i = 0; i < 4; ++i)
+        bucket[i] = first | (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
+                    place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
+}
 
 // The dot products of a pixel's channels with those of output gradients.
 //
@@ -273,12 +285,7 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, To
             const unsigned slice = batch.corner[j].key % SLICES;
             run[j] = batch.corner[j].pixel(), share[j] = batch.corner[j].share;
             begins[j] = batch.begins[j];
-#pragma unroll
-            for (int q = 0; q < Held::quads; ++q) {
-                const uint4 quad = shared.grad[q][slice * LANES + lane];
-                grad[j].word[4 * q] = quad.x, grad[j].word[4 * q + 1] = quad.y;
-                grad[j].word[4 * q + 2] = quad.z, grad[j].word[4 * q + 3] = quad.w;
-            }
+            grad[j] = shared.load_grad(slice * LANES + lane);
         }
         Dots dots;
 #pragma unroll
@@ -322,16 +329,10 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
                                  const Slice& slice) {
     const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
+    const Sum fixed_point_scale = scale_of_sums(a, o.image, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
-    {
-        const Held out = Held::load(o.grad + channel);
-#pragma unroll
-        for (int q = 0; q < Held::quads; ++q)
-            shared.grad[q][threadIdx.x] = make_uint4(out.word[4 * q], out.word[4 * q + 1],
-                                                     out.word[4 * q + 2], out.word[4 * q + 3]);
-    }
+    shared.store_grad(Held::load(o.grad + channel));
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll
     for (int first = 0; first < ROUNDS; first += PASS) {
@@ -341,11 +342,12 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
         each_point(first, slice.lane, [&](int r, int k) {
             at[r] = points.locate(k < POINTS ? k : POINTS - 1);
             if (!(slice.active && k < POINTS)) at[r].corners.legal = 0;
-            const Buckets buckets(at[r], points.level(k));
+            int bucket[4];
+            buckets_of(at[r], points.level(k), bucket);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (at[r].corners.legal >> i & 1)
-                    before[r][i] = atomicAdd(&shared.bucket[buckets[i]], 1u);
+                    before[r][i] = atomicAdd(&shared.bucket[bucket[i]], 1u);
         });
         __syncthreads();
         shared.allocate();
@@ -356,12 +358,13 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
             Sum share[4];
             coefficients(weights[k < POINTS ? k : POINTS - 1] * fixed_point_scale, c.fraction_x,
                          c.fraction_y, share);
-            const Buckets buckets(at[r], points.level(k));
+            int bucket[4];
+            buckets_of(at[r], points.level(k), bucket);
             const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
             unsigned place[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                place[i] = Sorted::padded(shared.bucket[buckets[i]] + before[r][i]);
+                place[i] = Sorted::padded(shared.bucket[bucket[i]] + before[r][i]);
                 if (c.legal >> i & 1)
                     shared.list[place[i]] = {share[i],
                                              key + (i % 2 + i / 2 * at[r].width) * SLICES};
@@ -371,7 +374,7 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
         __syncthreads();
         shared.clear_buckets();
         ptx::griddepcontrol_wait();  // for zeros to add to
-        walk(shared, o.image + channel, pixel_bytes, o.sums + channel, slice.lane);
+        walk(shared, o.value + channel, pixel_bytes, o.sums + channel, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;
         each_point(first, slice.lane, [&](int r, int k) {

@@ -72,6 +72,20 @@ constexpr DCNV4_DEVICE bool reaches(int row, int m) {
     return row >= 2 * m && row <= 2 * m + PATCH_H;
 }
 
+// So many steps, in pixels, as float16.
+constexpr DCNV4_DEVICE unsigned as_f16(int steps) {
+    const unsigned magnitude = steps < 0 ? -steps : steps;
+    if (magnitude == 0) return 0;
+    int exponent = 0, of_pixel = 0;
+    while (magnitude >> exponent > 1) ++exponent;
+    while (PIXEL_STEPS >> of_pixel > 1) ++of_pixel;
+    return (steps < 0 ? 0x8000u : 0u) | (exponent - of_pixel + 15) << 10 |
+           (magnitude << 10 >> exponent & 0x3ff);
+}
+constexpr DCNV4_DEVICE unsigned as_f16x2(int lower, int upper) {
+    return as_f16(lower) | as_f16(upper) << 16;
+}
+
 // Where a point is from its home, with steps from there to its cell; `offset` is scaled.
 DCNV4_DEVICE Sum from_home(Sum offset, int steps) {
     return steps ? offset + Sum(steps) / PIXEL_STEPS : offset;
@@ -79,7 +93,7 @@ DCNV4_DEVICE Sum from_home(Sum offset, int steps) {
 // Both coordinates of point k, a pair of float16.
 DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
     if (rest_x(k) == 0 && rest_y(k) == 0) return offset;
-    return ptx::add_f16x2(offset, ptx::two_f16<PIXEL_STEPS>(rest_x(k), rest_y(k)));
+    return ptx::add_f16x2(offset, as_f16x2(rest_x(k), rest_y(k)));
 }
 // Whether it is near: numbers from 2 on, infinity and NaN have the exponent's highest bit.
 DCNV4_DEVICE bool is_near(unsigned from_home) { return !(from_home & 0x40004000u); }
@@ -87,8 +101,7 @@ static_assert(REACH == 2, "as is_near says");
 
 // A row or column and the next, so many steps less.
 DCNV4_DEVICE unsigned pair_from(int first, int steps) {
-    return ptx::two_f16<PIXEL_STEPS>(first * PIXEL_STEPS - steps,
-                                     (first + 1) * PIXEL_STEPS - steps);
+    return as_f16x2(first * PIXEL_STEPS - steps, (first + 1) * PIXEL_STEPS - steps);
 }
 
 // Columns of the patch of a pixel in column c, so many after a point's first: the patch of an odd

@@ -37,8 +37,7 @@ struct Own {
         for (int k = 0; k < POINTS; ++k) {
             offsets[k] = Number<OFFSET_MASK>::as_f16(words[k]);
             if (SCALE != 1)
-                offsets[k] = ptx::mul_f16x2(
-                    offsets[k], ptx::two_f16<PIXEL_STEPS>(SCALE_STEPS, SCALE_STEPS));
+                offsets[k] = ptx::mul_f16x2(offsets[k], as_f16x2(SCALE_STEPS, SCALE_STEPS));
             all |= from_home(offsets[k], k);
         }
         unsigned any = 0;
