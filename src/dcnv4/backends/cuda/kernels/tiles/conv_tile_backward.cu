@@ -20,6 +20,24 @@ struct Products {
     unsigned char bytes[PATCH_H * ROW];
 
     static DCNV4_DEVICE int at(int c, int r) { return c * 4 + r * OF_ROW; }
+
+    // The gradients of the near points of pixel (g, t).
+    DCNV4_DEVICE void point_gradients(const Own& own, int g, int t,
+                                      PointGradient<Sum> (&gradient)[POINTS]) const {
+        const unsigned char* own_products = bytes + at(g, t) + g % 2 * COLUMN;
+#pragma unroll
+        for (int k = 0; k < POINTS; ++k) {
+            const int i = column_of(k), j = row_of(k);
+            const Sum x = own.x(k), y = own.y(k);
+            const int whole_x = integer_below(x), whole_y = integer_below(y);
+            const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
+            const unsigned char* from = own_products + (j + REACH + whole_y) * ROW +
+                                        (i + REACH + whole_x) * COLUMN;
+            const Sum dot[4] = {*(const float*)from, *(const float*)(from + COLUMN),
+                                *(const float*)(from + ROW), *(const float*)(from + ROW + COLUMN)};
+            gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
+        }
+    }
 };
 
 // What a warp keeps in shared memory.
@@ -216,29 +234,13 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         ptx::cp_async_commit();
 
         PointGradient<Sum> gradient[POINTS];
-        const unsigned char* own_products =
-            shared.products.bytes + Products::at(g, t) + g % 2 * Products::COLUMN;
-#pragma unroll
-        for (int k = 0; k < POINTS; ++k) {
-            const int i = column_of(k), j = row_of(k);
-            const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
-            const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
-            const int whole_x = integer_below(x), whole_y = integer_below(y);
-            const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
-            const unsigned char* from = own_products + (j + REACH + whole_y) * Products::ROW +
-                                        (i + REACH + whole_x) * Products::COLUMN;
-            const Sum dot[4] = {*(const float*)from, *(const float*)(from + Products::COLUMN),
-                                *(const float*)(from + Products::ROW),
-                                *(const float*)(from + Products::ROW + Products::COLUMN)};
-            gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
-        }
+        shared.products.point_gradients(own, g, t, gradient);
         // At the centre of a pixel just outside the image a point is outside, though not all of its
         // corners are.
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
-                const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
-                const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
+                const Sum x = own.x(k), y = own.y(k);
                 if (left + g + column_of(k) + REACH + x == -1 ||
                     top + t + row_of(k) + REACH + y == -1)
                     gradient[k] = {0, 0, 0};

@@ -88,6 +88,13 @@ struct Own {
         const Sum logit = Number<OFFSET_MASK>::get(logits, k);
         return SOFTMAX ? exp(logit - peak) * share : logit;
     }
+    // Where a near point is from its home.
+    DCNV4_DEVICE Sum x(int k) const {
+        return from_home(Number<float16>::get(&offsets[k], 0), rest_x(k));
+    }
+    DCNV4_DEVICE Sum y(int k) const {
+        return from_home(Number<float16>::get(&offsets[k], 1), rest_y(k));
+    }
 };
 
 // Calls `visit(some, row, k, weight, corners)` for the far points of the pixels of column g, one by
