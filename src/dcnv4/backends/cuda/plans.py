@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .choice import Layout
 from .launch import Number, starter
 
 _PLANS = 4096  # remembered
+Laid = Union[Layout, "tuple[Any, ...]"]
+"""What `layout` says of a tensor; the `Layout` of it is made with a plan alone."""
 
 
 class Plan(NamedTuple):
@@ -32,16 +34,16 @@ class Plan(NamedTuple):
     """Bytes in which the first launch says what it leaves to the second."""
 
 
-def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What makes a `Layout`, which a call that has a plan can do without."""
+def layout(tensor: Tensor) -> Laid:
+    """Where its numbers lie, as what plans are remembered by."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15
 
 
 @lru_cache(_PLANS)
 def conv_plan(
-    value: Layout | tuple[Any, ...],
-    offset_mask: Layout | tuple[Any, ...],
-    grads: tuple[tuple[Any, ...], ...] | None,
+    value: Laid,
+    offset_mask: Laid,
+    grads: tuple[Laid, ...] | None,
     window: Window,
     deterministic: bool,
     device: int,
@@ -86,11 +88,11 @@ def conv_plan(
 
 @lru_cache(_PLANS)
 def attn_plan(
-    value: Layout | tuple[Any, ...],
-    coordinates: Layout | tuple[Any, ...],
-    weights: Layout | tuple[Any, ...],
-    reference: tuple[Layout | tuple[Any, ...], str] | None,
-    grads: tuple[Layout | tuple[Any, ...], int, int] | None,
+    value: Laid,
+    coordinates: Laid,
+    weights: Laid,
+    reference: tuple[Laid, str] | None,
+    grads: tuple[Laid, int, int] | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
@@ -142,8 +144,8 @@ def zeros_plan(size: int, device: int) -> Plan:
 
 @lru_cache(_PLANS)
 def fixed_point_scale_plan(
-    grad: Layout | tuple[Any, ...],
-    weights: tuple[Layout | tuple[Any, ...], int, int] | None,
+    grad: Laid,
+    weights: tuple[Laid, int, int] | None,
     groups: int,
     points: int,
     device: int,
@@ -169,9 +171,7 @@ def fixed_point_scale_plan(
 
 
 @lru_cache(_PLANS)
-def convert_sums_plan(
-    images: int, result: Layout | tuple[Any, ...], deterministic: bool, device: int
-) -> Plan:
+def convert_sums_plan(images: int, result: Laid, deterministic: bool, device: int) -> Plan:
     """Of convert_sums.cu; `result` is [B, ..., C], which `images` are as one."""
     result = Layout(*result)
     kernel = choice.convert_sums(images, result, deterministic)

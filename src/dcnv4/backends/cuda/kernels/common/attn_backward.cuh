@@ -1,4 +1,4 @@
-// Gradients of ms_deform_attn: what both kernels share.
+// Gradients of ms_deform_attn: what the direct and the sorting kernel share.
 #pragma once
 
 #include <common/attn.cuh>

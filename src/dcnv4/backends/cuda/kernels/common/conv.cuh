@@ -84,7 +84,7 @@ struct OutputPixel {
     DCNV4_DEVICE OutputPixel(const Arguments& a, int image, int row, int column)
         : image(image), in_image(Index(row) * a.out_width + column), row(row), column(column) {}
 
-    // Of all images'.
+    // Its number among the output pixels of all images.
     DCNV4_DEVICE Index pixel(const Arguments& a) const {
         return image * a.out_height * a.out_width + in_image;
     }

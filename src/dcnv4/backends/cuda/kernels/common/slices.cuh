@@ -133,7 +133,7 @@ struct Pixels {
     }
 };
 
-// What each corner of a point inside counts: 0 where it lies outside.
+// What each corner of a point inside the image counts: 0 for a corner outside.
 DCNV4_DEVICE void legal_coefficients(const Corners<Sum>& c, Sum weight, Sum (&out)[4]) {
     coefficients(weight, c.fraction_x, c.fraction_y, out);
     out[0] = c.left && c.top ? out[0] : Sum(0);
@@ -142,7 +142,7 @@ DCNV4_DEVICE void legal_coefficients(const Corners<Sum>& c, Sum weight, Sum (&ou
     out[3] = c.right && c.bottom ? out[3] : Sum(0);
 }
 
-// The same channels of another pixel, so many bytes a pixel on.
+// The address of the same channels of another pixel; `bytes` lie from pixel to pixel.
 template <typename T>
 DCNV4_DEVICE T* at(T* first, Index pixel, Index bytes) {
     return (T*)((size_t)first + (unsigned long long)pixel * bytes);

@@ -5,9 +5,9 @@
 
 namespace dcnv4 {
 
-// What a thread adds for one point to its channels. Where two halves are multiplied at once, a
-// point is interpolated in half precision, a mean that cannot overflow; its weight, and the sum
-// over the points, are in float32.
+// What a thread adds for one point to its channels. Where halves are PACKED, so that two are
+// multiplied at once, a point is interpolated in half precision, a mean that cannot overflow; its
+// weight, and the sum over the points, are in float32.
 template <typename T, bool PACKED>
 struct Sample {
     Pixels pixels;

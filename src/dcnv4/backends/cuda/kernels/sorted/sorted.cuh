@@ -14,9 +14,6 @@
 // that interrupt each other, and nothing else. So no window is cut out and no point is too far,
 // sums are in float32 whatever they are of, or in integers where they shall not depend on the
 // order, and what is not finite goes where it goes in `scatter`.
-//
-// Of the operator it asks besides what `scatter` does
-//     int level(int k)      which of LEVELS images point k lies in
 #pragma once
 
 #include <common/backward.cuh>
@@ -26,9 +23,10 @@ namespace dcnv4 {
 constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
+
 // Points are sorted in passes of MOST_ROUNDS rounds at most: a thread keeps what it knows of its
-// points in registers, and where an SM shall hold more threads it has fewer of those.
-// Levels that a pass has points of, each with buckets of its own.
+// points in registers, and where an SM shall hold more threads it has fewer of those. Every level
+// that a pass has points of gets buckets of its own, up to 4.
 constexpr int PASS_LEVELS = (MOST_ROUNDS * LANES * LEVELS + POINTS - 1) / POINTS;
 constexpr int MOST_LEVELS = LEVELS < 4 ? LEVELS : 4;
 constexpr int BUCKET_LEVELS = PASS_LEVELS < MOST_LEVELS ? PASS_LEVELS : MOST_LEVELS;
@@ -64,7 +62,7 @@ struct Held {
         for (int w = 0; w < Channels::words; ++w) vector.word[w] = word[w * vectors + c / VECTOR];
         return vector[c % VECTOR];
     }
-    // `first`: of the thread's channels.
+    // `first` is the first of the thread's channels.
     static DCNV4_DEVICE Held load(const VALUE* first) {
         Held out;
 #pragma unroll
@@ -118,11 +116,11 @@ struct Sorted {
         return out;
     }
 
-    // Of the list, for the LANES threads of a slice.
+    // How many corners of the list the LANES threads of a slice walk.
     DCNV4_DEVICE unsigned part() const {
         return (total + SLICES * BATCH - 1) / (SLICES * BATCH) * BATCH;
     }
-    // After `allocate`: what counts nothing, at the first pixel.
+    // After `allocate`: ends the list in corners that count nothing, at the first pixel.
     DCNV4_DEVICE void fill_up() {
         const unsigned whole = SLICES * part();
         for (unsigned i = total + threadIdx.x; i < whole; i += THREADS) list[padded(i)] = {0, 0};
@@ -138,7 +136,7 @@ struct Sorted {
         if (threadIdx.x == 0) total = 0;
     }
 
-    // Give each bucket its part of the list. Which comes first does not matter.
+    // Gives each bucket its part of the list. Which comes first does not matter.
     DCNV4_DEVICE void allocate() {
         unsigned count[BUCKETS / THREADS], own = 0;
 #pragma unroll
@@ -235,8 +233,8 @@ struct Batch {
 
     static_assert(BATCH % 2 == 0 && STRETCH % BATCH == 0, "two corners are read at once");
 
-    // `pixel`: of the corner before.
-    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index bytes) {
+    // `pixel` is that of the corner before.
+    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* value, Index bytes) {
 #pragma unroll
         for (int j = 0; j < BATCH; j += 2) {
             const uint4 two = *(const uint4*)(list + j);
@@ -246,13 +244,13 @@ struct Batch {
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             begins[j] = corner[j].pixel() != (j ? corner[j - 1].pixel() : pixel);
-            if (begins[j]) fresh[j] = Held::load(at(image, corner[j].pixel(), bytes));
+            if (begins[j]) fresh[j] = Held::load(at(value, corner[j].pixel(), bytes));
         }
     }
 };
 
-// Step 4. `image` and `sums` are the first of a thread's channels at the first pixel.
-DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, Total* sums,
+// Step 4. `value` and `sums` are the first of a thread's channels at the first pixel.
+DCNV4_DEVICE void walk(Sorted& shared, const VALUE* value, Index pixel_bytes, Total* sums,
                        int lane) {
     const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
     if (part == 0) return;
@@ -268,12 +266,12 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, To
     };
     Corner* list = shared.list + Sorted::padded(first);
     unsigned pixel = list->pixel();
-    Held value = Held::load(at(image, pixel, pixel_bytes));
+    Held held = Held::load(at(value, pixel, pixel_bytes));
     Total sum[CHANNELS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
     Batch batch;
-    batch.load(list, pixel, image, pixel_bytes);
+    batch.load(list, pixel, value, pixel_bytes);
 #pragma unroll 1
     for (unsigned place = first; place < first + part; place += BATCH) {
         Held grad[BATCH];
@@ -292,12 +290,12 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, To
         for (int j = 0; j < BATCH; ++j) {
 #pragma unroll
             for (int w = 0; w < Held::words; ++w)
-                value.word[w] = begins[j] ? batch.fresh[j].word[w] : value.word[w];
-            dots.multiply(j, value, grad[j]);
+                held.word[w] = begins[j] ? batch.fresh[j].word[w] : held.word[w];
+            dots.multiply(j, held, grad[j]);
         }
         Corner* done = list;  // The last batch is read again, for nothing: cheaper than a branch.
         list = shared.list + Sorted::padded(min(place + BATCH, first + part - BATCH));
-        batch.load(list, run[BATCH - 1], image, pixel_bytes);
+        batch.load(list, run[BATCH - 1], value, pixel_bytes);
         __syncwarp();  // all lanes have read these corners
         dots.store(done, lane);
 #pragma unroll
