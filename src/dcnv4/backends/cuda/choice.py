@@ -47,7 +47,7 @@ _GATHERING_THREADS = 3 * MAX_THREADS
 
 
 class GPU(NamedTuple):
-    """What a choice depends on of it."""
+    """What a choice depends on of a GPU."""
 
     major: int
     """Of its compute capability."""
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
 
 
 class ConvGradients(NamedTuple):
-    """Of a backward of `deform_conv`: where the output's gradient lies, and those it makes."""
+    """Where the gradients lie that a backward of `deform_conv` reads and writes."""
 
     output: Layout
     value: Layout
@@ -429,23 +429,25 @@ def conv(
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `deform_conv`, or its backward where there are `grads`."""
+    """What runs `deform_conv`, or its backward where there are `grads`: a kernel or, if tiles take
+    the call, two."""
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
-    pixels, depth = height * width, channels // window.groups
     slices = _conv_slices(value, offset_mask, grads, window, deterministic)
     tile_name, sorted_name = (f"conv_{kind}_{slices.direction}" for kind in ("tile", "sorted"))
     why_not = {
         tile_name: why_not_tiles(tile_name, slices, window, offset_mask, grads, gpu),
-        sorted_name: why_not_sorted(sorted_name, slices, pixels, gpu),
+        sorted_name: why_not_sorted(sorted_name, slices, height * width, gpu),
     }
     tiled = why_not[tile_name] is None
     tiles = batch * -(-columns // TILE_W), -(-rows // TILE_H)
     if tiled and not slices.backward:
-        strips = forward_strips(*tiles, channels, depth, scaled_extent(window) > 2, gpu.sms)
+        wide = scaled_extent(window) > 2
+        strips = forward_strips(*tiles, channels, slices.depth, wide, gpu.sms)
     else:  # without tiles only the channels of a strip count, which are then a whole group
-        strips = backward_strips(*tiles, channels, depth)
+        strips = backward_strips(*tiles, channels, slices.depth)
     macros = slices.macros() | _conv_macros(window, offset_mask.dtype, tiled) | strips.macros()
+    # The kernel that computes the call or, after tiles, what they leave.
     if why_not[sorted_name] is None:
         block, name, resident = sorting_block(slices), sorted_name, _SORTING["RESIDENT_THREADS"]
         sorting = block.macros() | _SORTING | {"LEVELS": 1}
@@ -470,7 +472,7 @@ def _conv_slices(
     window: Window,
     deterministic: bool,
 ) -> Slices:
-    """Those of a call of `deform_conv`."""
+    """The slices of a call of `deform_conv`."""
     batch, height, width, channels = value.shape
     groups, points = window.groups, window.points()
     total = batch * math.prod(offset_mask.shape[1:3]) * groups

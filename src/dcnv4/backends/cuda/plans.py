@@ -48,8 +48,11 @@ def conv_plan(
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `deform_conv`; None where there is nothing to do. `grads`: of the output, `value` and
-    `offset_mask`, of a backward."""
+    """What runs `deform_conv`; None where there is nothing to do.
+
+    Args:
+        grads: of the output, `value` and `offset_mask`, for a backward.
+    """
     value, offset_mask = Layout(*value), Layout(*offset_mask)
     gradients = None if grads is None else choice.ConvGradients(*(Layout(*g) for g in grads))
     batch, height, width, channels = value.shape
@@ -98,12 +101,12 @@ def attn_plan(
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `ms_deform_attn`; None where there is nothing to do.
+    """What runs `ms_deform_attn`; None where there is nothing to do.
 
     Args:
-        reference: as of `choice.attn`.
-        grads: the output's gradient, and strides from row (b, q) to row of those of coordinates and
-            weights.
+        reference: points or boxes, and what boxes are normalised by.
+        grads: for a backward the output's gradient, and the strides from row (b, q) to row of the
+            gradients of coordinates and weights.
     """
     value, coordinates, weights = Layout(*value), Layout(*coordinates), Layout(*weights)
     place = None if reference is None else (Layout(*reference[0]), reference[1])
@@ -138,7 +141,7 @@ def attn_plan(
 
 @lru_cache(_PLANS)
 def zeros_plan(size: int, device: int) -> Plan:
-    """Of zeros.cu; `size` bytes, whole words."""
+    """What clears `size` bytes, whole words."""
     return Plan(_starter((choice.zeros(size, _gpu(device)),), {"bytes": size}, device))
 
 
@@ -150,7 +153,7 @@ def fixed_point_scale_plan(
     points: int,
     device: int,
 ) -> Plan:
-    """Of fixed_point_scale.cu; `weights`: as of `choice.fixed_point_scale`."""
+    """What chooses the multipliers of integer sums; `weights` as in `choice.fixed_point_scale`."""
     grad = Layout(*grad)
     held = None if weights is None else (Layout(*weights[0]), *weights[1:])
     kernel = choice.fixed_point_scale(grad, held, groups, _gpu(device))
@@ -172,7 +175,7 @@ def fixed_point_scale_plan(
 
 @lru_cache(_PLANS)
 def convert_sums_plan(images: int, result: Laid, deterministic: bool, device: int) -> Plan:
-    """Of convert_sums.cu; `result` is [B, ..., C], which `images` are as one."""
+    """What makes `result` [B, ..., C], cut into so many `images`, of sums."""
     result = Layout(*result)
     kernel = choice.convert_sums(images, result, deterministic)
     numbers: dict[str, Number] = {
@@ -193,7 +196,7 @@ def layer_norm_plan(
     eps: float,
     device: int,
 ) -> Plan:
-    """Of layer_norm_forward.cu or layer_norm_backward.cu; its output: of the latter the sums."""
+    """What normalises rows, or makes their gradients, with sums of the shape `output`."""
     kernel = choice.layer_norm(direction, rows, channels, dtype, weights, _gpu(device))
     start = _starter((kernel,), {"rows": rows, "eps": eps}, device)
     return Plan(start, (kernel.blocks, 2, channels))
