@@ -298,8 +298,7 @@ def query_block(slices: Slices) -> Block:
     It has as many heads as fill a line of L1: the channels of one head begin in a few banks only.
     """
     shape = slices.shape()
-    line = max(1, _LINE // (slices.depth * itemsize(slices.dtype)))
-    heads = math.gcd(slices.groups, line)
+    heads = math.gcd(slices.groups, max(1, _LINE // (slices.depth * itemsize(slices.dtype))))
     queries = MAX_THREADS // (shape.lanes * heads)
     columns = min(8, _power_of_two(queries))
     return Block(columns, max(1, queries // columns), shape, heads)
