@@ -1,4 +1,4 @@
-"""What every test runs under: a seed, poisoned memory, GPU tests where there is one, each backend."""
+"""What every test runs under: a seed, poisoned memory, a GPU where one is needed, each backend."""
 
 from __future__ import annotations
 

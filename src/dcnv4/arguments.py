@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .eager import is_traced, is_traced_by_jit, traced_levels
 from .geometry import Window
+from .tracing import is_traced, is_traced_by_jit, traced_levels
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from .eager import portable as _portable
+from .tracing import portable as _portable
 
 __all__ = ["decompositions", "portable"]
 

@@ -18,7 +18,7 @@ from .arguments import (
     check_tensor,
     window,
 )
-from .eager import exact_coordinates
+from .autocast import exact_coordinates
 from .geometry import Window
 
 __all__ = ["deform_conv", "deform_conv_packed", "ms_deform_attn", "ms_deform_attn_from_offsets"]

@@ -14,22 +14,11 @@ import torch
 from torch import Tensor
 
 from . import geometry
+from .autocast import AUTOCAST_KEYS, as_autocast, dtype_of_autocast, without_autocast
 from .backends import AttnGrads, choose, load, reference
-from .eager import (
-    AUTOCAST_KEYS,
-    Differentiable,
-    as_autocast,
-    below_autograd,
-    beside,
-    dtype_of_autocast,
-    is_compiling,
-    is_plain,
-    may_read_past,
-    needs_grad,
-    run,
-    without_autocast,
-)
+from .eager import Differentiable, below_autograd, needs_grad, run
 from .geometry import Reference, Window, sum_dtype, unpacked
+from .tracing import beside, is_compiling, is_plain, may_read_past
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])

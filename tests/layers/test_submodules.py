@@ -16,9 +16,9 @@ from torch.nn.modules import module as every
 from torch.nn.utils import parametrize, prune, weight_norm
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
-from dcnv4.eager import may_read_past
 from dcnv4.layers import DCNv3
 from dcnv4.layers.projections import read
+from dcnv4.tracing import may_read_past
 
 SHAPES = ((3, 4), (2, 2))
 

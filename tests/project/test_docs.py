@@ -63,11 +63,13 @@ INTERNAL = {
     "imports",
     "initialization",
     "arguments",
+    "autocast",
     "eager",
     "geometry",
     "layers",
     "modules",
     "ops",
+    "tracing",
     "__main__",
     "cli",
 }

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcnv4
@@ -64,12 +63,12 @@ class Conv2d(nn.Module):
 
 
 class Levels(nn.Module):
-    """What attends to a map and to the same made smaller."""
+    """What attends to a map and to a quarter of it."""
 
     def forward(self, x: Tensor, references: Tensor) -> Tensor:
-        small = F.max_pool2d(x.permute(0, 3, 1, 2), 2)
-        value = torch.cat((x.flatten(1, 2), small.flatten(2).transpose(1, 2)), 1)
-        return self.attend(value, [x.shape[1:3], small.shape[2:]], references)
+        small = x[:, : x.shape[1] // 2, : x.shape[2] // 2]
+        value = torch.cat((x.flatten(1, 2), small.flatten(1, 2)), 1)
+        return self.attend(value, [x.shape[1:3], small.shape[1:3]], references)
 
     def attend(self, value: Tensor, sizes: list[Any], references: Tensor) -> Tensor:
         raise NotImplementedError

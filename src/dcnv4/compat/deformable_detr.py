@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..eager import is_traced
 from ..functional import ms_deform_attn
 from ..layers import FlashDeformAttn
+from ..tracing import is_traced
 
 MSDeformAttn = FlashDeformAttn
 """Deformable DETR's layer: the same arguments and parameters."""

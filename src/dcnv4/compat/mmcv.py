@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..arguments import check_finite, check_flag, check_integer, check_tensor
-from ..eager import as_leaf, is_autocast
+from ..autocast import is_autocast
 from ..layers import FlashDeformAttn
+from ..tracing import as_leaf
 from . import torchvision
 from .deformable_detr import MSDeformAttnFunction, Shapes, Starts, ms_deform_attn_core_pytorch
 from .torchvision import Size

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integer, check_tensor
-from ..eager import unflattened
 from ..functional import deform_conv, ms_deform_attn
+from ..tracing import unflattened
 from .deformable_detr import Shapes, Starts, _check_starts
 
 

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import check_flag, check_integer, check_tensor
 from ..arguments import window as check_window
-from ..eager import as_leaf, autocast_dtype, is_traced
+from ..autocast import autocast_dtype
 from ..functional import deform_conv, windowed_conv
 from ..geometry import Window
+from ..tracing import as_leaf, is_traced
 
 Size = int | Sequence[int]
 

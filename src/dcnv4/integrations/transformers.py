@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_backend
-from ..eager import unflattened
 from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
 from ..layers.base import are_unwatched, known
+from ..tracing import unflattened
 
 _MODULE = "MultiScaleDeformableAttention"
 _ATTRIBUTE = "ms_deformable_attn_core"

@@ -25,10 +25,12 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, autocast_dtype, compute, may_read_past, remembered
+from ..autocast import autocast_dtype
+from ..eager import compute
 from ..functional import ms_deform_attn_from_offsets
 from ..geometry import Reference, attn_points, levels, sum_dtype
 from ..initialization import Initializer, rays
+from ..tracing import as_leaf, may_read_past, remembered
 from .base import Layer, check_dtype, width_read
 from .projections import (
     Call,

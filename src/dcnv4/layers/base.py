@@ -21,9 +21,10 @@ from ..arguments import (
     check_shape,
     window,
 )
-from ..eager import beside, is_autocast, is_traced
+from ..autocast import is_autocast
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
+from ..tracing import beside, is_traced
 
 Init = TypeVar("Init", bound=Callable[..., None])
 

@@ -23,18 +23,12 @@ from ..arguments import (
     factory,
     window,
 )
-from ..eager import (
-    as_leaf,
-    autocast_dtype,
-    compute,
-    compute_backward,
-    is_compiling,
-    may_read_past,
-    remembered,
-)
+from ..autocast import autocast_dtype
+from ..eager import compute, compute_backward
 from ..functional import check_sizes_of_conv, windowed_conv
 from ..geometry import Window
 from ..initialization import Initializer, average
+from ..tracing import as_leaf, is_compiling, may_read_past, remembered
 from .base import (
     OriginalNames,
     WindowedLayer,

@@ -17,9 +17,9 @@ from ..arguments import (
     check_tensor,
     factory,
 )
-from ..eager import as_leaf, may_read_past
 from ..functional import windowed_conv
 from ..initialization import Initializer
+from ..tracing import as_leaf, may_read_past
 from .base import (
     OriginalNames,
     WindowedLayer,

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eager import below, has_interested, is_autocast, is_compiling, needs_grad, remembered
+from ..autocast import is_autocast
+from ..eager import below, needs_grad
+from ..tracing import has_interested, is_compiling, remembered
 from .base import are_bare
 
 Call = Callable[[nn.Module, Tensor], Tensor]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, may_read_past
+from ..autocast import autocast_dtype
 from ..geometry import sum_dtype
 from ..layers.base import are_unwatched, known
 from ..layers.projections import (
@@ -22,6 +22,7 @@ from ..layers.projections import (
     concatenated,
     read,
 )
+from ..tracing import may_read_past
 from . import norm as layer_norm
 from .norm import LayerNorm
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eager import autocast_dtype, may_read_past
+from ..autocast import autocast_dtype
 from ..layers.base import known
 from ..layers.projections import (
     Call,
@@ -23,6 +23,7 @@ from ..layers.projections import (
     prepared,
     read,
 )
+from ..tracing import may_read_past
 
 __all__: list[str] = []  # a part of models
 

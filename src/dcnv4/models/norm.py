@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype, is_autocast
 from ..backends import choose, cuda
-from ..eager import autocast_dtype, has_interested, is_autocast, is_compiling, run_plain
+from ..eager import run_plain
 from ..layers.base import known
+from ..tracing import has_interested, is_compiling
 
 __all__: list[str] = []  # a part of models
 
