@@ -245,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
                     top + t + row_of(k) + REACH + y == -1)
                     gradient[k] = {0, 0, 0};
             }
+        // A far point's gradients, and what it adds to the value's.
         const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum share[4], dot[4] = {0, 0, 0, 0};
             legal_coefficients(at, weight, share);

@@ -90,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
             // S' V: sums of the pixels of column g, in rows 2m and 2m + 1.
             float sum[2][STRIP_CHANNELS / 8][4] = {};
             if (own.count) {
+                // What a far point adds to its pixel's channels.
                 const auto visit = [&](bool some, int r, int, Sum weight, const Corners<Sum>& at) {
                     if (!some) return;
                     Sum share[4], term[STRIP_CHANNELS / 8][2] = {};
