@@ -160,13 +160,18 @@ struct Sorted {
 };
 
 // The buckets of a point's corners.
-DCNV4_DEVICE void buckets_of(const Place& place, int level, int (&bucket)[4]) {
-    const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
+struct Buckets {
+    int bucket[4];
+
+    DCNV4_DEVICE Buckets(const Place& place, int level) {
+        const int first = level % BUCKET_LEVELS * LEVEL_BUCKETS;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        bucket[i] = first | (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
-                    place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
-}
+        for (int i = 0; i < 4; ++i)
+            bucket[i] = first | (place.corners.row + i / 2) * BUCKET_COLUMNS & (LEVEL_BUCKETS - 1) |
+                        place.corners.column + i % 2 & (BUCKET_COLUMNS - 1);
+    }
+    DCNV4_DEVICE int operator[](int i) const { return bucket[i]; }
+};
 
 // The dot products of a pixel's channels with those of output gradients.
 //
@@ -340,12 +345,11 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
         each_point(first, slice.lane, [&](int r, int k) {
             at[r] = points.locate(k < POINTS ? k : POINTS - 1);
             if (!(slice.active && k < POINTS)) at[r].corners.legal = 0;
-            int bucket[4];
-            buckets_of(at[r], points.level(k), bucket);
+            const Buckets buckets(at[r], points.level(k));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (at[r].corners.legal >> i & 1)
-                    before[r][i] = atomicAdd(&shared.bucket[bucket[i]], 1u);
+                    before[r][i] = atomicAdd(&shared.bucket[buckets[i]], 1u);
         });
         __syncthreads();
         shared.allocate();
@@ -356,13 +360,12 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
             Sum share[4];
             coefficients(weights[k < POINTS ? k : POINTS - 1] * fixed_point_scale, c.fraction_x,
                          c.fraction_y, share);
-            int bucket[4];
-            buckets_of(at[r], points.level(k), bucket);
+            const Buckets buckets(at[r], points.level(k));
             const unsigned key = (at[r].first + c.row * at[r].width + c.column) * SLICES + own;
             unsigned place[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                place[i] = Sorted::padded(shared.bucket[bucket[i]] + before[r][i]);
+                place[i] = Sorted::padded(shared.bucket[buckets[i]] + before[r][i]);
                 if (c.legal >> i & 1)
                     shared.list[place[i]] = {share[i],
                                              key + (i % 2 + i / 2 * at[r].width) * SLICES};
