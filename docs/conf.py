@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -46,7 +48,8 @@ copybutton_exclude = ".linenos, .gp, .go"  # what is copied has no prompts and n
 # A name between single backticks in a docstring links to what it names, where that is on the site.
 default_role = "py:obj"
 python_use_unqualified_type_names = True
-maximum_signature_line_length = 88
+maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -63,30 +66,75 @@ nitpick_ignore_regex = [
 def as_in_markdown(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """In docstrings, an indented block after a blank line is code, as is what follows `>>>`; * and
-    | are themselves, and `a to b:` names the arguments from one to the other."""
-    code = False
+    """In docstrings, an indented block after a blank line is code, or formulas where it is no
+    Python; what follows `>>>` is code; * and | are themselves, and `a to b:` names the arguments
+    from one to the other."""
     result: list[str] = []
-    for before, line in zip(["", "", *lines], lines, strict=False):
-        starts = line.startswith("    ") and result[-1:] == [""] and before[:1].strip()
-        if starts:
-            result += ["::", ""]
-        line = re.sub(r"^( +\w+) to (\w+: )", r"\1…\2", line)
-        code = bool(starts) or (code and (not line or line.startswith("    ")))
-        as_it_is = code or line.lstrip().startswith((">>> ", "... "))
+    while lines:
+        block = ""
+        if len(result) > 1 and not result[-1] and result[-2][:1].strip():
+            while lines and (lines[0].startswith("    ") or (block and not lines[0])):
+                block += lines.pop(0) + "\n"
+        if block:
+            text = textwrap.dedent(block)
+            formula = None if is_python(text) else as_latex(text)
+            result += [".. math::" if formula else "::", ""]
+            result += [*textwrap.indent(formula or text, "    ").split("\n"), ""]
+            continue
+        line = re.sub(r"^( +\w+) to (\w+: )", r"\1…\2", lines.pop(0))
+        as_it_is = line.lstrip().startswith((">>> ", "... "))
         result.append(line if as_it_is else re.sub(r"[*|]", r"\\\g<0>", line))
     lines[:] = result
+
+
+def is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+SYMBOLS = {
+    "sum_": r"\sum_",
+    "·": r"\cdot ",
+    "//": r"\text{ // }",
+    "½": r"\tfrac{1}{2}",
+    "   ": r"\quad ",
+}
+
+
+def as_latex(formulas: str) -> str:
+    """Of plain text, a formula a line: words are upright, and what follows _ is a subscript."""
+    rows = re.sub(r"_(\w+)", r"_{\1}", formulas.strip())
+    rows = re.sub(r"(?<![{\w])(?!sum_)[a-z]{2,}", r"\\mathrm{\g<0>}", rows)
+    for plain, latex in SYMBOLS.items():
+        rows = rows.replace(plain, latex)
+    rows = re.sub(r"^(.*?) = ", r"\1 &= ", rows, flags=re.MULTILINE)
+    return "\\begin{aligned}" + rows.replace("\n", " \\\\\n") + "\\end{aligned}"
 
 
 def in_the_package(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.TextElement
 ) -> nodes.reference | None:
-    """A name in a docstring may be of the package, not only of the module it stands in."""
+    """A name in a docstring may be of the package, or the one class or function of another module
+    that is called so, not only of the module it stands in."""
     if node["reftype"] != "obj":
         return None
-    target = f"dcnv4.{node['reftarget']}"
-    python = env.get_domain("py")
-    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, text)
+    name, python = node["reftarget"], env.get_domain("py")
+    found = [f"dcnv4.{name}"]
+    if found[0] not in python.objects and ("." in name or name[:1].isupper()):
+        found = [known for known in python.objects if known.endswith(f".{name}")]
+    if len(found) != 1:
+        return None
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, text)
+
+
+def without_constructor(
+    app: Sphinx, what: str, name: str, obj: object, options: object, given: str, returns: str
+) -> tuple[str, str] | None:
+    """Nobody makes a protocol."""
+    return ("", "") if getattr(obj, "_is_protocol", False) else None
 
 
 def where_it_is_written(app: Sphinx, module: str, name: str) -> str | None:
@@ -108,5 +156,6 @@ def write_formula(writer: HTML5Translator, node: nodes.math | nodes.math_block) 
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.connect("autodoc-process-docstring", as_in_markdown, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", without_constructor)
     app.connect("missing-reference", in_the_package)
     app.connect("viewcode-follow-imported", where_it_is_written)

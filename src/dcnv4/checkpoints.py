@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .conversion import matches
+from .conversion import as_patterns, matches
 from .layers import DCNv3, DCNv3_pytorch, DCNv4
 from .layers.dcnv3 import _ChannelsLast as _ChannelsLast  # whole modules saved before have it here
 
@@ -29,13 +29,13 @@ class Loaded(NamedTuple):
     """
 
     missing_keys: list[str]
-    """Of the model, which the checkpoint has not."""
+    """Names that the model has and the checkpoint does not have."""
     unexpected_keys: list[str]
-    """Of the checkpoint, which the model has not."""
+    """Names that the checkpoint has and the model does not have."""
     skipped_keys: list[str]
-    """Left out, because `skip` names them or, without `strict`, because shapes differ."""
+    """Names left out because of `skip` or, without `strict`, because shapes differ."""
     source: str
-    """Where in the checkpoint the weights lay, such as "model_ema"; empty where it is bare."""
+    """The key of the weights in the checkpoint, such as "model_ema"; empty without a key."""
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
     As `model.load_state_dict`, and besides: the weights may lie under "state_dict", "model" or
     "module", or averaged under "state_dict_ema" or "model_ema"; the checkpoint's names or the
     model's may begin with "module.", "_orig_mod.", "model." and "backbone."; `offset_mask` may have
-    any number of rows that nothing reads, at its end.
+    up to 15 rows that nothing reads, at its end.
 
     Args:
         model: with `DCNv4`, `FlashDeformAttn` or `DCNv3` layers where the checkpoint's model had
@@ -85,7 +85,7 @@ def load(
     state, source = state_of(_read(checkpoint, weights_only), ema)
     own = model.state_dict()
     state, left = as_named(state, own)
-    skipped = _skipped([skip] if isinstance(skip, str) else skip, [*own, *state, *left])
+    skipped = _skipped(as_patterns("skip", skip), [*own, *state, *left])
     state = _fitted(model, {name: state[name] for name in state if name not in skipped})
     if not strict:
         skipped |= {name for name in state if _differ(state[name], own.get(name))}
@@ -237,7 +237,7 @@ def _differ(loaded: Any, own: Any) -> bool:
 
 def _resized(rows: Tensor, linear: nn.Linear, used: int) -> Tensor:
     """`rows` of `offset_mask`, those past the `used` ones cut or filled with zeros."""
-    if len(rows) < used:
+    if not used <= len(rows) < used + 16:  # of another window, or of other groups
         return rows  # load_state_dict says which shapes differ
     padding = rows.new_zeros(linear.out_features - used, *rows.shape[1:])
     return rows if len(rows) == linear.out_features else torch.cat((rows[:used], padding))

@@ -89,10 +89,10 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_choice("kind", kind, tuple(_KINDS))
-    if not isinstance(names, (str, tuple, list)):
-        raise TypeError(f"names must be a string or a sequence of them; got {names!r}")
-    patterns = [names] if isinstance(names, str) else names
-    allowed = (types,) if isinstance(types, type) else tuple(types)
+    patterns = as_patterns("names", names)
+    allowed = types if isinstance(types, (tuple, list)) else (types,)
+    if not all(isinstance(one, type) and issubclass(one, nn.Conv2d) for one in allowed):
+        raise TypeError(f"types must be torch.nn.Conv2d or subclasses of it; got {types!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_patterns(patterns, modules)
     _check_options(options)
@@ -131,6 +131,14 @@ def convert(
             stacklevel=2,
         )
     return {name: layers[conv] for name, conv in chosen.items()}
+
+
+def as_patterns(name: str, given: Any) -> Sequence[str]:
+    """The patterns that an argument of this name gives: a string or a sequence of them."""
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{name} must be a string or a sequence of them; got {given!r}")
+    return patterns
 
 
 def _check_patterns(patterns: Sequence[str], modules: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
-"""Exports that run where nobody knows this package: its operators become PyTorch's own operations.
+"""Exports that run without this package: its operators become PyTorch's own operations.
 
-They become what the reference backend computes: gathers and sums of products.
+These are the ones of the reference backend: gathers and sums of products.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["decompositions", "portable"]
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """What is traced inside holds no operator of this package.
+    """A context in which traced graphs hold PyTorch's own operations, none of this package.
 
-    That goes for `torch.export.export`, `torch.jit.trace` and `torch.compile`. Calls that nobody
-    traces run as ever. `torch.onnx.export` needs no such context.
+    They may be traced by `torch.export.export`, `torch.jit.trace` or `torch.compile`. Other calls
+    run as they always do. `torch.onnx.export` does not need this context.
 
     Example:
         >>> import torch
@@ -42,10 +42,11 @@ def portable() -> Iterator[None]:
 
 
 def decompositions() -> dict[Any, Callable[..., Tensor]]:
-    """What each operator of this package becomes, for `ExportedProgram.run_decompositions`.
+    """The operations that replace each operator of this package, for
+    `ExportedProgram.run_decompositions`.
 
     Returns:
-        A function by the operator that it stands for. PyTorch's own table may be merged with it.
+        A function for each operator. You may merge it with PyTorch's own table.
 
     Example:
         >>> import torch

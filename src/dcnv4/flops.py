@@ -1,12 +1,12 @@
-"""How many operations the operators are, for the counters people use.
+"""How many operations the operators take, for the usual counters.
 
-As PyTorch counts, a multiplication and its addition are 2 operations, and what is not a sum of
-products (coordinates, fractions, softmax) is none. A point sums 4 corners in each channel of its
-group: 8 operations a point and channel in the forward, 16 in the backward (the value's gradient,
-and the products that the gradients of coordinates and weights are made of).
+As in PyTorch, a multiplication and its addition count as 2 operations, and only sums of products
+count (not coordinates, fractions and the softmax). A point sums 4 corners in each channel of its
+group: 8 operations for each point and channel in the forward, 16 in the backward (the value's
+gradient, and the products of which the gradients of coordinates and weights are made).
 
-`torch.utils.flop_counter.FlopCounterMode` knows these formulas. fvcore and thop, which count a
-multiplication and its addition as 1, are told:
+`torch.utils.flop_counter.FlopCounterMode` knows these formulas. fvcore and thop count a
+multiplication and its addition as 1, and have to be told:
 
     FlopCountAnalysis(model, inputs).set_op_handle(**dcnv4.flops.FVCORE)
     with dcnv4.flops.thop_hooks(model):
@@ -82,14 +82,14 @@ FVCORE: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "dcnv4::ms_deform_attn": partial(_fvcore_attn, 3),
     "dcnv4::ms_deform_attn_from_offsets": partial(_fvcore_attn, 4),
 }
-"""What fvcore counts the operators with, by their names; `set_op_handle` takes it."""
+"""The functions by which fvcore counts the operators, for its `set_op_handle`."""
 
 
 @contextmanager
 def thop_hooks(model: nn.Module) -> Iterator[None]:
-    """While it lasts, `thop.profile(model, …)` counts the operators in the layers of `model`.
+    """A context in which `thop.profile(model, …)` counts the operators in the layers of `model`.
 
-    thop counts their projections by itself.
+    thop counts the layers' projections by itself.
 
     Example:
         >>> import thop

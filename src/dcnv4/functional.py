@@ -41,26 +41,27 @@ def deform_conv(
     r"""Deformable Convolution v4: every output pixel is a weighted sum of K points of its group.
 
         out[b, oy, ox, g] = sum_k w_k · bilinear(value[b, :, :, g]; x_k, y_k)
-        x_k = ox·s - p + c + λ·(i·d - c + δx_k),   c = d·(k - 1) // 2,   λ = offset_scale
+        x_k = ox·s - p + c + λ·(i·d - c + δx_k),   c = d·(kw - 1) // 2
 
-    and y_k likewise, with i the column (j the row) of point k in the kernel; k = i·kh + j, columns
-    outermost. A point outside (-1, W) x (-1, H) contributes 0; inside that, so do the corners
-    outside the image. Pixel centres are integers.
+    and yₖ likewise, with stride s, padding p, dilation d, λ = `offset_scale`, and i the column, j
+    the row of point k in the kernel: k = i·kh + j, columns outermost. A point outside (-1, W) x
+    (-1, H) contributes 0; inside that, so do the corners outside the image. Pixel centres are
+    integers.
 
     Args:
         value: [B, H, W, C]; float64, float32, bfloat16 or float16. C = groups·D.
         offset_mask: [B, Ho, Wo, M], M >= 3·groups·K. Group g owns channels [3Kg, 3Kg + 3K): first
-            2K offsets δ (x₀, y₀, x₁, y₁, …) in input pixels, then K weights of any size and sign.
+            2K offsets δ (x₀, y₀, x₁, y₁, …) in input pixels, then K weights.
             Channels past 3·groups·K are ignored. May be float32 beside a half-precision value,
             and is never rounded down.
         kernel_size: points down and across, an int or (height, width); K = kh·kw.
         stride: input pixels between neighbouring outputs, an int or (height, width).
-        padding: pixels the window may leave the image on each side, an int or (height, width).
+        padding: pixels of zeros on each side of the image, an int or (height, width).
         dilation: pixels between neighbouring kernel points, an int or (height, width).
         groups: G, the groups of channels with offsets and weights of their own.
-        offset_scale: λ, scales the kernel grid and the offsets alike.
-        remove_center: drop the point (kw // 2, kh // 2), so that K = kh·kw - 1.
-        softmax: normalise the K weights of a group first. Unbounded otherwise.
+        offset_scale: λ, multiplies the kernel's grid and the offsets.
+        remove_center: leave out the point (kw // 2, kh // 2), so that K = kh·kw - 1.
+        softmax: normalise the K weights of a group first. Otherwise they have any size and sign.
         backend: "cuda", "triton", "cpu" or "reference", which then never falls back; "auto" takes
             the first of these that can run the call; None follows `DCNV4_BACKEND` and
             `DCNV4_USE_TRITON`.
@@ -75,7 +76,8 @@ def deform_conv(
         RuntimeError: the backend asked for cannot run here; the reasons are listed.
 
     Note:
-        Sums are made in float32 (float64 for float64). No result depends on the rest of the batch.
+        Sums are computed in float32 (float64 for float64). Other images of the batch change a
+        result by rounding at most.
         Differentiable in `value` and `offset_mask`, to any order.
 
     Source: Xiong et al., Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for
@@ -154,18 +156,20 @@ def deform_conv_packed(
     softmax: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    r"""`deform_conv` of a value and an offset_mask that lie beside each other in one tensor, as one
-    matrix product makes them.
+    r"""`deform_conv` of a value and an offset_mask that lie side by side in one tensor.
+
+    A layer makes both by one matrix product. The result has the same bits as
 
         deform_conv(packed[..., :channels], packed[..., channels:])
 
-    bit for bit; but the gradient is one tensor too, which is written as one.
+    and the gradient is written as one tensor, too.
 
     Args:
-        packed: [B, H, W, >= channels + 3·groups·K]: value, then offset_mask; what lies behind
-            their channels is ignored. float64, float32, bfloat16 or float16.
+        packed: [B, H, W, >= channels + 3·groups·K]: value, then offset_mask; channels behind
+            these are ignored. float64, float32, bfloat16 or float16.
         channels: C, of the value.
-        kernel_size to backend: as in `deform_conv`. They must keep the size, Ho x Wo = H x W.
+        kernel_size to backend: as in `deform_conv`. The output must be as large as the input,
+            Ho x Wo = H x W.
 
     Returns:
         [B, H, W, C] in the dtype of `packed`; under autocast as `deform_conv`, which does not
@@ -175,8 +179,8 @@ def deform_conv_packed(
         TypeError, ValueError, RuntimeError: as in `deform_conv`.
 
     Note:
-        The CUDA backend's kernels for large calls in half precision want the value's channels and
-        those of `packed` to be multiples of 8; a layer's are.
+        The CUDA backend's fastest kernels in half precision need multiples of 8: the value's
+        channels, and those of `packed`. In a layer they are.
         Differentiable in `packed`, to any order.
 
     Example:
@@ -239,22 +243,23 @@ def ms_deform_attn(
 ) -> Tensor:
     r"""Multi-scale deformable attention: every query is a weighted sum of points of all levels.
 
-        out[b, q, g] = sum_{l, p} w_lp · bilinear(level l of value[b, :, g]; x_lp, y_lp)
+        out[b, q, g] = sum_{l, p} w_lp · bilinear(value_l[b, :, g]; x_lp, y_lp)
         x_lp = u_lp·W_l - ½,   y_lp = v_lp·H_l - ½
 
-    A location runs from 0, the outer edge of a level's first pixel, to 1, the outer edge of its
-    last. What lies outside contributes 0, as in `deform_conv`.
+    with valueₗ the pixels of level l. A location (u, v) runs from 0, the outer edge of a level's
+    first pixel, to 1, the outer edge of its last. What lies outside contributes 0, as in
+    `deform_conv`.
 
     Args:
-        value: [B, S, G, D], S = Σ H_l·W_l: the levels' pixels one level after another, rows
+        value: [B, S, G, D], S = Σ Hₗ·Wₗ: the levels' pixels one level after another, rows
             outermost; float64, float32, bfloat16 or float16. G heads of D channels.
-        spatial_shapes: the L levels' (H_l, W_l): a sequence of pairs, or an integer tensor [L, 2].
+        spatial_shapes: the L levels' (Hₗ, Wₗ): a sequence of pairs, or an integer tensor [L, 2].
             A tensor on an accelerator stays there: its sum is not checked, and levels that do not
             fit in S contribute 0.
         sampling_locations: [B, Q, G, L, P, 2] in (x, y) order, normalised to [0, 1]. May be float32
             beside a half-precision value, and is never rounded down.
-        attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign; as precise as
-            `sampling_locations` may be.
+        attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign. They may be
+            float32, too.
         softmax: the weights are logits; normalise them over L·P first.
         backend: as in `deform_conv`.
 
@@ -267,7 +272,8 @@ def ms_deform_attn(
         RuntimeError: the backend asked for cannot run here; the reasons are listed.
 
     Note:
-        Sums are made in float32 (float64 for float64). No result depends on the rest of the batch.
+        Sums are computed in float32 (float64 for float64). Other images of the batch change a
+        result by rounding at most.
         Differentiable in `value`, `sampling_locations` and `attention_weights`, to any order.
 
     Source: Zhu et al., Deformable DETR, ICLR 2021, arXiv:2010.04159; softmax inside the operator as
@@ -310,18 +316,18 @@ def ms_deform_attn_from_offsets(
 
         x_lp = r_x·W_l - ½ + s_x·δx_lp,   y_lp = r_y·H_l - ½ + s_y·δy_lp
 
-    An offset δ is in pixels of its level, s = 1; with reference boxes, in parts of half a box:
-    s_x = r_w·W_l / 2P with `box_normalizer="points"`, and r_w / 2 with "size", s_y likewise.
+    An offset δ is in pixels of its level, s = 1. With reference boxes it is in parts of half a box:
+    s_x = r_w·Wₗ / 2P with `box_normalizer="points"`, r_w / 2 with "size", and s_y likewise.
 
     Args:
         value, spatial_shapes: as in `ms_deform_attn`.
         reference_points: [B, Q, L, 2], (x, y) from 0 to 1 over each level, or [B, Q, L, 4], boxes
             (x, y, w, h). B, Q and L may be 1: the same for all. May be float32 beside a
             half-precision value, and is never rounded down.
-        offsets: [B, Q, G, L, P, 2] in (x, y) order; as precise as `reference_points` may be.
+        offsets: [B, Q, G, L, P, 2] in (x, y) order. May be float32, too.
         attention_weights: [B, Q, G, L, P] or [B, Q, G, L·P], of any size and sign. Like `offsets`
-            it may be part of a wider tensor, such as a projection's result, and is read there.
-        box_normalizer: "points" or "size"; nothing without boxes.
+            they may be a part of a wider tensor, such as a projection's result, without a copy.
+        box_normalizer: "points" or "size", for boxes alone.
         softmax, backend: as in `ms_deform_attn`.
 
     Returns:
@@ -333,9 +339,9 @@ def ms_deform_attn_from_offsets(
         RuntimeError: the backend asked for cannot run here; the reasons are listed.
 
     Note:
-        Positions and sums are made in float32 (float64 for float64), in registers. No result
-        depends on the rest of the batch. Differentiable in `value`, `reference_points`, `offsets`
-        and `attention_weights`, to any order.
+        Positions and sums are computed in float32 (float64 for float64). Other images of the batch
+        change a result by rounding at most. Differentiable in `value`, `reference_points`,
+        `offsets` and `attention_weights`, to any order.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Export to ONNX: the operators as gathers and products, or as standard operators of their kind.
+"""Export to ONNX: the operators become gathers and products, or standard operators of their kind.
 
 `lower` rewrites an exported program, `export` goes all the way from a model to a file.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import geometry, ops
+from .arguments import check_choice
 from .export import decompositions
 from .geometry import Reference, Window, sum_dtype, unpacked
 
@@ -42,18 +43,18 @@ def export(
 
     Args:
         model: a module with any of this package's layers or operators; call `eval` on it first.
-        args: example inputs; a size that may change is 2 or more in them.
-        path: the file to write; None for none.
+        args: example inputs. Sizes that may change must be 2 or more in them.
+        path: the file to write. None: no file.
         kwargs: example inputs by name.
         dynamic_shapes: which sizes may change, as in `torch.export.export`; a string is a `Dim` of
             any size.
-        dynamic_axes: the same as the old exporter took it, {axis: name} or a list of axes by the
-            input's name: in `input_names`, or in `forward`. Outputs follow from the inputs.
-        deform_conv: "gather": deform_conv as index arithmetic, `Gather` and `MatMul`. "DeformConv":
-            as that operator, which fewer runtimes have.
-        attention: "gather": ms_deform_attn likewise. "grid_sample": a `GridSample` per level; the
-            level sizes must then be numbers in the model.
-        opset_version: of the standard opset; None for the lowest: 18, and 19 with `DeformConv`.
+        dynamic_axes: the same in the form of PyTorch's old exporter: for the name of an input, in
+            `input_names` or in `forward`, {axis: name} or a list of axes. Those of outputs follow.
+        deform_conv: "gather": index arithmetic, `Gather` and `MatMul`. "DeformConv": the operator
+            of that name, which fewer runtimes have.
+        attention: the same for ms_deform_attn: "gather", or "grid_sample": one `GridSample` for
+            each level, whose size must then be numbers in the model.
+        opset_version: of the standard opset. None: the lowest, 18, or 19 with `DeformConv`.
         verbose: print the exporter's progress.
         options: more keywords of `torch.onnx.export`, such as `input_names`.
 
@@ -116,7 +117,7 @@ _SAVING = {
 
 def _opset(version: int | None, deform_conv: str) -> int:
     """The version that is written."""
-    _check("deform_conv", deform_conv, _DEFORM_CONV)
+    check_choice("deform_conv", deform_conv, tuple(_DEFORM_CONV))
     if deform_conv == "DeformConv":
         if version is not None and version < 19:
             raise ValueError(
@@ -191,7 +192,7 @@ def lower(
     deform_conv: str = "gather",
     attention: str = "gather",
 ) -> Any:
-    """An exported program in which this package's operators are those that ONNX has.
+    """An exported program in which operators of ONNX replace this package's.
 
     `torch.onnx.export(lowered, …, dynamo=True)` takes it as it is.
 
@@ -204,7 +205,7 @@ def lower(
 
     Raises:
         ImportError: torch is older than 2.8.
-        TypeError: `program` is none.
+        TypeError: `program` is not an exported program.
         ValueError: an unknown `deform_conv` or `attention`, or level sizes that "grid_sample"
             cannot take.
 
@@ -217,19 +218,14 @@ def lower(
         >>> onnx = torch.onnx.export(lowered, f="model.onnx", dynamo=True, verbose=False)
     """
     _require_torch()
-    _check("deform_conv", deform_conv, _DEFORM_CONV)
-    _check("attention", attention, _ATTENTION)
+    check_choice("deform_conv", deform_conv, tuple(_DEFORM_CONV))
+    check_choice("attention", attention, tuple(_ATTENTION))
     if not isinstance(program, torch.export.ExportedProgram):
         raise TypeError(
             f"program must be what torch.export.export returns; got {type(program).__name__}"
         )
     table = decompositions() | _DEFORM_CONV[deform_conv] | _ATTENTION[attention]
     return program.run_decompositions(table)
-
-
-def _check(name: str, choice: str, choices: Mapping[str, Any]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {choice!r}")
 
 
 def _require_torch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import _C, Tensor
@@ -154,7 +154,7 @@ def beside(constant: Tensor, tensor: Tensor) -> Tensor:
     return DTensor.from_local(constant, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-# Recording by `torch.fx`.
+# Recording by `torch.fx` and `torch.jit`.
 
 
 def as_leaf(owner: type[Module], layer: Module, *arguments: Any, **named: Any) -> Any:
@@ -185,3 +185,12 @@ def as_leaf(owner: type[Module], layer: Module, *arguments: Any, **named: Any) -
     # The tracer has called the hooks already, and recorded what they do.
     layer = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_method", "forward", (layer, *arguments), named)
+
+
+def refuse_scripting(layer: Module) -> NoReturn:
+    """A layer's `__prepare_scriptable__`: `torch.jit.script` calls it before it compiles the layer
+    or a model around it."""
+    raise TypeError(
+        f"torch.jit.script must be given no {type(layer).__name__}, whose Python it cannot "
+        "compile; torch.jit.trace(model, inputs) records the model"
+    )

@@ -76,16 +76,14 @@ def conv(
         >>> figure = visualize.conv(layer, x, pixel=(10, 16))
         >>> figure.savefig("points.png")
     """
-    _check_layer(layer, (DCNv4Conv2d, DCNv4, DCNv3))
+    _check(layer, (DCNv4Conv2d, DCNv4, DCNv3), around)
     told = layer.sampling_points(x, shape) if isinstance(layer, DCNv4) else layer.sampling_points(x)
     positions, weights = (tensor.double().cpu() for tensor in told)
     window = layer.window
     column, row = window.origins(*(torch.arange(n) for n in positions.shape[1:3]))
     centers = torch.stack(torch.broadcast_tensors(column, row[:, None]), -1).double()
     cells = window.offset_scale * torch.tensor(window.cells(), dtype=torch.float64)
-    chosen = range(weights.shape[3]) if groups is None else groups
-    for group in chosen:
-        _check_below("groups", group, weights.shape[3])
+    chosen = _chosen(groups, weights.shape[3])
     if pixel is None:
         positions = (positions - centers[:, :, None, None]).flatten(0, 2)
         center, spread = torch.zeros(2, dtype=torch.float64), positions.std(0, unbiased=False)
@@ -104,7 +102,7 @@ def conv(
     size = backdrop.shape[:2] if whole else (1, 1)
     figure = _figure(figure, len(chosen), size)
     figure.suptitle(f"{weights.shape[1]} points a group: {what}", fontsize=14)
-    largest = weights[list(chosen)].abs().max().item()
+    largest = weights[chosen].abs().max().item()
     for group, axes in zip(chosen, _panels(figure, len(chosen)), strict=True):
         axes.set_title(f"group {group}", fontsize=12)
         if pixel is not None:
@@ -114,7 +112,7 @@ def conv(
         _ellipses(axes, positions[group], spread[group], colours)
         points(axes, positions[group], weights[group], center=center, largest=largest)
         if not whole:
-            ends = (positions[list(chosen)] - center).abs() + spread[list(chosen)]
+            ends = (positions[chosen] - center).abs() + spread[chosen]
             shown = torch.cat((cells.abs(), ends.flatten(0, 1)))
             _center(axes, center, around or 1.1 * shown.max().item() + 0.5, pixel is None)
     _legend(
@@ -148,7 +146,8 @@ def attention(
         index: the query whose points are drawn over the image. None: positions from the reference
             point and weights, averaged over all queries of the batch, in ellipses of one standard
             deviation.
-        image, sample, figure: as in `conv`; no image draws the pixels' borders.
+        image: as in `conv`. None: the borders of the pixels.
+        sample, figure: as in `conv`.
         around: how many pixels of a level to show around the reference point. None: all.
 
     Returns:
@@ -165,13 +164,14 @@ def attention(
         >>> figure = visualize.attention(layer, queries, reference_points, shapes, index=7)
         >>> figure.savefig("points.png")
     """
-    _check_layer(layer, (FlashDeformAttn,))
-    locations, weights = layer.sampling_points(query, reference_points, input_spatial_shapes)
+    _check(layer, (FlashDeformAttn,), around)
+    told = layer.sampling_points(query, reference_points, input_spatial_shapes)
+    locations, weights = (tensor.double().cpu() for tensor in told)
     shapes = torch.as_tensor(input_spatial_shapes).tolist()
     sizes = torch.tensor(shapes, dtype=torch.float64).flip(-1)
+    positions = locations * sizes[:, None] - 0.5
     references = reference_points.double().cpu()[..., :2] * sizes - 0.5
-    positions = locations.double().cpu() * sizes[:, None] - 0.5
-    weights = weights.double().cpu()
+    references = references.expand(*positions.shape[:2], -1, -1)
     if index is None:
         positions = (positions - references[:, :, None, :, None]).flatten(0, 1)
         spread = positions.std(0, unbiased=False)
@@ -193,9 +193,8 @@ def attention(
         (MARKERS[h // len(HEADS) % len(MARKERS)], HEADS[h % len(HEADS)]) for h in range(heads)
     ]
     for level, axes in enumerate(_panels(figure, levels)):
-        height, width = shapes[level]
+        center, (height, width) = references[level], shapes[level]
         axes.set_title(f"level {level}: {height} x {width} pixels", fontsize=12)
-        center = references[level]
         if index is not None:
             _show(axes, image, (height, width), None, size[1] / size[0])
         for head, (marker, colour) in enumerate(styles):
@@ -306,10 +305,21 @@ def _as_map(layer: nn.Module, x: Tensor, shape: Sequence[int] | None) -> Tensor:
     return x
 
 
-def _check_layer(layer: Any, kinds: tuple[type, ...]) -> None:
+def _check(layer: Any, kinds: tuple[type, ...], around: float | None) -> None:
     if not isinstance(layer, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"layer must be a {names}, which tells its points; got {layer!r:.80}")
+    if around is not None and not around > 0:
+        raise ValueError(f"around must be a number of pixels > 0; got {around}")
+
+
+def _chosen(groups: Sequence[int] | None, count: int) -> list[int]:
+    chosen = list(range(count) if groups is None else groups)
+    if not chosen:
+        raise ValueError(f"groups must name one at least; got {groups}")
+    for group in chosen:
+        _check_below("groups", group, count)
+    return chosen
 
 
 def _check_below(name: str, index: int, count: int) -> None:

@@ -241,12 +241,19 @@ def test_load_fits_the_rows_that_nothing_reads(rows: int) -> None:
         assert torch.equal(got[:150], trained[f"dcn.offset_mask.{key}"][:150])
 
 
-def test_load_refuses_too_few_rows() -> None:
+@pytest.mark.parametrize("rows", [144, 168])
+def test_load_refuses_the_rows_of_another_window(rows: int) -> None:
     model = Block()
     trained = dict(model.state_dict())
-    trained["dcn.offset_mask.weight"] = torch.randn(144, 16)
-    with pytest.raises(RuntimeError, match=r"dcn\.offset_mask\.weight.*144"):
+    trained["dcn.offset_mask.weight"] = torch.randn(rows, 16)
+    with pytest.raises(RuntimeError, match=rf"dcn\.offset_mask\.weight.*{rows}"):
         load(model, trained)
+
+
+def test_load_refuses_a_larger_kernel_and_more_groups() -> None:
+    for settings in ({"kernel_size": 5, "pad": 2}, {"group": 2}):
+        with pytest.raises(RuntimeError, match=r"size mismatch for offset_mask\.weight"):
+            load(DCNv4(16, group=1), DCNv4(16, **{"group": 1, **settings}).state_dict())
 
 
 def test_load_is_strict() -> None:
@@ -441,6 +448,12 @@ def test_load_without_strict_reports() -> None:
 def test_load_names_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load(*arguments)
+
+
+@pytest.mark.parametrize("skip", [None, 3, [3]])
+def test_load_skips_what_has_a_name(skip: Any) -> None:
+    with pytest.raises(TypeError, match="skip must be a string or a sequence of them; got"):
+        load(Block(), {}, skip=skip)
 
 
 def test_load_refuses_dcnv3_weights_in_a_dcnv4() -> None:

@@ -116,9 +116,28 @@ def test_level_starts_must_agree(starts: list[int], message: str) -> None:
             compat.MSDeformAttnFunction.apply(value, SHAPES, given, locations, weights, 64)
         with pytest.raises(ValueError, match=message):
             compat.FlashDeformAttnFunction.apply(value, torch.tensor(SHAPES), given, logits, 64, 5)
-    for name, wrong in (("index", (SHAPES, 3)), ("shapes", (None, STARTS))):
-        with pytest.raises(TypeError, match=f"{name} must be a tensor or a sequence of L levels"):
-            compat.MSDeformAttnFunction.apply(value, *wrong, locations, weights, 64)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "starts", "error", "message"),
+    [
+        (SHAPES, 3, TypeError, "_index must be a tensor or a sequence of L levels; got 3"),
+        (SHAPES, torch.tensor(0), TypeError, "_index must be a tensor or a sequence of L levels"),
+        (None, STARTS, TypeError, "_shapes must be a tensor or a sequence of L levels; got None"),
+        (torch.tensor(3), None, TypeError, r"_shapes must be .* of L levels; got tensor\(3\)"),
+        (torch.ones(3, 3, dtype=torch.int64), STARTS, ValueError, r"_shapes must be L = 3 pairs"),
+        (torch.ones(3, dtype=torch.int64), STARTS, ValueError, r"_shapes must be L = 3 pairs"),
+        ([5, 7, 3], STARTS, TypeError, r"_shapes must be L = 3 pairs \(H, W\); got \[5, 7, 3\]"),
+        (SHAPES, ["a", "b", "c"], ValueError, r"_index must be the first rows .*; got \['a', 'b'"),
+        (SHAPES, torch.zeros(3, 2), ValueError, r"_index must be the first rows .*; got \[\[0.0"),
+    ],
+)
+def test_level_sizes_and_starts_of_other_kinds(
+    shapes: Any, starts: Any, error: type[Exception], message: str
+) -> None:
+    value, locations, weights = attention_inputs().values()
+    with pytest.raises(error, match=message):
+        compat.MSDeformAttnFunction.apply(value, shapes, starts, locations, weights, 64)
 
 
 @pytest.mark.gpu
@@ -283,8 +302,11 @@ def test_convolution_refusals() -> None:
     wrong = [*arguments[:9], 5, 1.0]
     with pytest.raises(ValueError, match=r"C = group\*group_channels = 10\]; got \[2, 7, 9, 8\]"):
         compat.DCNv4Function.apply(image, packed, *wrong, 256, 0)
-    with pytest.raises(ValueError, match=r"mask must be \[B, Ho, Wo, 18\], 9 of each group; got"):
-        compat.DCNv3Function.apply(image, offsets.flatten(3), weights[..., 0], *arguments, 256, 0)
+    for wrong_mask in (weights[..., 0], weights.flatten(3)[:1], weights.flatten(3)[:, :6]):
+        with pytest.raises(
+            ValueError, match=r"^mask must be \[B, Ho, Wo, 2\*9\] = \[2, 7, 9, 18\]"
+        ):
+            compat.DCNv3Function.apply(image, offsets.flatten(3), wrong_mask, *arguments, 256, 0)
     with pytest.raises(ValueError, match=r"remove_center must come with a square kernel.*3 x 5"):
         compat.DCNv3Function.apply(image, offsets, weights, 3, 5, *arguments[2:], 256, 1)
     with pytest.raises(ValueError, match="remove_center must be 0 or 1; got 2"):

@@ -165,6 +165,9 @@ def test_refusals() -> None:
         ValueError, match=r"sampling_loc_attn must be .* G = 3, 3\*L\*K = 24\].* 72\]"
     ):
         compat.flash_deform_attn(**{**attention_inputs(), "K": 4})
+    packed = attention_inputs()["sampling_loc_attn"]
+    with pytest.raises(ValueError, match=r"sampling_loc_attn must be \[B = 2, Q, .*; got \[1, "):
+        compat.flash_deform_attn(**{**attention_inputs(), "sampling_loc_attn": packed[:1]})
     with pytest.raises(ValueError, match="K must be an integer >= 1; got 0"):
         compat.flash_deform_attn(**{**attention_inputs(), "K": 0})
     with pytest.raises(TypeError, match="group must be an integer"):

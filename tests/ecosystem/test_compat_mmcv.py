@@ -179,6 +179,11 @@ def test_layer_refusals(name: str) -> None:
             layer(4, 6, 3, bias=True)
 
 
+def test_a_single_image_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"input must be \[B, C, H, W\]; got \[4, 7, 9\]"):
+        mmcv.ModulatedDeformConv2dPack(4, 6, 3, padding=1)(torch.randn(4, 7, 9))
+
+
 def attention(**changes: Any) -> mmcv.MultiScaleDeformableAttention:
     sizes = {"embed_dims": 12, "num_heads": 3, "num_levels": 2, "num_points": 5, "dropout": 0.0}
     layer = mmcv.MultiScaleDeformableAttention(**{**sizes, **changes}).double()

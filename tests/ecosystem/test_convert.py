@@ -212,6 +212,24 @@ def test_subclasses_have_to_be_named() -> None:
     assert list(dcnv4.convert(model, types=(Doubled, nn.Conv2d))) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    "types", [nn.ConvTranspose2d, nn.Module, nn.Conv2d(1, 1, 1), "Conv2d", [3]]
+)
+def test_other_modules_are_no_convolutions(types: Any) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(6, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.raises(
+        TypeError, match=r"types must be torch\.nn\.Conv2d or subclasses of it; got"
+    ):
+        dcnv4.convert(model, types=types)
+    assert type(model[0]) is nn.ConvTranspose2d
+
+
+@pytest.mark.parametrize("names", [None, 3, [3]])
+def test_names_are_strings(names: Any) -> None:
+    with pytest.raises(TypeError, match="names must be a string or a sequence of them; got"):
+        dcnv4.convert(nn.Sequential(nn.Conv2d(6, 4, 3)), names)
+
+
 def hooked() -> nn.Conv2d:
     conv = nn.Conv2d(6, 4, 3)
     conv.register_forward_hook(lambda *_: None)

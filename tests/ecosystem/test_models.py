@@ -339,6 +339,10 @@ def test_intermediates() -> None:
     torch.testing.assert_close([final, *some], [last, maps[1]])
     with pytest.raises(ValueError, match="output_fmt must be NCHW or NHWC; got 'NLC'"):
         model.forward_intermediates(images, output_fmt="NLC")
+    with pytest.raises(
+        ValueError, match=r"x must be images \[B, in_chans, H, W\]; got \[3, 64, 64\]"
+    ):
+        model(torch.zeros(3, 64, 64))
 
 
 # Training.

@@ -259,6 +259,17 @@ def test_a_layer_alone_is_not_recorded() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@FX
+def test_a_layer_is_not_scripted(name: str) -> None:
+    """Nor a model around it; either says what to do instead."""
+    model = make(name)
+    layer = next(m for m in model.modules() if type(m).__module__.startswith("dcnv4."))
+    rule = rf"given no {type(layer).__name__},.*jit\.trace\(model, inputs\)"
+    for scripted in layer, model:
+        with pytest.raises(TypeError, match=rule):
+            torch.jit.script(scripted)
+
+
 def test_quantization_around_a_layer() -> None:
     """FX-mode quantization leaves the layer as it is."""
     quantize = pytest.importorskip("torch.ao.quantization.quantize_fx")

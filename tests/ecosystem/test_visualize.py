@@ -132,10 +132,10 @@ def test_colours_tell_the_sign() -> None:
 SHAPES = ((6, 8), (3, 4))
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_attention_draws_the_points_of_a_query(size: int) -> None:
+@pytest.mark.parametrize("shape", [(2, 5, 2, 2), (2, 5, 2, 4), (1, 1, 1, 2)])
+def test_attention_draws_the_points_of_a_query(shape: tuple[int, ...]) -> None:
     layer = randomised(FlashDeformAttn(16, n_levels=2, n_heads=4, n_points=3))
-    query, reference = torch.randn(2, 5, 16), torch.rand(2, 5, 2, size)
+    query, reference = torch.randn(2, 5, 16), torch.rand(shape)
     locations, weights = (t.detach() for t in layer.sampling_points(query, reference, SHAPES))
     figure = visualize.attention(layer, query, reference, torch.tensor(SHAPES), 4, sample=1)
     assert [axes.get_title() for axes in figure.axes] == [
@@ -165,10 +165,11 @@ def test_levels_have_panels_of_one_size() -> None:
         assert size == pytest.approx(sizes[0], abs=1)
 
 
-def test_attention_averages_over_the_queries() -> None:
+@pytest.mark.parametrize("shape", [(2, 5, 2, 2), (1, 1, 1, 2)])
+def test_attention_averages_over_the_queries(shape: tuple[int, ...]) -> None:
     """A fresh layer's rays."""
     layer = FlashDeformAttn(16, n_levels=2, n_heads=4, n_points=3)
-    figure = visualize.attention(layer, torch.randn(2, 5, 16), torch.rand(2, 5, 2, 2), SHAPES)
+    figure = visualize.attention(layer, torch.randn(2, 5, 16), torch.rand(shape), SHAPES)
     rays = layer.sampling_offsets.bias.detach().view(4, 2, 3, 2)
     for level, axes in enumerate(figure.axes):
         at, areas = drawn(axes)
@@ -233,6 +234,8 @@ MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "sample": (ValueError, "sample must be below 2; got 2", {"sample": 2}),
     "group": (ValueError, "groups must be below 3; got 3", {"groups": [0, 3]}),
+    "no group": (ValueError, r"groups must name one at least; got \[\]", {"groups": []}),
+    "around": (ValueError, "around must be a number of pixels > 0; got 0", {"around": 0}),
 }
 
 
@@ -251,6 +254,8 @@ def test_mistakes_about_attention() -> None:
         visualize.attention(layer, *call, 5)
     with pytest.raises(ValueError, match="sample must be below 2; got 7"):
         visualize.attention(layer, *call, 1, sample=7)
+    with pytest.raises(ValueError, match="around must be a number of pixels > 0; got -1"):
+        visualize.attention(layer, *call, 1, around=-1)
     with pytest.raises(TypeError, match=r"layer must be a FlashDeformAttn, .*; got Linear"):
         visualize.attention(nn.Linear(3, 3), *call)
 

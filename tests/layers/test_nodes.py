@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,43 @@ def test_a_submodule_that_somebody_watches_is_called(
     output = case(case.layer, [a.requires_grad_() for a in case.arguments])
     assert not is_node(output)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("name", [*CONV, *ATTENTION, "conv2d"])
+def test_a_node_refuses_what_submodules_refuse(name: str) -> None:
+    """Arguments of which one or two dimensions are longer or shorter: the same error, or output."""
+    case = Case(name)
+    whole = [*case.arguments, *case.others]
+    changes = [
+        (i, dim, step)
+        for i, argument in enumerate(whole)
+        if isinstance(argument, Tensor)
+        for dim in range(argument.dim())
+        for step in (-1, 1)
+    ]
+
+    def outcomes() -> list[Any]:
+        found: list[Any] = []
+        for chosen in [*combinations(changes, 1), *combinations(changes, 2)]:
+            arguments = list(whole)
+            for i, dim, step in chosen:
+                given = arguments[i]
+                rows = torch.arange(given.shape[dim] + step) % given.shape[dim]
+                arguments[i] = given.index_select(dim, rows)
+            try:
+                found.append(case.layer(*arguments).detach())
+            except (TypeError, ValueError) as error:
+                found.append(str(error))
+        return found
+
+    by_node = outcomes()
+    for module in case.layer.children():
+        module.register_forward_hook(lambda *_: None)
+    composed = outcomes()
+    assert {type(outcome) for outcome in by_node} == {Tensor, str}
+    for found, right in zip(by_node, composed, strict=True):
+        torch.testing.assert_close(found, right) if isinstance(right, Tensor) else None
+        assert isinstance(right, Tensor) or found == right
 
 
 def test_a_dropped_bias_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,6 +326,11 @@ MALFORMED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "input_flatten",
         lambda: attend(input_flatten=torch.zeros(10, 8)),
     ),
+    "flatten_batch": (
+        ValueError,
+        "input_flatten must be [B, S, d_model] with B = 2",
+        lambda: attend(input_flatten=torch.zeros(1, 10, 8)),
+    ),
     "reference_points": (
         ValueError,
         "reference_points",
@@ -378,6 +383,13 @@ def test_a_map_smaller_than_the_kernel(call: Callable[[], Tensor]) -> None:
         call()
 
 
+@pytest.mark.parametrize("size", [(0, 3), (3, 0)])
+def test_a_map_without_pixels(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="x must have pixels where windows are; got "):
+        DCNv4Conv2d(8, 8, padding=2)(torch.zeros(1, 8, *size))
+    assert DCNv4(8)(torch.zeros(1, *size, 8)).shape == (1, *size, 8)
+
+
 @pytest.mark.parametrize("channels", [14, 16], ids=["channels do not divide", "size does not fit"])
 def test_channels_first(channels: int) -> None:
     hint = rf"; value = \[1, 64, 14, {channels}\] seems to be \[B, C, H, W\]: permute"
@@ -406,6 +418,20 @@ def test_halves_given_to_a_layer_of_floats(case: str) -> None:
     message = f"{name} must be torch.float32, as the layer's parameters are, .*; got torch.float16"
     with pytest.raises(TypeError, match=message):
         HALVES[case]()
+
+
+DOUBLES: dict[str, Callable[[], Tensor]] = {
+    "x": lambda: DCNv4Conv2d(8, 8, padding=1)(torch.zeros(1, 8, 4, 4).double()),
+    "query": lambda: attend(query=torch.zeros(2, 3, 8).double()),
+    "input_flatten": lambda: attend(input_flatten=torch.zeros(2, 10, 8).double()),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_autocast_casts_no_float64(name: str) -> None:
+    message = rf"{name} must be torch.float32, .*, since autocast leaves .*; got torch.float64"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        DOUBLES[name]()
 
 
 def test_halves_are_left_to_whoever_casts_them() -> None:

@@ -76,9 +76,9 @@ ARROWS = {
     "models.rates": set(),
     "visualize": {"arguments", "layers"},
     "export": {"tracing", "ops"},
-    "onnx": {"export", "geometry", "ops"},
+    "onnx": {"arguments", "export", "geometry", "ops"},
     "compat": {f"compat.{name}" for name in COMPAT},
-    "compat.deformable_detr": {"tracing", "functional", "layers"},
+    "compat.deformable_detr": {"arguments", "tracing", "functional", "layers"},
     "compat.fork": {"arguments", "compat.opengvlab", "ops"},
     "compat.mmcv": {
         *("arguments", "autocast", "tracing", "layers"),

@@ -282,8 +282,11 @@ def test_impossible_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             "--cases must match a case of --list; got nothing-like-it",
         ),
         (("--backends", "reference,abacus"), "--backends must be of cuda, triton, cpu, reference"),
+        (("--backends", "reference,cuda"), "--backends must run here; got cuda, which needs "),
         (("--compare", str(tmp_path / "none.json")), "No such file"),
-        (("--json", str(tmp_path / "none" / "x.json")), "must be in a folder that exists"),
+        (("--compare", __file__), f"{__file__} must be a benchmark's JSON; "),
+        (("--json", str(tmp_path)), f"must be files in a folder that exists; got {tmp_path}"),
+        (("--json", str(tmp_path / "none" / "x.json")), "must be files in a folder that exists"),
         (("--device", "abacus"), "--device must be cuda or cpu; got abacus"),
         (("--peers", "grid,nosuch"), ", or be none; got nosuch"),
     ):

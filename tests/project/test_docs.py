@@ -49,6 +49,7 @@ OPTIONAL = {
     "matplotlib",
     "mmcv",
     "onnxruntime",
+    "segmentation_models_pytorch",
     "thop",
     "timm",
     "torchvision",
@@ -549,6 +550,9 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
             assert other.exists(), f"{file.relative_to(site)} links to {target}"
             if anchor and other in pages:
                 assert anchor in pages[other].ids, f"{file.relative_to(site)} links to {target}"
+
+    # The formulas of docstrings are drawn, three blocks of them.
+    assert (site / "api/functional.html").read_text(encoding="utf-8").count("<math") == 3
 
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     entries = zlib.decompress(inventory).decode().splitlines()

@@ -27,7 +27,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 
 
 class Call(NamedTuple):
-    """What a backend is asked to run.
+    """What a backend is asked to run: the operator, and of its tensors what matters to the choice.
 
     Example:
         >>> import torch
@@ -39,11 +39,11 @@ class Call(NamedTuple):
     op: str
     """`deform_conv` or `ms_deform_attn`."""
     device: torch.device
-    """Of the tensors."""
+    """The device of the tensors."""
     dtype: torch.dtype
-    """Of the value."""
+    """The dtype of the value."""
     deterministic: bool = False
-    """Whether its gradients are wanted and must have the same bits on every run."""
+    """Whether there will be gradients, which must have the same bits on every run."""
 
 
 UNORDERED = (
@@ -64,15 +64,15 @@ whole."""
 
 
 class Backend(Protocol):
-    """What the module of every backend offers; tensors may have any strides.
+    """What the module of every backend offers: `why_not`, and two passes of either operator.
 
-    Coordinates (`offset_mask`, `coordinates`, `weights`, those of `reference`) have the value's
-    dtype, or float32 beside a half-precision value. `spatial_shapes` is pairs (H, W) where the host
-    knows them, and otherwise an integer tensor [L, 2] on the value's device or the CPU. Attention's
-    `coordinates` are locations or, where there is `reference`, offsets from it. `deterministic`:
-    the call runs under deterministic algorithms, and `why_not` allows it. Results are contiguous,
-    or `out`: tensors that the gradients are written into, columns of a contiguous one. A gradient
-    has the dtype and the shape of its input.
+    Tensors may have any strides. Coordinates (`offset_mask`, `coordinates`, `weights`, those of
+    `reference`) have the value's dtype, or float32 beside a half-precision value. `spatial_shapes`
+    is pairs (H, W) where the host knows them, and otherwise an integer tensor [L, 2] on the value's
+    device or the CPU. Attention's `coordinates` are locations or, where there is `reference`,
+    offsets from it. `deterministic`: the call runs under deterministic algorithms, and `why_not`
+    allows it. Results are contiguous, or `out`: tensors that the gradients are written into,
+    columns of a contiguous one. A gradient has the dtype and the shape of its input.
     """
 
     def why_not(self, call: Call) -> str | None: ...
@@ -153,10 +153,10 @@ def choose(
     """The name of the backend that runs a call.
 
     Args:
-        op, device, dtype: what `Call` holds.
-        deterministic: what `Call` holds. Where PyTorch is only to warn, a backend without a
-            deterministic backward is taken, with a warning.
-        backend: a name out of `NAMES`, "auto", or None: what the environment asks for.
+        op, device, dtype: as in `Call`.
+        deterministic: as in `Call`. With PyTorch's `warn_only=True`, a backend without a
+            deterministic backward runs, with a warning.
+        backend: a name out of `NAMES`, "auto", or None: the one of the environment variables.
 
     Raises:
         ValueError: an unknown name.

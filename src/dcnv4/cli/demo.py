@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -140,7 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if missing := _missing_packages():
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
         print(
             f"dcnv4 demo needs {', '.join(missing)}: "
             'pip install "dcnv4[demo]", or pip install ".[demo]" in a checkout.',
@@ -386,16 +387,6 @@ def _draw_curves(axes, results: dict[str, Result]) -> None:  # type: ignore[no-u
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", fontsize=10, frameon=False)
-
-
-def _missing_packages() -> list[str]:
-    missing = []
-    for module, package in PACKAGES.items():
-        try:
-            import_module(module)
-        except ImportError:
-            missing.append(package)
-    return missing
 
 
 def _positive(text: str) -> int:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_sizes
 from ..functional import ms_deform_attn
 from ..layers import FlashDeformAttn
 from ..tracing import is_traced
 
 MSDeformAttn = FlashDeformAttn
-"""Deformable DETR's layer: the same arguments and parameters."""
+"""Deformable DETR's layer, with the same arguments and parameters, is `FlashDeformAttn`."""
 
 Shapes = Tensor | Sequence[Sequence[int]]
 Starts = Tensor | Sequence[int] | None
@@ -100,23 +101,25 @@ def _check_starts(starts: Starts, shapes: Shapes) -> None:
     given = [] if starts is None else starts
     named = {"value_spatial_shapes": shapes, "value_level_start_index": given}
     for name, argument in named.items():
-        if not isinstance(argument, (Tensor, list, tuple)):
-            kind = type(argument).__name__
-            raise TypeError(f"{name} must be a tensor or a sequence of L levels; got {kind}")
+        if not isinstance(argument, (Tensor, list, tuple)) or getattr(argument, "ndim", 1) == 0:
+            rule = f"{name} must be a tensor or a sequence of L levels"
+            raise TypeError(f"{rule}; got {argument!r:.80}")
     if starts is None:
         return
     levels = len(shapes)
     rule = f"value_level_start_index must be the first rows of L = {levels} levels"
     if len(starts) != levels:
         raise ValueError(f"{rule}; got {len(starts)}")
-    if not (_is_readable(starts) and _is_readable(shapes)):
-        return
-    found = [int(start) for start in starts]
-    expected = [0]
-    for height, width in shapes:
-        expected.append(expected[-1] + int(height) * int(width))
-    if found != expected[:-1]:
-        raise ValueError(f"{rule} that follow one another = {expected[:-1]}; got {found}")
+    if _is_readable(starts) and _is_readable(shapes):
+        pairs = _listed(check_sizes("value_spatial_shapes", shapes, levels))
+        areas = [height * width for height, width in pairs]
+        expected = [sum(areas[:level]) for level in range(levels)]
+        if (found := _listed(starts)) != expected:
+            raise ValueError(f"{rule} that follow one another = {expected}; got {found}")
+
+
+def _listed(argument: Any) -> list[Any]:
+    return argument.tolist() if isinstance(argument, Tensor) else list(argument)
 
 
 def _is_readable(argument: Any) -> bool:

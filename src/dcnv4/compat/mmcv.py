@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..arguments import check_finite, check_flag, check_integer, check_tensor
+from ..arguments import check_divides, check_finite, check_flag, check_integer, check_tensor
 from ..autocast import is_autocast
 from ..layers import FlashDeformAttn
 from ..tracing import as_leaf
@@ -20,20 +20,8 @@ from . import torchvision
 from .deformable_detr import MSDeformAttnFunction, Shapes, Starts, ms_deform_attn_core_pytorch
 from .torchvision import Size
 
-
-class MultiScaleDeformableAttnFunction(MSDeformAttnFunction):
-    """Multi-scale deformable attention as mmcv calls it: as Deformable DETR does.
-
-    Example:
-        >>> import torch
-        >>> from dcnv4.compat.mmcv import MultiScaleDeformableAttnFunction
-        >>> shapes, starts = torch.tensor([(8, 12), (4, 6)]), torch.tensor([0, 96])
-        >>> value = torch.randn(2, 120, 8, 32)
-        >>> locations, weights = torch.rand(2, 50, 8, 2, 4, 2), torch.rand(2, 50, 8, 2, 4)
-        >>> function = MultiScaleDeformableAttnFunction
-        >>> function.apply(value, shapes, starts, locations, weights, 64).shape
-        torch.Size([2, 50, 256])
-    """
+MultiScaleDeformableAttnFunction = MSDeformAttnFunction
+"""The same by the name that mmcv has for it."""
 
 
 class _CastFunction:
@@ -138,7 +126,7 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
     """
 
     is_init = _is_init = True
-    """What mmengine asks before it calls `init_weights`: whether that has been done."""
+    """Tells mmengine that `init_weights` has been called."""
 
     def __init__(
         self,
@@ -153,16 +141,11 @@ class MultiScaleDeformableAttention(FlashDeformAttn):
         init_cfg: Any = None,
         value_proj_ratio: float = 1.0,
     ) -> None:
-        numbers = {
-            "embed_dims": embed_dims,
-            "num_levels": num_levels,
-            "num_heads": num_heads,
-            "num_points": num_points,
-        }
-        for name, number in numbers.items():
-            check_integer(name, number, 1)
-        if embed_dims % num_heads:
-            raise ValueError(f"num_heads must divide embed_dims = {embed_dims}; got {num_heads}")
+        check_integer("embed_dims", embed_dims, 1)
+        check_integer("num_heads", num_heads, 1)
+        check_integer("num_levels", num_levels, 1)
+        check_integer("num_points", num_points, 1)
+        check_divides("num_heads", num_heads, embed_dims, f"embed_dims = {embed_dims}")
         width = int(embed_dims * check_finite("value_proj_ratio", value_proj_ratio))
         if width < 1 or width % num_heads:
             raise ValueError(
@@ -327,7 +310,8 @@ def modulated_deform_conv2d(
         >>> modulated_deform_conv2d(x, offset, mask, weight, padding=1).shape
         torch.Size([1, 32, 14, 14])
     """
-    check_tensor("mask", mask, "[B, G*kh*kw, Ho, Wo]", (4,))
+    check_tensor("input", input, "[B, C, H, W]", (4,))
+    check_tensor("mask", mask, "[B, G*kh*kw, Ho, Wo]", (4,), input)
     settings = (stride, padding, dilation, groups, deform_groups)
     return _deform_conv2d(input, offset, mask, weight, bias, *settings)
 
@@ -373,22 +357,26 @@ class _DeformConv2d(torchvision.DeformConv2d):
         self,
         in_channels: int,
         out_channels: int,
-        window: tuple[Size, Size, Size, Size],
-        groups: int,
-        deform_groups: int,
-        deformable_groups: int | None,
-        bias: bool,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool | str = True,
+        *,
+        deformable_groups: int | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, *window, groups, bias)
+        window = (kernel_size, stride, padding, dilation)
+        has_bias = bias == "auto" or check_flag("bias", bias)
+        super().__init__(in_channels, out_channels, *window, groups, has_bias)
         if deformable_groups is not None:
             warnings.warn(
                 "deformable_groups is now deform_groups", DeprecationWarning, stacklevel=3
             )
             deform_groups = deformable_groups
-        if in_channels % check_integer("deform_groups", deform_groups, 1):
-            raise ValueError(
-                f"deform_groups must divide in_channels = {in_channels}; got {deform_groups}"
-            )
+        check_integer("deform_groups", deform_groups, 1)
+        check_divides("deform_groups", deform_groups, in_channels, f"in_channels = {in_channels}")
         self.deform_groups = deform_groups
         # What mmcv's ConvModule reads of a convolution.
         self.transposed = False
@@ -403,15 +391,29 @@ class _DeformConv2d(torchvision.DeformConv2d):
 
 
 class _Pack(_DeformConv2d):
-    """What mmcv's two layers share that predict their points."""
+    """What mmcv's two layers share that predict their points, by `conv_offset`."""
 
     _version = 2
+    _numbers: int
+    """That are predicted of each point."""
 
-    def _predictor(self, numbers: int) -> nn.Conv2d:
-        """A convolution of the same windows that makes this many numbers for each point."""
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         points = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return nn.Conv2d(self.in_channels, numbers * points, *window)
+        self.conv_offset = nn.Conv2d(self.in_channels, self._numbers * points, *window)
+        self.init_offset()
+
+    def init_offset(self) -> None:
+        """Let `conv_offset` predict zeros."""
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not while the weight alone is there
+            self.init_offset()
 
     def _former_names(self, prefix: str) -> dict[str, str]:
         """What parameters are called now, by their names in mmcv's first version, in which they
@@ -473,9 +475,8 @@ class DeformConv2d(_DeformConv2d):
     ) -> None:
         if check_flag("bias", bias):
             raise ValueError("bias must be False, as mmcv's DeformConv2d has none; got True")
-        window = (kernel_size, stride, padding, dilation)
-        sizes = (groups, deform_groups, deformable_groups)
-        super().__init__(in_channels, out_channels, window, *sizes, False)
+        settings = (kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, *settings, deformable_groups=deformable_groups)
         self.im2col_step = im2col_step
 
     def reset_parameters(self) -> None:
@@ -489,7 +490,7 @@ class DeformConv2d(_DeformConv2d):
         return deform_conv2d(x, offset, self.weight, *self._settings())
 
 
-class DeformConv2dPack(DeformConv2d, _Pack):
+class DeformConv2dPack(_Pack, DeformConv2d):
     """`DeformConv2d` that predicts its offsets by a convolution of its input, `conv_offset`.
 
     Args:
@@ -508,21 +509,7 @@ class DeformConv2dPack(DeformConv2d, _Pack):
         torch.Size([1, 128, 14, 14])
     """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.conv_offset = self._predictor(2)
-        self.init_offset()
-
-    def init_offset(self) -> None:
-        """Set the offsets to zero."""
-        for parameter in self.conv_offset.parameters():
-            nn.init.zeros_(parameter)
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew."""
-        super().reset_parameters()
-        if hasattr(self, "conv_offset"):  # not while the weight alone is there
-            self.init_offset()
+    _numbers = 2
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, Co, Ho, Wo] from x [B, C, H, W]."""
@@ -553,35 +540,16 @@ class ModulatedDeformConv2d(_DeformConv2d):
         torch.Size([1, 128, 14, 14])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool | str = True,
-        *,
-        deformable_groups: int | None = None,
-    ) -> None:
-        has_bias = bias == "auto" or check_flag("bias", bias)
-        window = (kernel_size, stride, padding, dilation)
-        sizes = (groups, deform_groups, deformable_groups)
-        super().__init__(in_channels, out_channels, window, *sizes, has_bias)
-
     def init_weights(self) -> None:
+        """Initialise every parameter anew."""
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         """Initialise every parameter anew."""
         bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew."""
-        self.init_weights()
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """`modulated_deform_conv2d` of x [B, C, H, W], `offset`, `mask` and the layer's weight."""
@@ -591,7 +559,7 @@ class ModulatedDeformConv2d(_DeformConv2d):
         return modulated_deform_conv2d(*tensors, *self._settings())
 
 
-class ModulatedDeformConv2dPack(ModulatedDeformConv2d, _Pack):
+class ModulatedDeformConv2dPack(_Pack, ModulatedDeformConv2d):
     """`ModulatedDeformConv2d` that predicts offsets and mask from its input, by `conv_offset`.
 
     The mask is the sigmoid of what `conv_offset` makes.
@@ -612,23 +580,17 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, _Pack):
         torch.Size([1, 128, 14, 14])
     """
 
+    _numbers = 3
+
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.conv_offset = self._predictor(3)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initialise every parameter anew: no offsets, and a mask of ½."""
-        super().init_weights()
-        if hasattr(self, "conv_offset"):  # not while the weight alone is there
-            for parameter in self.conv_offset.parameters():
-                nn.init.zeros_(parameter)
+        self.init_weights()  # a second time, as mmcv does
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, Co, Ho, Wo] from x [B, C, H, W]."""
         if isinstance(x, Proxy):
             return as_leaf(ModulatedDeformConv2dPack, self, x)
         predicted = self.conv_offset(x)
-        points = predicted.shape[1] // 3
-        offset, mask = predicted.split((2 * points, points), 1)
+        points = predicted.shape[-3] // 3
+        offset, mask = predicted.split((2 * points, points), -3)
         return super().forward(x, offset, mask.sigmoid())

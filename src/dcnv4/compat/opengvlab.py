@@ -58,10 +58,11 @@ class FlashDeformAttnFunction:
         check_tensor("sampling_loc_attn", sampling_loc_attn, layout, (4, 3), value)
         levels, heads = len(value_spatial_shapes), value.shape[2]
         numbers = 3 * levels * K
-        if sampling_loc_attn.shape[2:] not in ((heads, numbers), (heads * numbers,)):
+        batch, _, *rest = sampling_loc_attn.shape
+        if batch != value.shape[0] or rest not in ([heads, numbers], [heads * numbers]):
             raise ValueError(
-                f"sampling_loc_attn must be [B, Q, G = {heads}, 3*L*K = {numbers}] or "
-                f"[B, Q, {heads * numbers}] with L = {levels} and K = {K}; "
+                f"sampling_loc_attn must be [B = {value.shape[0]}, Q, G = {heads}, 3*L*K = "
+                f"{numbers}] or [B, Q, {heads * numbers}] with L = {levels} and K = {K}; "
                 f"got {list(sampling_loc_attn.shape)}"
             )
         if sampling_loc_attn.dim() == 3:
@@ -188,11 +189,11 @@ class DCNv3Function:
             )
         check_integer("group", group, 1)
         points = kernel_h * kernel_w - bool(remove_center)
-        for name, tensor, fields in (("offset", offset, 2 * points), ("mask", mask, points)):
-            check_tensor(name, tensor, "[B, Ho, Wo, fields]", (4,))
-            if tensor.shape[3] != group * fields:
+        for name, tensor, numbers in (("offset", offset, 2 * points), ("mask", mask, points)):
+            check_tensor(name, tensor, "[B, Ho, Wo, channels]", (4,))
+            if tensor.shape != (expected := (*offset.shape[:3], group * numbers)):
                 raise ValueError(
-                    f"{name} must be [B, Ho, Wo, {group * fields}], {fields} of each group; "
+                    f"{name} must be [B, Ho, Wo, {group}*{numbers}] = {list(expected)}; "
                     f"got {list(tensor.shape)}"
                 )
         offsets = unflattened(offset, 3, (group, 2 * points))
@@ -266,8 +267,8 @@ def _deform_conv(
     `window` is kernel_h to dilation_w.
     """
     numbers = (*window, group, group_channels)
-    for (name, least), number in zip(_LEAST.items(), numbers, strict=True):
-        check_integer(name, number, least)
+    for name, number in zip(_NUMBERS, numbers, strict=True):
+        check_integer(name, number, 0 if name.startswith("pad") else 1)
     if remove_center not in (0, 1):
         raise ValueError(f"remove_center must be 0 or 1; got {remove_center!r}")
     check_tensor("input", input, "[B, H, W, C]", (4,))
@@ -291,15 +292,7 @@ def _deform_conv(
     )
 
 
-_LEAST = {
-    "kernel_h": 1,
-    "kernel_w": 1,
-    "stride_h": 1,
-    "stride_w": 1,
-    "pad_h": 0,
-    "pad_w": 0,
-    "dilation_h": 1,
-    "dilation_w": 1,
-    "group": 1,
-    "group_channels": 1,
-}
+_NUMBERS = (
+    *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
+    *("group", "group_channels"),
+)

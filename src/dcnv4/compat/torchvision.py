@@ -18,7 +18,7 @@ from ..arguments import window as check_window
 from ..autocast import autocast_dtype
 from ..functional import deform_conv, windowed_conv
 from ..geometry import Window
-from ..tracing import as_leaf, is_traced
+from ..tracing import as_leaf, is_traced, refuse_scripting
 
 Size = int | Sequence[int]
 
@@ -292,6 +292,8 @@ class DeformConv2d(nn.Module):
         >>> layer(x, offset, mask).shape
         torch.Size([1, 128, 14, 14])
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

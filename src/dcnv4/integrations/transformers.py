@@ -1,10 +1,10 @@
 """Hugging Face models: their deformable attention through this package's operators.
 
-Models of transformers keep its sampling in one of three places: a module without parameters,
-`MultiScaleDeformableAttention`; a function among a layer's attributes; a function that a layer's
-forward finds among the globals of its file. The first and the last are replaced by giving this
-layer, and no other, a subclass of its class whose forward differs. So is the whole forward of a
-layer around the sampling, if it computes what Deformable DETR's does.
+A model of transformers samples in one of three places: in a module without parameters, in a
+function that is an attribute of the layer, or in a function of the file, which the layer's forward
+calls. In the first and the last case this one layer becomes an instance of a subclass with another
+forward, and no other layer changes. The same is done with the whole forward of a layer that
+computes what Deformable DETR's does.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def enable(model: Model, *, backend: str | None = None) -> Model:
     """Route the deformable attention of a Hugging Face model through this package's operators.
 
-    A layer that computes what Deformable DETR's does runs on `ms_deform_attn_from_offsets`; of any
-    other the sampling runs on `ms_deform_attn`.
+    A layer that computes what Deformable DETR's does runs on
+    `functional.ms_deform_attn_from_offsets`. Any other layer samples by
+    `functional.ms_deform_attn`.
 
     Args:
         model: a model of transformers, or any module that holds one; changed in place. Parameters,

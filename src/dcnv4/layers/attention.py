@@ -49,18 +49,19 @@ from .projections import (
 class FlashDeformAttn(Layer):
     r"""Multi-scale deformable attention, with the meaning and parameters of Deformable DETR's.
 
-    Every query looks at `n_points` points of each level, at offsets from its reference points;
-    offsets and attention weights are predicted from the query, the softmax runs in the operator.
+    Every query looks at `n_points` points of each level, at offsets from its reference points. The
+    offsets and the weights of the points are predicted from the query. The softmax is a part of the
+    operator.
 
     Args:
         d_model: channels C of queries and values; `n_heads` must divide it.
         n_levels: L, feature levels.
         n_heads: G, attention heads.
         n_points: P, points a head samples in each level.
-        ratio: channels of the values inside, in `d_model`s, as in ViT-Adapter's layer; `n_heads`
-            must divide what they come to, rounded down.
-        use_4D_normalizer: with reference boxes, offsets are in half boxes per pixel of the level
-            instead of per `n_points`, as in variants of DINO's layer.
+        ratio: the values have `d_model`·ratio channels, rounded down, as in ViT-Adapter's layer;
+            `n_heads` must divide them.
+        use_4D_normalizer: with reference boxes, an offset of 1 is w / (2·Wₗ) instead of
+            w / (2·P), as in variants of DINO's layer.
         backend: as in `functional.ms_deform_attn`.
         device, dtype: of the parameters, as in PyTorch's layers.
 
@@ -88,7 +89,7 @@ class FlashDeformAttn(Layer):
     ratio: float = 1.0
     use_4D_normalizer: bool = False  # noqa: N815, the original's name
     im2col_step = 64
-    """What the original layers hand to their kernel. Nothing reads it."""
+    """The original layers have it. Here nothing reads it."""
 
     def __init__(
         self,
@@ -143,8 +144,8 @@ class FlashDeformAttn(Layer):
         Args:
             query: [B, Q, C], in the dtype of the parameters; under autocast in any.
             reference_points: [B, Q, L, 2], (x, y) in [0, 1] over each level; or [B, Q, L, 4],
-                boxes (x, y, w, h), whose offsets are in half boxes per `n_points`. B, Q and L may
-                be 1: the same for all.
+                boxes (x, y, w, h), of whose width an offset of 1 is 1 / (2·P). B, Q and L may be 1:
+                the same for all.
             input_flatten: [B, S, C], the levels' pixels one level after another.
             input_spatial_shapes: (H, W) of each level, a sequence or an integer tensor [L, 2]; on
                 an accelerator it stays there.
@@ -156,8 +157,8 @@ class FlashDeformAttn(Layer):
             [B, Q, C].
 
         Raises:
-            TypeError: an argument is no tensor of floating point, or `input_spatial_shapes` no
-                pairs of integers.
+            TypeError: an argument is not a floating-point tensor, or `input_spatial_shapes` are
+                not pairs of integers.
             ValueError: an argument of the wrong shape or device, by its name.
             RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
@@ -170,6 +171,11 @@ class FlashDeformAttn(Layer):
         whole = *query.shape[:2], self.n_levels
         check_reference_points(reference_points, whole, query)
         _check_rows("input_flatten", input_flatten, self.value_proj)
+        if input_flatten.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"input_flatten must be [B, S, d_model] with B = {query.shape[0]}, as query has; "
+                f"got {list(input_flatten.shape)}"
+            )
         if input_padding_mask is not None:
             _check_mask(input_padding_mask, input_flatten)
         if may_read_past(query, reference_points, input_flatten):

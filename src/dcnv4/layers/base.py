@@ -24,7 +24,7 @@ from ..arguments import (
 from ..autocast import is_autocast
 from ..geometry import Window, conv_points
 from ..initialization import Initializer, initialize
-from ..tracing import beside, is_traced
+from ..tracing import beside, is_traced, refuse_scripting
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -62,11 +62,8 @@ def known(kind: Kind) -> Kind:
 
 known(nn.Linear)
 known(nn.Conv2d)
-_HOOKS = tuple(
-    f"_{hooks}"
-    for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-)
-_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(_every, f"_global{hooks}", {}) for hooks in _HOOKS]
 
 
 def are_bare(modules: Iterable[nn.Module]) -> bool:
@@ -84,9 +81,8 @@ def are_bare(modules: Iterable[nn.Module]) -> bool:
 
 def are_unwatched(modules: Iterable[nn.Module]) -> bool:
     """Whether these are of known classes, their own forwards and hooks being nobody's."""
-    for hooks in _GLOBAL_HOOKS:
-        if getattr(_every, hooks, None):
-            return False
+    if any(_GLOBAL_HOOKS):
+        return False
     for module in modules:
         kind = type(module)  # which a parametrisation and `fully_shard` change
         if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
@@ -112,11 +108,18 @@ def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
     """Refuse in words what the product of a Linear that reads x would refuse."""
     if type(reader) is not nn.Linear or reader.weight.dtype == x.dtype:
         return
-    if not is_traced(x) and not is_autocast(x.device.type) and are_bare((reader,)):
-        raise TypeError(
-            f"{name} must be {reader.weight.dtype}, as the layer's parameters are, or come under "
-            f"autocast; got {x.dtype}"
-        )
+    if is_traced(x) or not are_bare((reader,)):
+        return
+    if not is_autocast(x.device.type):
+        otherwise = "or come under autocast"
+    elif torch.float64 in (x.dtype, reader.weight.dtype):
+        otherwise = "since autocast leaves float64 as it is"
+    else:
+        return
+    raise TypeError(
+        f"{name} must be {reader.weight.dtype}, as the layer's parameters are, {otherwise}; "
+        f"got {x.dtype}"
+    )
 
 
 # Initialization.
@@ -124,6 +127,8 @@ def check_dtype(name: str, x: Tensor, reader: nn.Module) -> None:
 
 class Layer(nn.Module):
     """What all layers share: parameters that the layer initializes, whoever resets them."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def _initializers(self) -> Iterator[tuple[nn.Module | None, Initializer, Initializer]]:
         """The submodules that PyTorch initializes otherwise: how weight and bias are."""
@@ -227,6 +232,8 @@ class WindowedLayer(Layer):
         rows, columns = self.window.output_size(height, width)
         if self.window.stride == (1, 1) and (rows, columns) == (height, width):
             return x
+        if not is_traced(x) and 0 in (height, width):
+            raise ValueError(f"x must have pixels where windows are; got {height} x {width}")
         column, row = self.window.origins(
             # None where the window does not fit, which the operator refuses.
             *(beside(torch.arange(max(n, 0), device=x.device), x) for n in (rows, columns))

@@ -355,8 +355,8 @@ def _fits(size: tuple[int, int, int], value: int, predicted: int, window: Window
 class DCNv4(_DeformConv, OriginalNames):
     r"""Deformable Convolution v4 on channels-last maps, flattened or not.
 
-    Every output pixel sums K points of each group of channels, at offsets and with weights that
-    are predicted from the input there; the weights are unbounded unless `softmax` is set.
+    Every output pixel is a weighted sum of K points of each group of channels. Their offsets and
+    weights are predicted from the input at that pixel. Without `softmax`, weights are unbounded.
 
         value = value_proj(x);  offset_mask = offset_mask(offset_mask_dw(x))
         y = deform_conv(value, offset_mask);  output = output_proj(y)
@@ -371,17 +371,16 @@ class DCNv4(_DeformConv, OriginalNames):
         pad: zero padding, an int or (height, width).
         dilation: an int or (height, width).
         group: G, groups of channels with offsets and weights of their own; must divide `channels`.
-        offset_scale: scales the kernel grid and the offsets alike.
-        dw_kernel_size: kernel of a depthwise convolution before `offset_mask`; None for none.
+        offset_scale: multiplies the kernel's grid and the offsets.
+        dw_kernel_size: kernel of a depthwise convolution before `offset_mask`. None: there is none.
         center_feature_scale: blend each output with the value at its centre, as above.
-        remove_center: drop the kernel's central point.
+        remove_center: leave out the kernel's central point.
         output_bias: whether `output_proj` has a bias.
         without_pointwise: no `value_proj` and no `output_proj`.
         softmax: normalise the K weights of a group, as DCNv3 does.
-        init: "average": zero offsets and weights 1/K, so that a fresh layer is a box filter that
-            passes gradients. "zero": all zero as in the paper, right inside a residual block;
-            elsewhere it outputs zeros and passes no gradient. With `softmax`, either is a box
-            filter.
+        init: "average": offsets are 0 and weights 1/K, so a new layer is a box filter, and passes
+            gradients. "zero": both are 0 as in the paper, for a residual block; elsewhere the layer
+            outputs a constant and passes no gradient. With `softmax`, both are a box filter.
         backend: as in `functional.deform_conv`.
         device, dtype: of the parameters, as in PyTorch's layers.
 
@@ -460,14 +459,14 @@ class DCNv4(_DeformConv, OriginalNames):
 
         Args:
             x: [B, H·W, C] or [B, H, W, C], in the dtype of the parameters; under autocast in any.
-            shape: (H, W). None: the map is square, or x says it.
+            shape: (H, W). None: x is [B, H, W, C], or its map is square.
 
         Returns:
-            [B, Ho·Wo, C] or [B, Ho, Wo, C], as x came; `output_shape` tells (Ho, Wo). In the dtype
+            [B, Ho·Wo, C] or [B, Ho, Wo, C], like x; `output_shape` tells (Ho, Wo). In the dtype
             of x; under autocast in the autocast dtype.
 
         Raises:
-            TypeError: x is no tensor of floating point, `shape` no pair.
+            TypeError: x is not a floating-point tensor, or `shape` not a pair.
             ValueError: x or `shape` does not fit the layer or each other.
             RuntimeError: the backend asked for cannot run here; the reasons are listed.
         """
@@ -522,28 +521,28 @@ class DCNv4(_DeformConv, OriginalNames):
 class DCNv4Conv2d(_DeformConv):
     """Deformable Convolution v4 with the arguments, the defaults and the layout of `nn.Conv2d`.
 
-    Only `groups` means something else: the groups of channels that share points. Every output
-    channel depends on every input channel, whatever their number.
+    Only `groups` means something else: the groups of channels that share points. With any number of
+    groups, every output channel depends on every input channel.
 
-    `DCNv4` with a `value_proj` from `in_channels` to `out_channels`, NCHW in and NCHW out. A
-    `channels_last` tensor passes through without a copy and comes out `channels_last`.
+    It is a `DCNv4` whose `value_proj` leads from `in_channels` to `out_channels`, for [B, C, H, W].
+    A `channels_last` tensor is not copied, and its output is `channels_last`, too.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: an int or (height, width).
         stride: an int or (height, width).
-        padding: an int, (height, width), "valid" for 0, or "same": what keeps the size at stride 1,
-            and divides it by the stride otherwise, which `nn.Conv2d` refuses;
-            dilation·(kernel_size - 1) must then be even.
+        padding: an int, (height, width), "valid" for 0, or "same", which keeps the size at stride 1
+            and divides it by a larger stride (`nn.Conv2d` has no such). For "same",
+            dilation·(kernel_size - 1) must be even.
         dilation: an int or (height, width).
         groups: G, groups of channels with offsets and weights of their own; must divide
             `out_channels`. None: groups of 16 channels, or the next larger size that divides.
         bias: whether the output projection has a bias.
-        padding_mode: "zeros", the only one: what lies outside the image is not read.
+        padding_mode: "zeros", the only one.
         device, dtype: of the parameters.
-        without_pointwise: neither `value_proj` nor the output projection with its bias, as beside
-            the pointwise convolutions of a depthwise block; `out_channels` must be `in_channels`.
+        without_pointwise: no `value_proj`, no output projection and no bias, for blocks that have
+            pointwise convolutions of their own; `out_channels` must be `in_channels`.
         offset_scale, dw_kernel_size, center_feature_scale, remove_center, softmax, init, backend:
             as in `DCNv4`.
 
@@ -640,7 +639,7 @@ class DCNv4Conv2d(_DeformConv):
     def sampling_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the layer looks on x, as `forward` takes it; returns as `DCNv4.sampling_points`.
 
-        An x without a batch is one of 1.
+        An x without a batch dimension counts as a batch of 1.
         """
         return self._points(self._predict(self._layout(x).as_map(x)))
 

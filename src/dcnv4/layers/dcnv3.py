@@ -39,7 +39,7 @@ class DCNv3(WindowedLayer, OriginalNames):
 
     It differs from `DCNv4` in what predicts the points, and no `DCNv4` can compute the same:
 
-        features = act(norm(depthwise convolution(x)))
+        features = act(norm(depthwise_conv(x)))
         value = input_proj(x);  y = deform_conv(value, [offset(features), mask(features)])
         output = output_proj(y)
 
@@ -49,12 +49,11 @@ class DCNv3(WindowedLayer, OriginalNames):
     Args:
         channels, kernel_size, stride, pad, dilation, group, offset_scale, remove_center: as in
             `DCNv4`.
-        dw_kernel_size: of the depthwise convolution; None for `kernel_size`.
+        dw_kernel_size: kernel of the depthwise convolution. None: `kernel_size`.
         act_layer: "GELU", "ReLU" or "SiLU".
         norm_layer: "LN" or "BN".
         center_feature_scale: blend each output with the value at its centre, as above.
-        use_dcn_v4_op: True or False; InternImage's detectors choose an operator by it, and both
-            compute the same.
+        use_dcn_v4_op: has no effect here. InternImage's detectors choose an operator by it.
         backend: as in `functional.deform_conv`.
         device, dtype: of the parameters, as in PyTorch's layers.
 

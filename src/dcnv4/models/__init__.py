@@ -3,7 +3,7 @@
     import timm, dcnv4.models
     model = timm.create_model("flash_internimage_t", pretrained=True)
 
-It needs timm: `pip install "dcnv4[models]"`.
+It needs timm: `pip install ".[models]"` in a checkout.
 """
 
 try:

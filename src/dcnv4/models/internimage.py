@@ -54,6 +54,8 @@ class Stem(nn.Module):
         self.norm2 = _norm(channels, "1", made)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"x must be images [B, in_chans, H, W]; got {list(x.shape)}")
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
         x = self.conv2(x.permute(0, 3, 1, 2))
@@ -187,24 +189,24 @@ class Level(nn.Module):
 
 
 class InternImage(nn.Module):
-    """InternImage and, around DCNv4, FlashInternImage.
+    """FlashInternImage, with `layer=DCNv4`, or InternImage, with `layer=DCNv3`.
 
     Args:
         in_chans: channels of the images.
-        num_classes: of the classifier; 0 for none.
+        num_classes: of the classifier. 0: no classifier.
         global_pool: timm's name of how the last map is pooled.
         channels: C of the first level; it doubles from level to level.
         depths: blocks of each level.
         layer: the deformable layer's class.
         offset_scale: as in `DCNv4`.
-        dw_kernel_size: as in the layer.
+        dw_kernel_size: as in the class of the layer.
         output_bias: whether DCNv4's `output_proj` has a bias.
-        mlp_fc2_bias: whether the second product of a block's MLP has one.
-        mlp_ratio: hidden channels of a block's MLP, over C.
-        post_norm: norms behind layers, not before them.
-        layer_scale: what layers' outputs are first multiplied by, channel by channel; None: by
-            nothing, ever.
-        cls_scale: channels before the classifier, over those of the last level.
+        mlp_fc2_bias: whether the second Linear of a block's MLP has a bias.
+        mlp_ratio: hidden channels of a block's MLP, divided by C.
+        post_norm: norms after layers, not before them.
+        layer_scale: start of the learned factors of layers' outputs, one a channel. None: there are
+            no such factors.
+        cls_scale: channels before the classifier, divided by those of the last level.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly towards it.
         backend: as in `functional.deform_conv`.
@@ -259,6 +261,7 @@ class InternImage(nn.Module):
         self.patch_embed = Stem(in_chans, channels, made)
         self.levels = nn.ModuleList()
         self.feature_info = []
+        self.output_fmt = "NHWC"  # to timm: of what hooks see
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         for i, depth in enumerate(depths):
             width, last = channels << i, i == len(depths) - 1
@@ -268,7 +271,8 @@ class InternImage(nn.Module):
                 blocks.append(Block(width, deformable, drop_path=next(rates), **block))
             level = Level(width, blocks, norm=not post_norm, downsample=not last, made=made)
             self.levels.append(level)
-            where = {"num_chs": width, "reduction": 4 << i, "module": f"levels.{i}"}
+            last_of_level = f"levels.{i}." + (f"blocks.{depth - 1}" if post_norm else "norm")
+            where = {"num_chs": width, "reduction": 4 << i, "module": last_of_level}
             self.feature_info.append(where)
         self.num_features, self.head_hidden_size = width, int(width * cls_scale)
         self.conv_head: nn.Module = _conv_head(width, self.head_hidden_size, made)
@@ -289,7 +293,7 @@ class InternImage(nn.Module):
         return features[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What the classifier makes of `forward_features`; before its product with `pre_logits`."""
+        """The classifier's output for `forward_features`, or with `pre_logits` its input."""
         x = self.head_drop(self.global_pool(self.conv_head(x)))
         y: Tensor = x if pre_logits else self.head(x)
         return y
@@ -303,13 +307,13 @@ class InternImage(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps behind levels, and the last of all.
+        """The maps after each level, and the last one.
 
         Args:
             x: [B, in_chans, H, W].
-            indices: which levels; the last so many for a number, all for None.
-            norm: without effect: a level's own norm, if it has one, is part of it.
-            stop_early: compute no level behind those asked for.
+            indices: which levels. A number: as many of the last ones. None: all.
+            norm: has no effect. If a level has a norm, it is a part of the level.
+            stop_early: compute no level after those asked for.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: return the list alone.
 
@@ -338,7 +342,7 @@ class InternImage(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the maps behind these levels do not need; returns which levels they are."""
+        """Remove what the maps of these levels do not need, and return which levels they are."""
         kept: list[int]
         kept, last = feature_take_indices(len(self.levels), indices)
         pruned = last < len(self.levels) - 1
@@ -355,7 +359,7 @@ class InternImage(nn.Module):
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a new classifier of `num_classes`, none for 0, and pool otherwise if told so."""
+        """Make a new classifier (0 classes: none), and take another pooling if it is given."""
         self.num_classes = num_classes
         parameter = next(self.parameters())
         pool, self.head = create_classifier(
@@ -370,15 +374,15 @@ class InternImage(nn.Module):
             _initialize(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep blocks' inputs alone for the backward pass, which computes blocks again."""
+        """For the backward pass keep only the inputs of blocks, and compute the blocks again."""
         for level in self.levels:
             level.grad_checkpointing = enable  # type: ignore[assignment]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which parameters learn at one rate under layer decay: the original's groups.
+        """Which parameters have one learning rate under layer decay: the original's groups.
 
-        A block's, with what leads to its level before a level's first; the stem's with the first
-        block's, the head's with the last.
+        A group is a block. To the first block of a level belongs what leads to the level, to the
+        first of all the stem, to the last the head.
         """
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)"}
@@ -395,7 +399,7 @@ class InternImage(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing beyond what timm leaves out for all models: biases, norms and scales."""
+        """No more than timm leaves out for all models: biases, norms and scales."""
         return set()
 
 
@@ -422,12 +426,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """The weights that a published file has for the model, by the model's names.
 
     Args:
-        state_dict: what the file holds; averaged weights are preferred where there are some, and of
-            a detector or a segmenter the backbone is taken.
+        state_dict: what the file holds. If it has averaged weights, these are taken; of a detector
+            or a segmenter, the backbone.
         model: an `InternImage`.
 
     Raises:
-        ValueError: the file's blocks have parameters that the model's have not.
+        ValueError: blocks of the file have parameters that the model does not have.
 
     Example:
         >>> from dcnv4.models.internimage import InternImage, checkpoint_filter_fn

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..autocast import autocast_dtype
 from ..layers.base import known
@@ -23,7 +24,7 @@ from ..layers.projections import (
     prepared,
     read,
 )
-from ..tracing import may_read_past
+from ..tracing import as_leaf, may_read_past
 
 __all__: list[str] = []  # a part of models
 
@@ -46,6 +47,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] from [..., C]."""
+        if isinstance(x, Proxy):
+            return as_leaf(Mlp, self, x)
         if may_read_past(x):
             cast = prepared(x, autocast_dtype(x))
             formula = self._part(cast, x.dtype)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..autocast import autocast_dtype, is_autocast
 from ..backends import choose, cuda
 from ..eager import run_plain
 from ..layers.base import known
-from ..tracing import has_interested, is_compiling
+from ..tracing import as_leaf, has_interested, is_compiling
 
 __all__: list[str] = []  # a part of models
 
@@ -31,6 +32,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., C] from [..., C], times `scale` [C] where there is one."""
+        if isinstance(x, Proxy):
+            return as_leaf(LayerNorm, self, x, scale)
         weight, bias = scaled(self.weight, self.bias, scale)
         x = x.to(autocast_dtype(x))
         shape, eps = self.normalized_shape, self.eps

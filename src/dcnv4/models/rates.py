@@ -16,17 +16,17 @@ def parameter_groups(
     layer_decay: float | None = None,
     deformable_scale: float = 0.1,
 ) -> list[dict[str, Any]]:
-    """timm's parameter groups, in which what predicts points and weights learns slower.
+    """timm's parameter groups, in which what predicts points and weights learns more slowly.
 
-    For timm's optimizers and schedules, which multiply learning rates by a group's `lr_scale`.
+    timm's optimizers and schedules multiply the learning rate by a group's `lr_scale`.
 
     Args:
-        model: its `group_matcher` tells layers, its `no_weight_decay` what else is not decayed.
-        weight_decay: of all but biases, norms and scales.
-        layer_decay: the rate of a layer over that of the next; None: all learn alike.
+        model: its `group_matcher` says what a layer is, its `no_weight_decay` what does not decay.
+        weight_decay: of all parameters but biases, norms and scales.
+        layer_decay: the rate of a layer divided by that of the next. None: all have the same.
         deformable_scale: the rate of `offset_mask`, `offset_mask_dw`, DCNv3's `offset`,
-            `sampling_offsets`, `attention_weights` and the centre blend over that of the rest; 0.1
-            is what FlashInternImage-L was fine-tuned with.
+            `sampling_offsets`, `attention_weights` and the centre blend, divided by that of other
+            parameters. FlashInternImage-L was fine-tuned with 0.1.
 
     Returns:
         Groups of parameters with `weight_decay` and `lr_scale`.

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -135,11 +136,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = cases.choose(device, args.cases, args.quick)
         if not chosen:
             raise ValueError(f"--cases must match a case of --list; got {','.join(args.cases)}")
-        unknown = set(args.backends) - set(backends.NAMES)
-        if unknown:
-            raise ValueError(
-                f"--backends must be of {', '.join(backends.NAMES)}; got {', '.join(unknown)}"
-            )
+        contestants, missing = _contestants(device, args.backends, args.peers)
+        _check_backends(args.backends, contestants, missing)
         _check_peers(device, args.peers)
         _check_files(args)
         old = report.load(args.compare) if args.compare else None
@@ -147,7 +145,6 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return _refuse(error)
 
-    contestants, missing = _contestants(device, args.backends, args.peers)
     if args.list:
         print("\n".join(f"{case.name:<40}{case.note}".rstrip() for case in chosen))
         print("\ncontestants:", ", ".join(dict.fromkeys(c.name for c in contestants)))
@@ -195,8 +192,8 @@ def _refuse(error: Exception) -> int:
 
 def _check_files(args: argparse.Namespace) -> None:
     for file in filter(None, (args.json, args.plot)):
-        if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-            raise ValueError(f"--json and --plot must be in a folder that exists; got {file}")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(file))) or os.path.isdir(file):
+            raise ValueError(f"--json and --plot must be files in a folder that exists; got {file}")
     if args.plot:
         report.check_plot(args.plot)
     if args.resume and not args.json:
@@ -237,6 +234,17 @@ def _contestants(
         else:
             missing[contestant.requires or contestant.name] = reason
     return able, missing
+
+
+def _check_backends(
+    names: Sequence[str], contestants: Sequence[Contestant], missing: dict[str, str]
+) -> None:
+    able = {contestant.name for contestant in contestants}
+    for name in names:
+        if name not in backends.NAMES:
+            raise ValueError(f"--backends must be of {', '.join(backends.NAMES)}; got {name}")
+        if (ours := f"dcnv4 {name}") not in able:
+            raise ValueError(f"--backends must run here; got {name}, which {missing[ours]}")
 
 
 def _check_peers(device: torch.device, patterns: Sequence[str]) -> None:
@@ -295,16 +303,14 @@ class _DeviceLostError(RuntimeError):
     """An error after which the GPU answers nothing more in this process."""
 
 
+@dataclass
 class _Bench:
     """Checks and times contestants on one device."""
 
-    def __init__(
-        self, device: torch.device, bandwidth: float, budget: float, deadline: float
-    ) -> None:
-        self.device = device
-        self.bandwidth = bandwidth
-        self.budget = budget
-        self.deadline = deadline
+    device: torch.device
+    bandwidth: float
+    budget: float
+    deadline: float
 
     def run(self, chosen: Sequence[Case], contestants: Sequence[Contestant]) -> Iterator[list[Row]]:
         """The rows of one case and direction after another."""

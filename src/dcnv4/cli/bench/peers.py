@@ -27,10 +27,6 @@ class Unable(Exception):  # noqa: N818
     """A contestant gets no time in a case; the text says why in few words."""
 
 
-def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors
-
-
 class Job:
     """One contestant on one case: `call(*leaves)` is what is timed.
 
@@ -46,14 +42,14 @@ class Job:
         self,
         inputs: Sequence[Tensor],
         call: Callable[..., Tensor],
-        own: Callable[..., tuple[Tensor, ...]] = _same,
+        own: Callable[..., tuple[Tensor, ...]] = lambda *tensors: tensors,
         contract: Callable[[Tensor], Tensor] = lambda output: output,
         parameters: Sequence[Tensor] = (),
     ) -> None:
         self._inputs = [t.detach().requires_grad_() for t in inputs]
         self._own = own
         self.call = call
-        self._contract = contract
+        self.contract = contract
         converted = [t.detach().requires_grad_() for t in own(*self._inputs)]
         self._converted = len(converted)
         self.leaves = (*converted, *parameters)
@@ -62,14 +58,10 @@ class Job:
         """The output in the contestant's layout, recorded for a backward where grad is enabled."""
         return self.call(*self.leaves)
 
-    def output(self, output: Tensor) -> Tensor:
-        """The contestant's output in the contract's layout."""
-        return self._contract(output)
-
     def own_gradient(self, output: Tensor, grad: Tensor) -> Tensor:
         """The output's gradient in the contestant's layout from that in the contract's."""
         leaf = output.detach().requires_grad_()
-        return torch.autograd.grad(self._contract(leaf), leaf, grad)[0]
+        return torch.autograd.grad(self.contract(leaf), leaf, grad)[0]
 
     def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of the case's inputs from those of the leaves."""
@@ -517,7 +509,7 @@ class Expected:
 
     def output_error(self, job: Job, output: Tensor) -> float:
         """The relative error of a job's output."""
-        return relative_error((job.output(output),), (self.output,))
+        return relative_error((job.contract(output),), (self.output,))
 
     def gradients_error(self, job: Job, grads: Sequence[Tensor]) -> float:
         """The largest relative error among the case's inputs of a job's gradients."""

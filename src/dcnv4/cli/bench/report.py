@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 from .. import LETTERS
@@ -158,7 +158,10 @@ def save(path: str, environment: dict[str, str], rows: Sequence[Row]) -> None:
 def load(path: str) -> tuple[dict[str, str], list[Row]]:
     """Environment and rows of a saved run."""
     with open(path, encoding="utf-8") as file:
-        document = json.load(file)
+        try:
+            document = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a benchmark's JSON; {error}") from error
     version = document.get("schema") if isinstance(document, dict) else None
     if version != SCHEMA:
         raise ValueError(f"{path} must be a benchmark's JSON of schema {SCHEMA}; got {version}")
@@ -228,10 +231,8 @@ def _state(row: Row) -> str:
 
 def _verdict(was: Row, now: Row, ratio: float) -> str:
     """Faster or slower where the spreads, put on one scale, lie apart."""
-    limits = (was.p20, was.p80, now.p20, now.p80, was.median, now.median)
-    if any(limit is None for limit in limits):
-        return ""
-    p20, p80, new_p20, new_p80, then, new = (float(limit or 0) for limit in limits)
+    limits: Any = (was.p20, was.p80, now.p20, now.p80, was.median, now.median)
+    p20, p80, new_p20, new_p80, then, new = limits
     if ratio * new_p80 / new < p20 / then:
         return "faster"
     return "slower" if ratio * new_p20 / new > p80 / then else ""
@@ -239,10 +240,6 @@ def _verdict(was: Row, now: Row, ratio: float) -> str:
 
 _PLOTTED = 6
 """Cases that a plot has room for."""
-
-
-_Style = dict[str, Any]
-"""What a bar looks like, as matplotlib names it."""
 
 
 def check_plot(path: str) -> None:
@@ -264,7 +261,6 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
     Returns:
         How many of the rows' cases were left out for want of room.
     """
-    check_plot(path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -310,7 +306,6 @@ def plot(path: str, environment: dict[str, str], rows: Sequence[Row]) -> int:
 
 _OURS = {"cuda": "#0b7a53", "cpu": "#0b7a53", "triton": "#55b98f", "reference": "#b5dfca"}
 _PEERS = ("#5b6c8f", "#c08552", "#8e6aa8", "#c9a13b", "#a34a5c", "#6f9bb8")
-_YARDSTICK = "#c4c6cb"
 _HATCHES = ("", "////", "....", "xxxx")
 
 
@@ -321,34 +316,33 @@ def _contestants(group: Sequence[Row]) -> list[Row]:
     return sorted((r for r in group if r.contestant != left_out), key=lambda row: row.ratio or 0)
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
-    """Greens for this library, hatched greys for yardsticks, other hues for peers."""
-    named = {
-        kind: list(dict.fromkeys(row.contestant for row in rows if row.kind == kind))
-        for kind in ("backend", "peer", "yardstick")
-    }
-    colours = {
-        **{name: _OURS.get(name.removeprefix("dcnv4 "), "#0b7a53") for name in named["backend"]},
-        **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(named["peer"])},
-    }
-    hatches = {name: _HATCHES[i % len(_HATCHES)] for i, name in enumerate(named["yardstick"])}
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What a contestant's bars look like, as matplotlib names it: greens for this library, hatched
+    greys for yardsticks, other hues for peers."""
+
+    def names(kind: str) -> dict[str, None]:
+        return dict.fromkeys(row.contestant for row in rows if row.kind == kind)
+
+    grey = {"facecolor": "#c4c6cb", "edgecolor": "#55585f"}
+    yardsticks = zip(names("yardstick"), cycle(_HATCHES), strict=False)
     return {
-        **{name: {"facecolor": colour} for name, colour in colours.items()},
-        **{
-            name: {"facecolor": _YARDSTICK, "edgecolor": "#55585f", "hatch": hatch}
-            for name, hatch in hatches.items()
-        },
+        **{name: {"facecolor": _OURS[name.removeprefix("dcnv4 ")]} for name in names("backend")},
+        **{n: {"facecolor": c} for n, c in zip(names("peer"), cycle(_PEERS), strict=False)},
+        **{name: {**grey, "hatch": hatch} for name, hatch in yardsticks},
     }
 
 
 def _draw(
-    axis: Any, panel: Sequence[Sequence[Row]], heights: Sequence[float], styles: dict[str, _Style]
+    axis: Any,
+    panel: Sequence[Sequence[Row]],
+    heights: Sequence[float],
+    styles: dict[str, dict[str, Any]],
 ) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     ratios = [row.ratio or 1 for group in panel for row in group] or [1]
     axis.set_xscale("log")
-    axis.set_xlim(min(1, *ratios, 1) * 0.8, max(ratios) * 1.8)
+    axis.set_xlim(min(1, *ratios) * 0.8, max(ratios) * 1.8)
     top = 0.0
     for group, height in zip(panel, heights, strict=True):
         for at, row in enumerate(group):
