@@ -298,7 +298,7 @@ def test_tiles_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sorting_takes_what_it_can() -> None:
-    slices = choice.Slices(1 << 13, 4, 16, 9, False, False, torch.float16, 16, False, True)
+    slices = choice.Slices(1 << 13, 4, 16, 9, False, False, torch.float16, 16, False, True, 64)
 
     def why_not(pixels: int = 64, major: int = 8, **changed: Any) -> str | None:
         changes = slices._replace(**changed)

@@ -80,28 +80,27 @@ def conv_backward(
         _empty(value, value.shape, deterministic),
         _empty(offset_mask, offset_mask.shape, deterministic),
     )
-    layouts = plans.layout(grad), plans.layout(grad_value), plans.layout(grad_mask)
-    plan = plans.conv_plan(
-        plans.layout(value),
-        plans.layout(offset_mask),
-        layouts,
-        window,
-        deterministic,
-        value.get_device(),
-    )
+    layouts = plans.layout(value), plans.layout(offset_mask)
+    written = plans.layout(grad), plans.layout(grad_value), plans.layout(grad_mask)
+    plan = plans.conv_plan(*layouts, written, window, deterministic, value.get_device())
     if plan is None:
         grad_value.zero_(), grad_mask.zero_()
         return grads
     leftover = _leftover(plan, value, deterministic)
-
-    inputs = {"value": value, "offset_mask": offset_mask, "grad": grad}
-    run = partial(plan.start, **inputs, grad_offset_mask=grad_mask, leftover=leftover)
-    if not deterministic:
+    run = partial(
+        plan.start,
+        value=value,
+        offset_mask=offset_mask,
+        grad=grad,
+        grad_offset_mask=grad_mask,
+        leftover=leftover,
+    )
+    if deterministic:
+        points = window.points()
+        held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
+        _sum_in_integers(grad_value, grad, held, window.groups, points, run)
+    else:
         _sum(grad_value, run)
-        return grads
-    points = window.points()
-    held = None if window.softmax else (offset_mask, 2 * points, 3 * points)
-    _sum_in_any_order(grad_value, grad, held, window.groups, points, run)
     return grads
 
 
@@ -155,8 +154,8 @@ def attn_backward(
     )
     sizes, shapes = _sizes(spatial_shapes)
     points, place = _place(reference)
-    grads = plans.layout(grad), _row(grad_coordinates), _row(grad_weights)
     layouts = plans.layout(value), plans.layout(coordinates), plans.layout(weights)
+    grads = plans.layout(grad), _row_stride(grad_coordinates), _row_stride(grad_weights)
     settings = sizes, softmax, deterministic, value.get_device()
     plan = plans.attn_plan(*layouts, place, grads, *settings)
     if plan is None:
@@ -164,18 +163,21 @@ def attn_backward(
         return grad_value.zero_(), grad_coordinates.zero_(), grad_weights.zero_()
     if grad_value is None:
         grad_value = _empty(value, value.shape, deterministic)
-
-    inputs = {"value": value, "coordinates": coordinates, "weights": weights, "grad": grad}
     run = partial(
         plan.start,
-        **inputs,
-        **{"grad_coordinates": grad_coordinates, "grad_weights": grad_weights},
-        **{"reference": points, "shapes": shapes},
+        value=value,
+        coordinates=coordinates,
+        weights=weights,
+        reference=points,
+        grad=grad,
+        grad_coordinates=grad_coordinates,
+        grad_weights=grad_weights,
+        shapes=shapes,
     )
     if deterministic:
         count = coordinates.shape[3] * coordinates.shape[4]
         held = None if softmax else (weights, 0, count)
-        _sum_in_any_order(grad_value, grad, held, value.shape[2], count, run)
+        _sum_in_integers(grad_value, grad, held, value.shape[2], count, run)
     else:
         _sum(grad_value, run)
     return grad_value, grad_coordinates, grad_weights
@@ -235,8 +237,8 @@ def _place(reference: Reference | None) -> tuple[Tensor | None, tuple[Any, str] 
     return points, (plans.layout(points), box_normalizer)
 
 
-def _row(tensor: Tensor) -> int:
-    """The stride from row to row of a [B, Q, ...] whose rows are evenly spaced."""
+def _row_stride(tensor: Tensor) -> int:
+    """From row (b, q) to row of a [B, Q, ...] whose rows are evenly spaced."""
     return tensor.stride(0 if tensor.shape[1] == 1 else 1)
 
 
@@ -274,7 +276,7 @@ def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
         convert.start(sums=sums, fixed_point_scale=None, result=grad_value)
 
 
-def _sum_in_any_order(
+def _sum_in_integers(
     grad_value: Tensor,
     grad: Tensor,
     weights: tuple[Tensor, int, int] | None,

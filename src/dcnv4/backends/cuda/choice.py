@@ -47,7 +47,7 @@ _GATHERING_THREADS = 3 * MAX_THREADS
 
 
 class GPU(NamedTuple):
-    """What a choice depends on of it."""
+    """What a choice depends on of a GPU."""
 
     major: int
     """Of its compute capability."""
@@ -77,13 +77,14 @@ class Layout(NamedTuple):
             bits |= stride * itemsize(self.dtype)
         return bits & -bits
 
-    def vector(self, numbers: int) -> int:
-        """How many neighbours are read at once of so many that a pixel begins with."""
-        return math.gcd(numbers, self.alignment(*self.pixels) // itemsize(self.dtype))
+    def vector(self, numbers: int, *strides: int) -> int:
+        """How many neighbours are read at once of so many that a pixel begins with, or whatever
+        these strides lead to."""
+        return math.gcd(numbers, self.alignment(*(strides or self.pixels)) // itemsize(self.dtype))
 
 
 class ConvGradients(NamedTuple):
-    """Of a backward of `deform_conv`: where the output's gradient lies, and those it makes."""
+    """Where the gradients lie that a backward of `deform_conv` reads and writes."""
 
     output: Layout
     value: Layout
@@ -133,6 +134,17 @@ class Slices(NamedTuple):
     index64: bool
     """Whether pixels or slices need 64-bit numbers."""
     backward: bool
+    sums_pixel: int
+    """Numbers from pixel to pixel of what the value's gradient is summed in."""
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
+
+    @property
+    def adds_to_zeros(self) -> bool:
+        """Whether a kernel waits, before its first addition, for what writes zeros."""
+        return self.backward and not self.deterministic
 
     def large(self, name: str) -> bool:
         """Whether there are enough for a kernel that pays in large calls."""
@@ -154,7 +166,7 @@ class Slices(NamedTuple):
             "DEPTH": self.depth,
             "POINTS": self.points,
             "SOFTMAX": int(self.softmax),
-            "SUMS_PIXEL": self.groups * self.depth,
+            "SUMS_PIXEL": self.sums_pixel,
             "VECTOR": shape.vector,
             "LANES": shape.lanes,
         }
@@ -191,7 +203,7 @@ def launch_shape(depth: int, points: int, itemsize: int, alignment: int, backwar
         for vector in (1, 2, 4, 8)
         if depth % vector == 0 and vector * itemsize <= alignment and not (backward and vector > 4)
     ]
-    candidates = [Shape(vector, _lanes(-(-depth // vector))) for vector in vectors]
+    candidates = [Shape(v, min(_WARP, _power_of_two(-(-depth // v)))) for v in vectors]
 
     def cost(shape: Shape) -> float:
         """Instructions of a slice's threads, about."""
@@ -262,6 +274,7 @@ def why_not_sorted(name: str, slices: Slices, pixels: int, gpu: GPU) -> str | No
     what it needs."""
     block = sorting_block(slices)
     return _unmet(
+        (slices.backward, "gradients"),
         (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
         (not slices.index64, "32-bit indices"),
         (slices.depth in (16, 32, 64), "16, 32 or 64 channels a group"),
@@ -279,14 +292,15 @@ def sorting_block(slices: Slices) -> Block:
     return Block(8, 4 if slices.depth == 64 else 8, Shape(vector, slices.depth // 8))
 
 
-def query_block(depth: int, groups: int, shape: Shape, itemsize: int) -> Block:
+def query_block(slices: Slices) -> Block:
     """The block of a kernel that reads what neighbouring queries sample.
 
     It has as many heads as fill a line of L1: the channels of one head begin in a few banks only.
     """
-    heads = math.gcd(groups, max(1, _LINE // (depth * itemsize)))
+    shape = slices.shape()
+    heads = math.gcd(slices.groups, max(1, _LINE // (slices.depth * itemsize(slices.dtype))))
     queries = MAX_THREADS // (shape.lanes * heads)
-    columns = min(8, _lanes(queries))
+    columns = min(8, _power_of_two(queries))
     return Block(columns, max(1, queries // columns), shape, heads)
 
 
@@ -361,13 +375,13 @@ def why_not_tiles(
     slices: Slices,
     window: Window,
     offset_mask: Layout,
-    grad_offset_mask: Layout | None,
+    grads: ConvGradients | None,
     gpu: GPU,
 ) -> str | None:
     """None where kernel `name`, of tiles, takes a call of `deform_conv`; otherwise what it needs,
     see tiles/tile.cuh."""
     columns = offset_mask.shape[2]
-    written = grad_offset_mask or offset_mask
+    written = offset_mask if grads is None else grads.offset_mask
     stride = max(offset_mask.pixels[1], written.pixels[1])
     return _unmet(
         (slices.large(name), f"{PAYS_FROM.get(name)} slices"),
@@ -414,65 +428,69 @@ def conv(
     deterministic: bool,
     gpu: GPU,
 ) -> Choice:
-    """What runs `deform_conv`, or its backward where there are `grads`."""
+    """What runs `deform_conv`, or its backward where there are `grads`: a kernel or, if tiles take
+    the call, two."""
     batch, height, width, channels = value.shape
     rows, columns = offset_mask.shape[1:3]
-    pixels, groups, depth = height * width, window.groups, channels // window.groups
-    settings = groups, depth, window.points(), window.softmax, deterministic
-    grad, grad_value, grad_offset_mask = grads or (None, None, None)
-    slices = _slices(value, value.pixels, grad, pixels, batch * rows * columns * groups, settings)
-    sums_pixel = channels
-    if grad_value is not None and not deterministic and value.dtype == sum_dtype(value.dtype):
-        aligned = grad_value.alignment(*grad_value.pixels)
-        slices = slices._replace(alignment=min(slices.alignment, aligned))
-        sums_pixel = grad_value.pixels[1]
-    way, after_zeros = _way(slices)
-    by_tiles, by_sorting = f"conv_tile_{way}", f"conv_sorted_{way}"
+    slices = _conv_slices(value, offset_mask, grads, window, deterministic)
+    tile_name, sorted_name = (f"conv_{kind}_{slices.direction}" for kind in ("tile", "sorted"))
     why_not = {
-        by_tiles: why_not_tiles(by_tiles, slices, window, offset_mask, grad_offset_mask, gpu),
-        by_sorting: why_not_sorted(by_sorting, slices, pixels, gpu),
+        tile_name: why_not_tiles(tile_name, slices, window, offset_mask, grads, gpu),
+        sorted_name: why_not_sorted(sorted_name, slices, height * width, gpu),
     }
-    tiled = why_not[by_tiles] is None
+    tiled = why_not[tile_name] is None
     tiles = batch * -(-columns // TILE_W), -(-rows // TILE_H)
-    # Without tiles only the channels of a strip count, which are then a whole group.
-    shared = *tiles, channels, depth
-    forward_tiles = tiled and grad is None
-    wide = scaled_extent(window) > 2
-    strips = forward_strips(*shared, wide, gpu.sms) if forward_tiles else backward_strips(*shared)
-    macros = slices.macros() | _conv_macros(window, offset_mask.dtype) | strips.macros()
-    macros |= {"AFTER_TILES": int(tiled), "SUMS_PIXEL": sums_pixel}
-    if tiled:
-        macros["SCALE_STEPS"] = round(window.offset_scale * _PIXEL_STEPS)
-        macros["PIXEL_STEPS"] = _PIXEL_STEPS
-    if why_not[by_sorting] is None:
-        block = sorting_block(slices)
-        blocks, threads = batch * groups * block.blocks(rows, columns), block.threads
-        sorting = macros | block.macros() | _SORTING | {"LEVELS": 1}
-        last, resident = (
-            Kernel(by_sorting, sorting, blocks, threads, after_zeros),
-            _SORTING["RESIDENT_THREADS"],
-        )
+    if tiled and not slices.backward:
+        wide = scaled_extent(window) > 2
+        strips = forward_strips(*tiles, channels, slices.depth, wide, gpu.sms)
+    else:  # without tiles only the channels of a strip count, which are then a whole group
+        strips = backward_strips(*tiles, channels, slices.depth)
+    macros = slices.macros() | _conv_macros(window, offset_mask.dtype, tiled) | strips.macros()
+    # The kernel that computes the call or, after tiles, what they leave.
+    if why_not[sorted_name] is None:
+        block, name, resident = sorting_block(slices), sorted_name, _SORTING["RESIDENT_THREADS"]
+        sorting = block.macros() | _SORTING | {"LEVELS": 1}
+        blocks, threads = batch * window.groups * block.blocks(rows, columns), block.threads
     else:
+        name, resident, sorting = f"conv_{slices.direction}", _GATHERING_THREADS, {}
         blocks, threads = (math.prod(tiles), MAX_THREADS) if tiled else slices.grid(gpu)
-        last = Kernel(f"conv_{way}", macros, blocks, threads, after_zeros)
-        resident = _GATHERING_THREADS
+    last = Kernel(name, macros | sorting, blocks, threads, slices.adds_to_zeros)
     choice = Choice((last,), why_not, strips.tiles, -(-tiles[1] // strips.tiles))
     if not tiled:
         return choice
-    first = Kernel(by_tiles, macros, strips.blocks, _WARP * strips.warps, after_zeros)
-    last = last._replace(blocks=min(last.blocks, gpu.sms * resident // last.threads), waits=True)
+    first = Kernel(tile_name, macros, strips.blocks, _WARP * strips.warps, slices.adds_to_zeros)
+    last = last._replace(blocks=min(blocks, gpu.sms * resident // threads), waits=True)
     leftover = math.prod(tiles) * (channels // strips.channels)
     return choice._replace(kernels=(first, last), leftover=leftover)
 
 
-def _way(slices: Slices) -> tuple[str, bool]:
-    """The end of a kernel's name, and whether it waits for zeros to add to."""
-    if slices.backward:
-        return "backward", not slices.deterministic
-    return "forward", False
+def _conv_slices(
+    value: Layout,
+    offset_mask: Layout,
+    grads: ConvGradients | None,
+    window: Window,
+    deterministic: bool,
+) -> Slices:
+    """The slices of a call of `deform_conv`."""
+    batch, height, width, channels = value.shape
+    groups, points = window.groups, window.points()
+    total = batch * math.prod(offset_mask.shape[1:3]) * groups
+    vectors, sums_pixel = [value], channels
+    if grads is not None:
+        vectors.append(grads.output)
+        if not deterministic and value.dtype == sum_dtype(value.dtype):  # sums are the result
+            vectors.append(grads.value)
+            sums_pixel = grads.value.pixels[1]
+    return Slices(
+        *(total, groups, channels // groups, points, window.softmax, deterministic, value.dtype),
+        alignment=min(layout.alignment(*layout.pixels) for layout in vectors),
+        index64=_index64(total, height * width, value.pixels[1] * itemsize(value.dtype)),
+        backward=grads is not None,
+        sums_pixel=sums_pixel,
+    )
 
 
-def _conv_macros(window: Window, dtype: torch.dtype) -> Macros:
+def _conv_macros(window: Window, dtype: torch.dtype, tiled: bool) -> Macros:
     """What kernels of `deform_conv` are compiled for; `dtype`: of `offset_mask`."""
     pairs = {
         "KERNEL": window.kernel_size,
@@ -482,16 +500,18 @@ def _conv_macros(window: Window, dtype: torch.dtype) -> Macros:
         "CENTER": window.center(),
         "TILE": (TILE_H, TILE_W),
     }
-    return {
+    macros: Macros = {
         "OFFSET_MASK": TYPES[dtype],
-        **{
-            f"{name}_{axis}": n
-            for name, pair in pairs.items()
-            for axis, n in zip("HW", pair, strict=True)
-        },
         "REMOVE_CENTER": int(window.remove_center),
         "GATHERING_THREADS": _GATHERING_THREADS,
+        "AFTER_TILES": int(tiled),
     }
+    for name, (height, width) in pairs.items():
+        macros |= {f"{name}_H": height, f"{name}_W": width}
+    if tiled:
+        macros["SCALE_STEPS"] = round(window.offset_scale * _PIXEL_STEPS)
+        macros["PIXEL_STEPS"] = _PIXEL_STEPS
+    return macros
 
 
 def attn(
@@ -511,20 +531,26 @@ def attn(
     """
     batch, length, groups, depth = value.shape
     _, queries, _, levels, points, _ = coordinates.shape
-    settings = groups, depth, levels * points, softmax, deterministic
-    slices = _slices(value, value.strides[:2], grad, length, batch * queries * groups, settings)
-    way, after_zeros = _way(slices)
-    name, by_sorting = f"attn_{way}", f"attn_sorted_{way}"
+    total, (image, row) = batch * queries * groups, value.strides[:2]
+    alignment = value.alignment(image, row)
+    slices = Slices(
+        *(total, groups, depth, levels * points, softmax, deterministic, value.dtype),
+        alignment=alignment if grad is None else min(alignment, grad.alignment(*grad.pixels)),
+        index64=_index64(total, length, row * itemsize(value.dtype)),
+        backward=grad is not None,
+        sums_pixel=groups * depth,
+    )
+    name, sorted_name = f"attn_{slices.direction}", f"attn_sorted_{slices.direction}"
     macros = slices.macros() | _attn_macros(coordinates, weights.dtype, reference)
     encoder, block = queries == length, None
     unmet = _unmet((encoder, "as many queries as pixels"))
-    unmet = unmet or why_not_sorted(by_sorting, slices, length, gpu)
+    unmet = unmet or why_not_sorted(sorted_name, slices, length, gpu)
     if unmet is None:
-        name, block = by_sorting, sorting_block(slices)
+        name, block = sorted_name, sorting_block(slices)
         full = depth >= 32 and value.dtype in _HALVES and not deterministic
         macros |= _SORTING_ENCODERS if full else _SORTING
     elif encoder and slices.large(name) and not slices.index64:
-        block = query_block(depth, groups, slices.shape(), itemsize(value.dtype))
+        block = query_block(slices)
     macros |= (block or Block(1, 1, slices.shape())).macros()
     macros["QUERY_TILES"] = int(block is not None)
     if block is None:
@@ -534,33 +560,25 @@ def attn(
         known = sizes or (length // block.columns + 1, block.columns)
         tiles = max(1, sum(map(block.blocks, known[::2], known[1::2])))
         blocks, threads = batch * groups // block.groups * tiles, block.threads
-    return Choice((Kernel(name, macros, blocks, threads, after_zeros),), {by_sorting: unmet})
+    kernel = Kernel(name, macros, blocks, threads, slices.adds_to_zeros)
+    return Choice((kernel,), {sorted_name: unmet})
 
 
 def _attn_macros(
     coordinates: Layout, weights: torch.dtype, reference: tuple[Layout, str] | None
 ) -> Macros:
     """What kernels of `ms_deform_attn` are compiled for."""
-    macros: Macros = {
+    points, box_normalizer = reference or (coordinates, "")
+    numbers = 0 if reference is None else points.shape[3]
+    return {
         "COORDINATES": TYPES[coordinates.dtype],
         "WEIGHTS": TYPES[weights],
         "LEVELS": coordinates.shape[3],
         "LEVEL_POINTS": coordinates.shape[4],
         "COORDINATE_VECTOR": coordinates.vector(2),
-        "REFERENCE": TYPES[coordinates.dtype],
-        "REFERENCE_NUMBERS": 0,
-        "REFERENCE_VECTOR": 1,
-        "BOX_BY_SIZE": 0,
-    }
-    if reference is None:
-        return macros
-    points, box_normalizer = reference
-    numbers = points.shape[3]
-    aligned = points.alignment(*points.strides[:3]) // itemsize(points.dtype)
-    return macros | {
         "REFERENCE": TYPES[points.dtype],
         "REFERENCE_NUMBERS": numbers,
-        "REFERENCE_VECTOR": math.gcd(numbers, aligned),
+        "REFERENCE_VECTOR": points.vector(numbers or 1, *points.strides[:3]),
         "BOX_BY_SIZE": int(numbers == 4 and box_normalizer == "size"),
     }
 
@@ -623,8 +641,7 @@ def layer_norm(
     direction: str, rows: int, channels: int, dtype: torch.dtype, weights: torch.dtype, gpu: GPU
 ) -> Kernel:
     """What normalises rows, "forward" or "backward", with weights of another dtype or this one."""
-    vectors = channels * itemsize(dtype) // 16
-    lanes = min(_WARP, 1 << (vectors - 1).bit_length())
+    lanes = min(_WARP, _power_of_two(channels * itemsize(dtype) // 16))
     macros: Macros = {
         "VALUE": TYPES[dtype],
         "WEIGHTS": TYPES[weights],
@@ -646,32 +663,15 @@ def _types(value: torch.dtype, index64: bool, deterministic: bool) -> Macros:
     }
 
 
-def _slices(
-    value: Layout,
-    strides: tuple[int, ...],
-    grad: Layout | None,
-    pixels: int,
-    total: int,
-    settings: tuple[int, int, int, bool, bool],
-) -> Slices:
-    """Those of a call.
-
-    Args:
-        strides: of the value, from image to image and from pixel to pixel.
-        pixels: of an image, or of all levels.
-        settings: what `Slices` has from groups to deterministic.
-    """
-    alignment = value.alignment(*strides)
-    if grad is not None:
-        alignment = min(alignment, grad.alignment(*grad.pixels))
-    index64 = max(total >> 2, pixels, strides[1] * itemsize(value.dtype) >> 2) >= 1 << 29
-    return Slices(total, *settings, value.dtype, alignment, index64, grad is not None)
+def _index64(slices: int, pixels: int, pixel_bytes: int) -> bool:
+    """Whether 32 bits do not hold numbers of slices and of a pixel's corners, or its bytes."""
+    return slices >= 1 << 31 or pixels >= 1 << 29 or pixel_bytes >= 1 << 31
 
 
 def itemsize(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits // 8
 
 
-def _lanes(wanted: int) -> int:
-    """The power of two that holds them, of at most a warp."""
-    return min(_WARP, 1 << (wanted - 1).bit_length())
+def _power_of_two(least: int) -> int:
+    """The first that is not below `least`."""
+    return 1 << (least - 1).bit_length()

@@ -126,7 +126,7 @@ class Kernel:
 
 @lru_cache(1024)
 def _configuration(blocks: int, threads: int, stream: int) -> Any:
-    """Of a launch that may begin early."""
+    """The grid of a launch that may begin early."""
     from cuda.bindings import driver
 
     early = driver.CUlaunchAttribute()

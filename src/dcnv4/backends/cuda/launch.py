@@ -124,7 +124,7 @@ _CODES = {
 
 
 def _arguments(name: str) -> str:
-    """Of kernel `name`."""
+    """The members that kernel `name` is told."""
     return ARGUMENTS[re.sub("_tile|_sorted", "", name)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .choice import Layout
 from .launch import Number, starter
 
 _PLANS = 4096  # remembered
+Laid = Union[Layout, "tuple[Any, ...]"]
+"""What `layout` says of a tensor; the `Layout` of it is made with a plan alone."""
 
 
 class Plan(NamedTuple):
@@ -32,22 +34,25 @@ class Plan(NamedTuple):
     """Bytes in which the first launch says what it leaves to the second."""
 
 
-def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What makes a `Layout`, which a call that has a plan can do without."""
+def layout(tensor: Tensor) -> Laid:
+    """Where its numbers lie, as what plans are remembered by."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15
 
 
 @lru_cache(_PLANS)
 def conv_plan(
-    value: Layout | tuple[Any, ...],
-    offset_mask: Layout | tuple[Any, ...],
-    grads: tuple[tuple[Any, ...], ...] | None,
+    value: Laid,
+    offset_mask: Laid,
+    grads: tuple[Laid, ...] | None,
     window: Window,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `deform_conv`; None where there is nothing to do. `grads`: of the output, `value` and
-    `offset_mask`, of a backward."""
+    """What runs `deform_conv`; None where there is nothing to do.
+
+    Args:
+        grads: of the output, `value` and `offset_mask`, for a backward.
+    """
     value, offset_mask = Layout(*value), Layout(*offset_mask)
     gradients = None if grads is None else choice.ConvGradients(*(Layout(*g) for g in grads))
     batch, height, width, channels = value.shape
@@ -86,22 +91,22 @@ def conv_plan(
 
 @lru_cache(_PLANS)
 def attn_plan(
-    value: Layout | tuple[Any, ...],
-    coordinates: Layout | tuple[Any, ...],
-    weights: Layout | tuple[Any, ...],
-    reference: tuple[Layout | tuple[Any, ...], str] | None,
-    grads: tuple[Layout | tuple[Any, ...], int, int] | None,
+    value: Laid,
+    coordinates: Laid,
+    weights: Laid,
+    reference: tuple[Laid, str] | None,
+    grads: tuple[Laid, int, int] | None,
     sizes: tuple[int, ...] | None,
     softmax: bool,
     deterministic: bool,
     device: int,
 ) -> Plan | None:
-    """Of `ms_deform_attn`; None where there is nothing to do.
+    """What runs `ms_deform_attn`; None where there is nothing to do.
 
     Args:
-        reference: as of `choice.attn`.
-        grads: the output's gradient, and strides from row (b, q) to row of those of coordinates and
-            weights.
+        reference: points or boxes, and what boxes are normalised by.
+        grads: for a backward the output's gradient, and the strides from row (b, q) to row of the
+            gradients of coordinates and weights.
     """
     value, coordinates, weights = Layout(*value), Layout(*coordinates), Layout(*weights)
     place = None if reference is None else (Layout(*reference[0]), reference[1])
@@ -136,19 +141,19 @@ def attn_plan(
 
 @lru_cache(_PLANS)
 def zeros_plan(size: int, device: int) -> Plan:
-    """Of zeros.cu; `size` bytes, whole words."""
+    """What clears `size` bytes, whole words."""
     return Plan(_starter((choice.zeros(size, _gpu(device)),), {"bytes": size}, device))
 
 
 @lru_cache(_PLANS)
 def fixed_point_scale_plan(
-    grad: Layout | tuple[Any, ...],
-    weights: tuple[Layout | tuple[Any, ...], int, int] | None,
+    grad: Laid,
+    weights: tuple[Laid, int, int] | None,
     groups: int,
     points: int,
     device: int,
 ) -> Plan:
-    """Of fixed_point_scale.cu; `weights`: as of `choice.fixed_point_scale`."""
+    """What chooses the multipliers of integer sums; `weights` as in `choice.fixed_point_scale`."""
     grad = Layout(*grad)
     held = None if weights is None else (Layout(*weights[0]), *weights[1:])
     kernel = choice.fixed_point_scale(grad, held, groups, _gpu(device))
@@ -169,10 +174,8 @@ def fixed_point_scale_plan(
 
 
 @lru_cache(_PLANS)
-def convert_sums_plan(
-    images: int, result: Layout | tuple[Any, ...], deterministic: bool, device: int
-) -> Plan:
-    """Of convert_sums.cu; `result` is [B, ..., C], which `images` are as one."""
+def convert_sums_plan(images: int, result: Laid, deterministic: bool, device: int) -> Plan:
+    """What makes `result` [B, ..., C], cut into so many `images`, of sums."""
     result = Layout(*result)
     kernel = choice.convert_sums(images, result, deterministic)
     numbers: dict[str, Number] = {
@@ -193,7 +196,7 @@ def layer_norm_plan(
     eps: float,
     device: int,
 ) -> Plan:
-    """Of layer_norm_forward.cu or layer_norm_backward.cu; its output: of the latter the sums."""
+    """What normalises rows, or makes their gradients, with sums of the shape `output`."""
     kernel = choice.layer_norm(direction, rows, channels, dtype, weights, _gpu(device))
     start = _starter((kernel,), {"rows": rows, "eps": eps}, device)
     return Plan(start, (kernel.blocks, 2, channels))

@@ -43,10 +43,6 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
 inline unsigned cvt_f16x2_f32(float lower, float upper) {
     return cvt_f16_f32(lower) | unsigned(cvt_f16_f32(upper)) << 16;
 }
-template <int OF>
-unsigned two_f16(int lower, int upper) {
-    return cvt_f16x2_f32(float(lower) / OF, float(upper) / OF);
-}
 inline unsigned cvt_bf16x2_f32(float lower, float upper) {
     return cvt_bf16_f32(lower) | unsigned(cvt_bf16_f32(upper)) << 16;
 }

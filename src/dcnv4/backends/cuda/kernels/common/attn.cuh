@@ -31,12 +31,12 @@ struct Levels {
     }
 };
 
-// What makes pixels of an x and a y: factors, and then summands.
+// What makes pixels of coordinates (x, y): factors, then summands.
 struct Map {
     Sum scale[2], shift[2];
 };
 
-// Those of a slice.
+// The points of a slice.
 struct AttnPoints {
     const Levels& levels;
     const REFERENCE* reference;      // [L or 1, REFERENCE_NUMBERS]
@@ -77,7 +77,8 @@ struct AttnPoints {
         return out;
     }
     DCNV4_DEVICE Place locate(int k) const {
-        const int level = this->level(k), height = levels.height[level], width = levels.width[level];
+        const int level = this->level(k);
+        const int height = levels.height[level], width = levels.width[level];
         const Map map = this->map(level);
         const auto low = Vector<COORDINATES, COORDINATE_VECTOR>::load(coordinates + 2 * k);
         const Sum u = low[0], v = COORDINATE_VECTOR == 2 ? low[1] : load(coordinates + 2 * k + 1);

@@ -1,4 +1,4 @@
-// Gradients of ms_deform_attn: what both kernels share.
+// Gradients of ms_deform_attn: what the direct and the sorting kernel share.
 #pragma once
 
 #include <common/attn.cuh>
@@ -6,17 +6,22 @@
 
 namespace dcnv4 {
 
-// Points, and where their gradients go.
+// The points of a slice, and where their gradients go.
 struct AttnGradients : AttnPoints {
     COORDINATES* grad_coordinates;
     WEIGHTS* grad_weights;
+    Operands operands;
 
     DCNV4_DEVICE AttnGradients(const Arguments& a, const Levels& levels, const Slice& slice,
                                Index image, Index query)
         : AttnPoints(a, levels, slice.group, image, query),
           grad_coordinates(a.grad_coordinates + slice.pixel * a.grad_coordinates_row +
                            slice.group * (2 * POINTS)),
-          grad_weights(a.grad_weights + slice.pixel * a.grad_weights_row + slice.group * POINTS) {}
+          grad_weights(a.grad_weights + slice.pixel * a.grad_weights_row + slice.group * POINTS),
+          operands{a.value + image * a.value_image + slice.group * DEPTH,
+                   a.grad + image * a.grad_image + query * a.grad_query + slice.group * DEPTH,
+                   a.grad_value + image * a.length * (GROUPS * DEPTH) + slice.group * DEPTH,
+                   image} {}
 
     DCNV4_DEVICE void store_gradient(int k, Sum grad_x, Sum grad_y) const {
         const Map map = this->map(level(k));
@@ -26,20 +31,6 @@ struct AttnGradients : AttnPoints {
     DCNV4_DEVICE void store_weight_gradient(int k, Sum grad) const {
         store(grad_weights + k, grad);
     }
-};
-
-// The head of a slice.
-struct Head {
-    AttnGradients points;
-    Operands operands;
-
-    DCNV4_DEVICE Head(const Arguments& a, const Levels& levels, const Slice& slice, Index image,
-                      Index query)
-        : points(a, levels, slice, image, query),
-          operands{a.value + image * a.value_image + slice.group * DEPTH,
-                   a.grad + image * a.grad_image + query * a.grad_query + slice.group * DEPTH,
-                   a.grad_value + image * a.length * (GROUPS * DEPTH) + slice.group * DEPTH,
-                   image} {}
 };
 
 }  // namespace dcnv4

@@ -1,4 +1,10 @@
 // What all backward kernels share.
+//
+// The operator's `Points` of a slice offer, besides what slices.cuh wants of them,
+//     Operands operands
+//     int level(int k)      which of LEVELS images point k lies in
+//     void store_gradient(int k, Sum grad_x, Sum grad_y)      of a position, in pixels
+//     void store_weight_gradient(int k, Sum grad)             of a weight, or of its logit
 #pragma once
 
 #include <common/slices.cuh>
@@ -13,19 +19,19 @@ DCNV4_DEVICE Sum scale_of_sums(const Arguments& a, Index image, Sum share = 1) {
     return a.fixed_point_scale[image];
 }
 
-// What a slice's gradients are made of, and where the value's is summed: its DEPTH channels of
-// each.
+// The DEPTH channels of a slice's group: what its gradients are made of, and where the value's is
+// summed.
 struct Operands {
-    const VALUE* image;  // the value's first pixel
+    const VALUE* value;  // the image's first pixel
     const VALUE* grad;   // the output's gradient
-    Total* sums;         // of the value's gradient, at the first pixel
-    Index number;        // of the image
+    Total* sums;         // of the value's gradient, at the image's first pixel
+    Index image;
     static constexpr Index sums_bytes = SUMS_PIXEL * sizeof(Total);  // from pixel to pixel
 };
 
 // Gives `points` the gradients of point k from the dot products of its corners with the output's
-// gradient; what is in `dot` for an illegal corner does not matter. With a softmax the weight's
-// must wait for those of all points: it is kept in `slope` and adds to `mean`.
+// gradient; what is in `dot` for an illegal corner does not matter. With a softmax, the gradient of
+// a logit needs those of all weights: the weight's is kept in `slope` and adds to `mean`.
 template <typename Points>
 DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& place, Sum weight,
                                   Sum (&dot)[4], Sum& slope, Sum& mean) {
@@ -42,8 +48,8 @@ DCNV4_DEVICE void point_gradients(const Points& points, int k, const Place& plac
     }
 }
 
-// The gradients of all logits; `slope` holds those of the weights, `mean` a lane's part of their
-// sum.
+// Gives `points` the gradients of all logits, where there is a softmax. `slope` holds those of the
+// weights, `mean` a lane's part of their sum.
 template <typename Points>
 DCNV4_DEVICE void logit_gradients(const Points& points, const Weights<Points>& weights,
                                   const Sum (&slope)[ROUNDS], Sum mean, const Slice& slice) {

@@ -1,15 +1,17 @@
 // What the tile kernels leave to the kernel launched next, and how that one finds it.
 //
-// A byte a tile and strip of channels: `leftover` is set where the next kernel must compute it.
+// `leftover` has a byte for every part of a tile, STRIP_CHANNELS of its channels: the byte is set
+// where the next kernel must compute the part.
 #pragma once
 
 #include <common/conv.cuh>
 
 namespace dcnv4 {
 
-constexpr int PARTS = DEPTH / STRIP_CHANNELS, TILE_PARTS = GROUPS * PARTS;  // of a group, of a tile
+constexpr int PARTS = DEPTH / STRIP_CHANNELS;  // of a group
+constexpr int TILE_PARTS = GROUPS * PARTS;     // of a tile
 
-// Whether any of COUNT parts from part `first` of all tiles' on is left over.
+// Whether any of COUNT parts is left over, the first of which is number `first` of all tiles'.
 template <int COUNT>
 DCNV4_DEVICE bool any_leftover(const unsigned char* leftover, unsigned first) {
     bool any = false;
@@ -28,7 +30,7 @@ struct Rectangle {
     static DCNV4_DEVICE unsigned count(const Arguments& a) {
         return a.images * across(a) * down(a);
     }
-    // Of the one that holds a pixel.
+    // The number of the rectangle that holds a pixel.
     static DCNV4_DEVICE unsigned number(const Arguments& a, int image, int row, int column) {
         return (image * down(a) + row / H) * across(a) + column / W;
     }

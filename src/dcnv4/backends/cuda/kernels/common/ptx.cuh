@@ -49,21 +49,6 @@ DCNV4_DEVICE unsigned add_f16x2(unsigned a, unsigned b) {
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
     return sum;
 }
-// A pair of small integers as halves, divided by OF, a power of two.
-template <int OF>
-constexpr DCNV4_DEVICE unsigned half_bits(int number) {
-    const unsigned magnitude = number < 0 ? -number : number;
-    if (magnitude == 0) return 0;
-    int exponent = 0, divided = 0;
-    while (magnitude >> exponent > 1) ++exponent;
-    while (OF >> divided > 1) ++divided;
-    return (number < 0 ? 0x8000u : 0u) | (exponent - divided + 15) << 10 |
-           (magnitude << 10 >> exponent & 0x3ff);
-}
-template <int OF>
-constexpr DCNV4_DEVICE unsigned two_f16(int lower, int upper) {
-    return half_bits<OF>(lower) | half_bits<OF>(upper) << 16;
-}
 DCNV4_DEVICE unsigned cvt_f16x2_f32(float lower, float upper) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));

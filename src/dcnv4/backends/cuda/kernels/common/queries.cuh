@@ -10,7 +10,7 @@
 namespace dcnv4 {
 
 // How queries are cut into tiles, shared by a block: levels one after another, tiles of a level in
-// rows. Queries that no level takes are a last one, BLOCK_COLUMNS columns wide.
+// rows. Queries that are no level's pixels make a last level, BLOCK_COLUMNS columns wide.
 struct Tiling {
     Index first[LEVELS + 1];  // query
     int height[LEVELS + 1], width[LEVELS + 1];
@@ -73,7 +73,8 @@ DCNV4_DEVICE void each_tile(const Arguments& a, const Levels& levels, Visit visi
     }
 }
 
-// The same, where queries are in tiles; otherwise for the slice that the thread's number says.
+// Calls `visit(slice, image, query)` for the thread's slices: those of the block's tiles or, where
+// queries are in no tiles, the one that the thread's number says.
 template <typename Visit>
 DCNV4_DEVICE void each_slice(const Arguments& a, const Levels& levels, Visit visit) {
     if constexpr (QUERY_TILES) {

@@ -24,10 +24,6 @@ using Sum = SUM;
 using Total = TOTAL;  // what the value's gradient is summed in
 using Channels = Vector<VALUE, VECTOR>;
 
-// An integer, or the number beside it that Sum holds.
-DCNV4_DEVICE Sum round_up(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_ru(n); }
-DCNV4_DEVICE Sum round_down(int n) { return sizeof(Sum) == 8 ? Sum(n) : __int2float_rd(n); }
-
 // The n-th piece of work of a backward, which goes from the last to the first: the zeros to which
 // it adds were written from the first on, as the sums will be read, and of more than L2 can hold
 // it holds what was written last.
@@ -137,7 +133,7 @@ struct Pixels {
     }
 };
 
-// What each corner of a point inside counts: 0 where it lies outside.
+// What each corner of a point inside the image counts: 0 for a corner outside.
 DCNV4_DEVICE void legal_coefficients(const Corners<Sum>& c, Sum weight, Sum (&out)[4]) {
     coefficients(weight, c.fraction_x, c.fraction_y, out);
     out[0] = c.left && c.top ? out[0] : Sum(0);
@@ -146,7 +142,7 @@ DCNV4_DEVICE void legal_coefficients(const Corners<Sum>& c, Sum weight, Sum (&ou
     out[3] = c.right && c.bottom ? out[3] : Sum(0);
 }
 
-// The same channels of another pixel, so many bytes a pixel on.
+// The address of the same channels of another pixel; `bytes` lie from pixel to pixel.
 template <typename T>
 DCNV4_DEVICE T* at(T* first, Index pixel, Index bytes) {
     return (T*)((size_t)first + (unsigned long long)pixel * bytes);

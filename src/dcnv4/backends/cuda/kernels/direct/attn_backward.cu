@@ -11,7 +11,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) attn_backward(Argument
     __shared__ Levels levels;
     levels.fill(a);
     each_slice(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const Head head(a, levels, slice, image, query);
-        scatter(a, head.points, head.operands, slice);
+        scatter(a, AttnGradients(a, levels, slice, image, query), slice);
     });
 }

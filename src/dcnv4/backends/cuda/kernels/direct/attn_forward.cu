@@ -17,7 +17,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, OCCUPANCY) attn_forwar
     __shared__ Levels levels;
     levels.fill(a);
     each_slice(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const AttnPoints points(a, levels, slice.group, image, query);
-        gather_slice(a, points, image, slice);
+        gather_slice(a, AttnPoints(a, levels, slice.group, image, query), image, slice);
     });
 }

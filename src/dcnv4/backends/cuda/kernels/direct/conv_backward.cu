@@ -14,8 +14,8 @@ using namespace dcnv4;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) conv_backward(Arguments a) {
     each_slice(a, [&](const Slice& slice, const OutputPixel& at) {
-        const Group group(a, slice, at);
-        scatter(a, group.points, group.operands, slice);
-        group.fill_up(a, slice);
+        const ConvGradients points(a, slice, at);
+        scatter(a, points, slice);
+        points.fill_up(a, slice);
     });
 }

@@ -19,10 +19,6 @@ constexpr int OCCUPANCY = AFTER_TILES          ? GATHERING_THREADS / MAX_THREADS
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, OCCUPANCY) conv_forward(Arguments a) {
     each_slice(a, [&](const Slice& slice, const OutputPixel& at) {
-        const ConvPoints points(a, at,
-                                a.offset_mask + at.image * a.offset_mask_image +
-                                    at.in_image * a.offset_mask_pixel + slice.group * (3 * POINTS),
-                                nullptr);
-        gather_slice(a, points, at.image, slice);
+        gather_slice(a, ConvPoints(a, at, slice.group), at.image, slice);
     });
 }

@@ -5,9 +5,9 @@
 
 namespace dcnv4 {
 
-// What a thread adds for one point to its channels. Where two halves are multiplied at once, a
-// point is interpolated in half precision, a mean that cannot overflow; its weight, and the sum
-// over the points, are in float32.
+// What a thread adds for one point to its channels. Where halves are PACKED, so that two are
+// multiplied at once, a point is interpolated in half precision, a mean that cannot overflow; its
+// weight, and the sum over the points, are in float32.
 template <typename T, bool PACKED>
 struct Sample {
     Pixels pixels;
@@ -77,11 +77,11 @@ struct Sample<T, true> {
     }
 };
 
-// Adds the slice's points to VECTOR channels; `image` is the first pixel's such channels.
+// Adds the slice's points to VECTOR channels, of which `value` are those of the first pixel.
 template <typename Points>
-DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, const VALUE* image,
+DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, const VALUE* value,
                          Index pixel_bytes, int lane, Sum (&sum)[VECTOR]) {
-    ptx::hold(image);
+    ptx::hold(value);
     using Held = Sample<VALUE, Number<VALUE>::packed>;
 #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; ++round) {
@@ -97,18 +97,18 @@ DCNV4_DEVICE void gather(const Points& points, const Weights<Points>& weights, c
             Channels corner[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                corner[i] = Channels::load(at(image, pixel[i], pixel_bytes));
+                corner[i] = Channels::load(at(value, pixel[i], pixel_bytes));
             sample.add_to(sum, corner);
         }
     }
 }
 
-// Writes the output of a slice of image `number`.
+// Writes the output of a slice.
 template <typename Points>
-DCNV4_DEVICE void gather_slice(const Arguments& a, const Points& points, Index number,
+DCNV4_DEVICE void gather_slice(const Arguments& a, const Points& points, Index image,
                                const Slice& slice) {
     const Weights<Points> weights(points, slice.lane);
-    const VALUE* image = a.value + number * a.value_image + slice.group * DEPTH;
+    const VALUE* value = a.value + image * a.value_image + slice.group * DEPTH;
     VALUE* output = a.output + (slice.pixel * (long long)GROUPS + slice.group) * DEPTH;
 
 #pragma unroll 1
@@ -116,7 +116,7 @@ DCNV4_DEVICE void gather_slice(const Arguments& a, const Points& points, Index n
         const int channel = start + slice.lane * VECTOR;
         const bool idle = channel >= DEPTH;
         Sum sum[VECTOR] = {};
-        gather(points, weights, image + (idle ? 0 : channel), a.pixel_bytes, slice.lane, sum);
+        gather(points, weights, value + (idle ? 0 : channel), a.pixel_bytes, slice.lane, sum);
         Channels out;
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) out.set(c, sum[c]);

@@ -10,10 +10,10 @@ constexpr int UNROLLED_BACKWARD = SOFTMAX && ROUNDS <= 4 ? ROUNDS : LANES < 4 ? 
 
 // The gradients of a slice: adds to the value's, and gives `points` those of its points.
 template <typename Points>
-DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Operands& o,
-                          const Slice& slice) {
+DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Slice& slice) {
+    const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
+    const Sum fixed_point_scale = scale_of_sums(a, o.image, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     ptx::griddepcontrol_wait();  // for zeros to add to
     Sum slope[ROUNDS], mean = 0;
@@ -39,15 +39,15 @@ DCNV4_DEVICE void scatter(const Arguments& a, const Points& points, const Operan
 #pragma unroll
             for (int i = 0; i < 4; ++i) share[i] = from_lane(coefficient[i], j);
             for (int c = slice.lane * VECTOR; c < DEPTH; c += LANES * VECTOR) {
-                const Channels out = Channels::load(o.grad + c);
+                const Channels grad = Channels::load(o.grad + c);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const Channels corner = Channels::load(at(o.image + c, pixel[i], pixel_bytes));
+                    const Channels corner = Channels::load(at(o.value + c, pixel[i], pixel_bytes));
                     Sum term[VECTOR];
 #pragma unroll
                     for (int v = 0; v < VECTOR; ++v) {
-                        partial[i] += corner[v] * out[v];
-                        term[v] = share[i] * out[v];
+                        partial[i] += corner[v] * grad[v];
+                        term[v] = share[i] * grad[v];
                     }
                     // A corner outside, or one that a point on a pixel's centre does not reach.
                     if (share[i] != 0) red_add(at(o.sums + c, pixel[i], o.sums_bytes), term);

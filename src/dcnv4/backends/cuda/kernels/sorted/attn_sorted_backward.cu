@@ -21,7 +21,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
     sorted.clear();
     levels.fill(a);
     each_tile<true>(a, levels, [&](const Slice& slice, Index image, Index query) {
-        const Head head(a, levels, slice, image, query);
-        scatter_sorted(a, sorted, head.points, head.operands, slice);
+        scatter_sorted(a, sorted, AttnGradients(a, levels, slice, image, query), slice);
     });
 }

@@ -24,9 +24,9 @@ DCNV4_DEVICE void compute(const Arguments& a, Sorted& sorted, unsigned index) {
     if (!active) row = area.row, column = area.column;
     const OutputPixel at(a, area.image, row, column);
     const Slice slice(active, at.pixel(a), group, threadIdx.x % LANES);
-    const Group own_group(a, slice, at);
-    scatter_sorted(a, sorted, own_group.points, own_group.operands, slice);
-    own_group.fill_up(a, slice);
+    const ConvGradients points(a, slice, at);
+    scatter_sorted(a, sorted, points, slice);
+    points.fill_up(a, slice);
 }
 
 // Whether the tile kernel left any of a block's area, in a group.

@@ -14,9 +14,6 @@
 // that interrupt each other, and nothing else. So no window is cut out and no point is too far,
 // sums are in float32 whatever they are of, or in integers where they shall not depend on the
 // order, and what is not finite goes where it goes in `scatter`.
-//
-// Of the operator it asks besides what `scatter` does
-//     int level(int k)      which of LEVELS images point k lies in
 #pragma once
 
 #include <common/backward.cuh>
@@ -26,9 +23,10 @@ namespace dcnv4 {
 constexpr int SLICES = BLOCK_COLUMNS * BLOCK_ROWS;  // a power of two
 constexpr int THREADS = SLICES * LANES;
 constexpr int CHANNELS = DEPTH / LANES;  // of a thread: VECTOR neighbours, LANES * VECTOR on others
+
 // Points are sorted in passes of MOST_ROUNDS rounds at most: a thread keeps what it knows of its
-// points in registers, and where an SM shall hold more threads it has fewer of those.
-// Levels that a pass has points of, each with buckets of its own.
+// points in registers, and where an SM shall hold more threads it has fewer of those. Every level
+// that a pass has points of gets buckets of its own, up to 4.
 constexpr int PASS_LEVELS = (MOST_ROUNDS * LANES * LEVELS + POINTS - 1) / POINTS;
 constexpr int MOST_LEVELS = LEVELS < 4 ? LEVELS : 4;
 constexpr int BUCKET_LEVELS = PASS_LEVELS < MOST_LEVELS ? PASS_LEVELS : MOST_LEVELS;
@@ -64,7 +62,7 @@ struct Held {
         for (int w = 0; w < Channels::words; ++w) vector.word[w] = word[w * vectors + c / VECTOR];
         return vector[c % VECTOR];
     }
-    // `first`: of the thread's channels.
+    // `first` is the first of the thread's channels.
     static DCNV4_DEVICE Held load(const VALUE* first) {
         Held out;
 #pragma unroll
@@ -93,7 +91,7 @@ static_assert(CORNERS < 1 << 15, "places of 16 bits");
 
 // What a block shares.
 struct Sorted {
-    uint4 grad[Held::quads][THREADS];  // the output's gradient
+    uint4 grad[Held::quads][THREADS];  // the output's gradient, of each thread's channels
     // In stretches, with two corners to spare lest all walk in the same banks.
     alignas(16) Corner list[(CORNERS + STRETCH - 1) / STRETCH * (STRETCH + 2)];
     unsigned bucket[BUCKETS];  // how many it holds, then where they begin
@@ -101,11 +99,28 @@ struct Sorted {
 
     static DCNV4_DEVICE unsigned padded(unsigned place) { return place + place / STRETCH * 2; }
 
-    // Of the list, for the LANES threads of a slice.
+    DCNV4_DEVICE void store_grad(const Held& own) {
+#pragma unroll
+        for (int q = 0; q < Held::quads; ++q)
+            grad[q][threadIdx.x] = make_uint4(own.word[4 * q], own.word[4 * q + 1],
+                                              own.word[4 * q + 2], own.word[4 * q + 3]);
+    }
+    DCNV4_DEVICE Held load_grad(unsigned thread) const {
+        Held out;
+#pragma unroll
+        for (int q = 0; q < Held::quads; ++q) {
+            const uint4 quad = grad[q][thread];
+            out.word[4 * q] = quad.x, out.word[4 * q + 1] = quad.y;
+            out.word[4 * q + 2] = quad.z, out.word[4 * q + 3] = quad.w;
+        }
+        return out;
+    }
+
+    // How many corners of the list the LANES threads of a slice walk.
     DCNV4_DEVICE unsigned part() const {
         return (total + SLICES * BATCH - 1) / (SLICES * BATCH) * BATCH;
     }
-    // After `allocate`: what counts nothing, at the first pixel.
+    // After `allocate`: ends the list in corners that count nothing, at the first pixel.
     DCNV4_DEVICE void fill_up() {
         const unsigned whole = SLICES * part();
         for (unsigned i = total + threadIdx.x; i < whole; i += THREADS) list[padded(i)] = {0, 0};
@@ -121,7 +136,7 @@ struct Sorted {
         if (threadIdx.x == 0) total = 0;
     }
 
-    // Give each bucket its part of the list. Which comes first does not matter.
+    // Gives each bucket its part of the list. Which comes first does not matter.
     DCNV4_DEVICE void allocate() {
         unsigned count[BUCKETS / THREADS], own = 0;
 #pragma unroll
@@ -144,7 +159,7 @@ struct Sorted {
     }
 };
 
-// Those of a point's corners.
+// The buckets of a point's corners.
 struct Buckets {
     int bucket[4];
 
@@ -223,8 +238,8 @@ struct Batch {
 
     static_assert(BATCH % 2 == 0 && STRETCH % BATCH == 0, "two corners are read at once");
 
-    // `pixel`: of the corner before.
-    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* image, Index bytes) {
+    // `pixel` is that of the corner before.
+    DCNV4_DEVICE void load(const Corner* list, unsigned pixel, const VALUE* value, Index bytes) {
 #pragma unroll
         for (int j = 0; j < BATCH; j += 2) {
             const uint4 two = *(const uint4*)(list + j);
@@ -234,13 +249,13 @@ struct Batch {
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             begins[j] = corner[j].pixel() != (j ? corner[j - 1].pixel() : pixel);
-            if (begins[j]) fresh[j] = Held::load(at(image, corner[j].pixel(), bytes));
+            if (begins[j]) fresh[j] = Held::load(at(value, corner[j].pixel(), bytes));
         }
     }
 };
 
-// Step 4. `image` and `sums` are the first of a thread's channels at the first pixel.
-DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, Total* sums,
+// Step 4. `value` and `sums` are the first of a thread's channels at the first pixel.
+DCNV4_DEVICE void walk(Sorted& shared, const VALUE* value, Index pixel_bytes, Total* sums,
                        int lane) {
     const unsigned part = shared.part(), first = threadIdx.x / LANES * part;
     if (part == 0) return;
@@ -256,12 +271,12 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, To
     };
     Corner* list = shared.list + Sorted::padded(first);
     unsigned pixel = list->pixel();
-    Held value = Held::load(at(image, pixel, pixel_bytes));
+    Held held = Held::load(at(value, pixel, pixel_bytes));
     Total sum[CHANNELS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) sum[c] = 0;
     Batch batch;
-    batch.load(list, pixel, image, pixel_bytes);
+    batch.load(list, pixel, value, pixel_bytes);
 #pragma unroll 1
     for (unsigned place = first; place < first + part; place += BATCH) {
         Held grad[BATCH];
@@ -273,24 +288,19 @@ DCNV4_DEVICE void walk(Sorted& shared, const VALUE* image, Index pixel_bytes, To
             const unsigned slice = batch.corner[j].key % SLICES;
             run[j] = batch.corner[j].pixel(), share[j] = batch.corner[j].share;
             begins[j] = batch.begins[j];
-#pragma unroll
-            for (int q = 0; q < Held::quads; ++q) {
-                const uint4 quad = shared.grad[q][slice * LANES + lane];
-                grad[j].word[4 * q] = quad.x, grad[j].word[4 * q + 1] = quad.y;
-                grad[j].word[4 * q + 2] = quad.z, grad[j].word[4 * q + 3] = quad.w;
-            }
+            grad[j] = shared.load_grad(slice * LANES + lane);
         }
         Dots dots;
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
 #pragma unroll
             for (int w = 0; w < Held::words; ++w)
-                value.word[w] = begins[j] ? batch.fresh[j].word[w] : value.word[w];
-            dots.multiply(j, value, grad[j]);
+                held.word[w] = begins[j] ? batch.fresh[j].word[w] : held.word[w];
+            dots.multiply(j, held, grad[j]);
         }
         Corner* done = list;  // The last batch is read again, for nothing: cheaper than a branch.
         list = shared.list + Sorted::padded(min(place + BATCH, first + part - BATCH));
-        batch.load(list, run[BATCH - 1], image, pixel_bytes);
+        batch.load(list, run[BATCH - 1], value, pixel_bytes);
         __syncwarp();  // all lanes have read these corners
         dots.store(done, lane);
 #pragma unroll
@@ -319,18 +329,13 @@ DCNV4_DEVICE void each_point(int first, int lane, const Visit& visit) {
 // As `scatter`, for all slices of a block at once: all its threads must come here.
 template <typename Points>
 DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Points& points,
-                                 const Operands& o, const Slice& slice) {
+                                 const Slice& slice) {
+    const Operands& o = points.operands;
     const Weights<Points> weights(points, slice.lane);
-    const Sum fixed_point_scale = scale_of_sums(a, o.number, weights.share);
+    const Sum fixed_point_scale = scale_of_sums(a, o.image, weights.share);
     const Index pixel_bytes = a.pixel_bytes;
     const int own = threadIdx.x / LANES, channel = slice.lane * VECTOR;
-    {
-        const Held out = Held::load(o.grad + channel);
-#pragma unroll
-        for (int q = 0; q < Held::quads; ++q)
-            shared.grad[q][threadIdx.x] = make_uint4(out.word[4 * q], out.word[4 * q + 1],
-                                                     out.word[4 * q + 2], out.word[4 * q + 3]);
-    }
+    shared.store_grad(Held::load(o.grad + channel));
     Sum slope[ROUNDS], mean = 0;
 #pragma unroll
     for (int first = 0; first < ROUNDS; first += PASS) {
@@ -370,7 +375,7 @@ DCNV4_DEVICE void scatter_sorted(const Arguments& a, Sorted& shared, const Point
         __syncthreads();
         shared.clear_buckets();
         ptx::griddepcontrol_wait();  // for zeros to add to
-        walk(shared, o.image + channel, pixel_bytes, o.sums + channel, slice.lane);
+        walk(shared, o.value + channel, pixel_bytes, o.sums + channel, slice.lane);
         __syncthreads();
         if (threadIdx.x == 0) shared.total = 0;
         each_point(first, slice.lane, [&](int r, int k) {

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) convert_sums(Arguments
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i)
         out.set(i, number(held.number[i], a.fixed_point_scale + image));
-    // In one piece, or in pixels that others' numbers lie between.
+    // The result lies in one piece or, where ROW is not 0, in pixels of so many numbers.
     const Index row = ROW ? first / (ROW ? ROW : 1) : 0;
     out.store(a.result + row * a.result_row + (first - row * ROW));
 }

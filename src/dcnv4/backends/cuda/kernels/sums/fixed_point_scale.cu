@@ -1,8 +1,8 @@
 // What sums of integers are multiples of: for each image the power of two that its largest
 // gradient, its largest weight and the number of terms allow.
 //
-// Work: a thread some numbers; BLOCKS blocks an image of either tensor, of which the last one done
-// makes the scales. Limit: device memory, which is read once.
+// Work: a thread some numbers; `blocks` blocks an image of either tensor. The block that is done
+// last makes the scales. Limit: device memory, which is read once.
 #include <common/numbers.cuh>
 
 using namespace dcnv4;
@@ -11,8 +11,8 @@ using Index = INDEX;
 
 constexpr int INFINITE = 0x7f800000;
 
-// The bits of the largest magnitude, or of NaN, among those numbers of every row that lie at FIRST
-// or later in every PERIOD; read N at once.
+// The bits of the largest magnitude, or of NaN, among the WIDTH numbers of every row: of every
+// PERIOD of them those from FIRST on. N are read at once.
 template <typename T, int N, int WIDTH, int PERIOD, int FIRST>
 DCNV4_DEVICE unsigned largest_of(const T* image, long long stride, const Arguments& a, int block) {
     constexpr int VECTORS = WIDTH / N;
@@ -31,7 +31,7 @@ DCNV4_DEVICE unsigned largest_of(const T* image, long long stride, const Argumen
     return most;
 }
 
-// The least e with numbers below 2**e, of bits of a finite one, or somewhat more.
+// The least e with a number below 2**e, or somewhat more, from the bits of the finite number.
 DCNV4_DEVICE int exponent(unsigned bits) { return int(bits >> 23) - 126; }
 
 DCNV4_DEVICE float scale(unsigned grad, unsigned weight, int terms) {

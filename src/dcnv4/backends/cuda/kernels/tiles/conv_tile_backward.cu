@@ -5,8 +5,7 @@
 // added tile after tile.
 // Memory: as the forward and the output's gradient once; WINDOW_W / TILE_W vectors of float32
 // additions for every pixel and channel.
-// Limit: the latency of its own instructions, at 11 warps an SM for want of registers;
-// L1 is 62 % busy, L2 70 %.
+// Limit: registers, which leave 12 warps an SM to hide latency; then L2.
 #include <common/backward.cuh>
 #include <tiles/points.cuh>
 
@@ -20,12 +19,30 @@ struct Products {
     unsigned char bytes[PATCH_H * ROW];
 
     static DCNV4_DEVICE int at(int c, int r) { return c * 4 + r * OF_ROW; }
+
+    // The gradients of the near points of pixel (g, t).
+    DCNV4_DEVICE void point_gradients(const OwnPixel& own, int g, int t,
+                                      PointGradient<Sum> (&gradient)[POINTS]) const {
+        const unsigned char* own_products = bytes + at(g, t) + g % 2 * COLUMN;
+#pragma unroll
+        for (int k = 0; k < POINTS; ++k) {
+            const int i = column_of(k), j = row_of(k);
+            const Sum x = own.x(k), y = own.y(k);
+            const int whole_x = integer_below(x), whole_y = integer_below(y);
+            const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
+            const unsigned char* from = own_products + (j + REACH + whole_y) * ROW +
+                                        (i + REACH + whole_x) * COLUMN;
+            const Sum dot[4] = {*(const float*)from, *(const float*)(from + COLUMN),
+                                *(const float*)(from + ROW), *(const float*)(from + ROW + COLUMN)};
+            gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
+        }
+    }
 };
 
 // What a warp keeps in shared memory.
-using Rows = HaloWindow<DEPTH>;
+using ValueWindow = HaloWindow<DEPTH>;
 struct __align__(128) Shared {
-    Rows window;
+    ValueWindow window;
     union {
         Spread spread;
         Products products;
@@ -58,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
     // What the lane copies first of the next tile.
     StagedPoints::Source source(tile, group, a.offset_mask + tile.image * a.offset_mask_image,
                                 a.offset_mask_pixel);
-    const char* window = Rows::first(left, tile.row - ABOVE, a.width, image, a.pixel_bytes);
+    const char* window = ValueWindow::first(left, tile.row - ABOVE, a.width, image, a.pixel_bytes);
     const Sum fixed_point_scale = scale_of_sums(a, tile.image);
     // Adds to row y of the value's gradient; the lane's positions are 8 columns apart.
     const int x = left + g;
@@ -87,23 +104,23 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll 1
     for (; tile.row < tile.last; tile.row += TILE_H) {
         // The output's gradient, of the pixels of column g: channels 16i + 4t and 3 more.
-        unsigned out[TILE_H][CHUNKS][2];
+        unsigned grad[TILE_H][CHUNKS][2];
         const VALUE* from = grad_output + (long long)tile.pixel(g, 0) * a.grad_pixel;
 #pragma unroll
         for (int r = 0; r < TILE_H; ++r) {
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
-                out[r][i][0] = out[r][i][1] = 0;
+                grad[r][i][0] = grad[r][i][1] = 0;
                 if (tile.has(g, r))
 #pragma unroll
                     for (int j = 0; j < 2; ++j)  // one by one: into registers as products want them
-                        out[r][i][j] = Vector<VALUE, 2>::load(from + 16 * i + 2 * j).word[0];
+                        grad[r][i][j] = Vector<VALUE, 2>::load(from + 16 * i + 2 * j).word[0];
             }
             from += tile.width * a.grad_pixel;
         }
         ptx::cp_async_wait<1>();
         __syncwarp();
-        const Own own(shared.staged, lane, group);
+        const OwnPixel own(shared.staged, lane, group);
         if (!own.fits || own.count > MOST_FAR) break;
 
         __syncwarp();
@@ -121,8 +138,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
-                ptx::hold(out[r][i]);  // lest it be waited for earlier
-                odd |= not_finite(out[r][i]);
+                ptx::hold(grad[r][i]);  // lest it be waited for earlier
+                odd |= not_finite(grad[r][i]);
             }
         if (__any_sync(~0u, odd)) break;
         ptx::cp_async_wait<1>();
@@ -137,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
             for (int r = 0; r < TILE_H; ++r)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) turned[r][j] = ptx::movmatrix(out[r][chunk][j]);
+                for (int j = 0; j < 2; ++j) turned[r][j] = ptx::movmatrix(grad[r][chunk][j]);
 #pragma unroll
             for (int row = 0; row < WINDOW_H; ++row) {
                 Row sum = {};
@@ -164,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
         }
         __syncwarp();
 
-        // Those of offsets and weights, from V T'.
+        // What the gradients of offsets and weights need, V T'.
         // Of four pairs of columns, a lane has one, in the window's first or second half.
         const bool in_first = t >= g / 2;
         unsigned char* lane_products =
@@ -175,11 +192,11 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i)
                 values[half][i] =
-                    shared.window.bytes + t % 2 * 8 + Rows::at(8 * half + g, 2 * i + t / 2);
+                    shared.window.bytes + t % 2 * 8 + ValueWindow::at(8 * half + g, 2 * i + t / 2);
 #pragma unroll
         for (int row = 0; row < WINDOW_H; ++row) {
             float dot[2][2][4] = {};
-            const int at_row = Rows::row(first, row);
+            const int at_row = ValueWindow::row(first, row);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -188,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
                         if (!reaches(row, m)) continue;
-                        const unsigned pixels[4] = {out[2 * m][i][0], out[2 * m + 1][i][0],
-                                                    out[2 * m][i][1], out[2 * m + 1][i][1]};
+                        const unsigned pixels[4] = {grad[2 * m][i][0], grad[2 * m + 1][i][0],
+                                                    grad[2 * m][i][1], grad[2 * m + 1][i][1]};
                         Number<VALUE>::mma_m16n8k16(dot[m][half], pixels, four.x, four.y);
                     }
                 }
@@ -209,40 +226,26 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
             }
         }
         __syncwarp();
-        first = Rows::row(first, TILE_H);
+        first = ValueWindow::row(first, TILE_H);
         if (next.row < next.last)
             shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left, top + WINDOW_H, a.height,
                                        a.width, window, a.pixel_bytes);
         ptx::cp_async_commit();
 
+        // The gradients of offsets and weights.
         PointGradient<Sum> gradient[POINTS];
-        const unsigned char* own_products =
-            shared.products.bytes + Products::at(g, t) + g % 2 * Products::COLUMN;
-#pragma unroll
-        for (int k = 0; k < POINTS; ++k) {
-            const int i = column_of(k), j = row_of(k);
-            const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
-            const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
-            const int whole_x = integer_below(x), whole_y = integer_below(y);
-            const Sum fraction_x = x - whole_x, fraction_y = y - whole_y;
-            const unsigned char* from = own_products + (j + REACH + whole_y) * Products::ROW +
-                                        (i + REACH + whole_x) * Products::COLUMN;
-            const Sum dot[4] = {*(const float*)from, *(const float*)(from + Products::COLUMN),
-                                *(const float*)(from + Products::ROW),
-                                *(const float*)(from + Products::ROW + Products::COLUMN)};
-            gradient[k] = coefficients_backward(dot, own.weight(k), fraction_x, fraction_y);
-        }
+        shared.products.point_gradients(own, g, t, gradient);
         // At the centre of a pixel just outside the image a point is outside, though not all of its
         // corners are.
         if (left < 0 || top < 0)
 #pragma unroll
             for (int k = 0; k < POINTS; ++k) {
-                const Sum x = from_home(Number<float16>::get(&own.offsets[k], 0), rest_x(k));
-                const Sum y = from_home(Number<float16>::get(&own.offsets[k], 1), rest_y(k));
+                const Sum x = own.x(k), y = own.y(k);
                 if (left + g + column_of(k) + REACH + x == -1 ||
                     top + t + row_of(k) + REACH + y == -1)
                     gradient[k] = {0, 0, 0};
             }
+        // A far point's gradients, and what it adds to the value's.
         const auto visit = [&](bool some, int r, int k, Sum weight, const Corners<Sum>& at) {
             Sum share[4], dot[4] = {0, 0, 0, 0};
             legal_coefficients(at, weight, share);
@@ -256,16 +259,16 @@ extern "C" __global__ void __launch_bounds__(32, DEPTH == 16 ? 12 : 8)
 #pragma unroll
                 for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                     const auto four = Vector<VALUE, 4>::load(corner + 16 * chunk);
-                    unsigned here[2] = {out[0][chunk][0], out[0][chunk][1]};
+                    unsigned here[2] = {grad[0][chunk][0], grad[0][chunk][1]};
 #pragma unroll
                     for (int row = 1; row < TILE_H; ++row)
-                        if (r == row) here[0] = out[row][chunk][0], here[1] = out[row][chunk][1];
+                        if (r == row) here[0] = grad[row][chunk][0], here[1] = grad[row][chunk][1];
                     Sum term[4];
 #pragma unroll
                     for (int v = 0; v < 4; ++v) {
-                        const Sum grad = Number<VALUE>::get(here, v);
-                        dot[i] += legal ? grad * four[v] : Sum(0);
-                        term[v] = share[i] * grad;
+                        const Sum number = Number<VALUE>::get(here, v);
+                        dot[i] += legal ? number * four[v] : Sum(0);
+                        term[v] = share[i] * number;
                     }
                     red_add_if(legal, to + 16 * chunk, term, fixed_point_scale);
                 }

@@ -12,9 +12,9 @@ using namespace dcnv4;
 constexpr int MOST_FAR = 14;
 
 // What a block keeps in shared memory; its warps have neighbouring channels, all in the window.
-using Rows = HaloWindow<STRIP_CHANNELS * WARPS>;
+using ValueWindow = HaloWindow<STRIP_CHANNELS * WARPS>;
 struct __align__(128) Shared {
-    Rows window;
+    ValueWindow window;
     struct {
         Patches patches;
         StagedPoints staged;
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     ptx::hold(own_word);
 #pragma unroll
     for (int i = 0; i < STRIP_CHANNELS / 16; ++i) {
-        values[i] = Rows::at(lane % 16, warp * (STRIP_CHANNELS / 8) + 2 * i + lane / 16);
+        values[i] = ValueWindow::at(lane % 16, warp * (STRIP_CHANNELS / 8) + 2 * i + lane / 16);
         ptx::hold(values[i]);
     }
     // Blocks stride over strips, one a warp at once. A tile's offsets and weights are on their way
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
         const int left = tile.column - LEFT;
         // What the thread copies or stores first of the next tile.
         const char* window =
-            Rows::first(left, tile.row - ABOVE, a.width,
+            ValueWindow::first(left, tile.row - ABOVE, a.width,
                         image + (tile.part - warp) * STRIP_CHANNELS, a.pixel_bytes);
         const long long pixel =
             (long long)tile.image * a.out_height * a.out_width + tile.pixel(g, 0);
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
         for (; tile.row < tile.last; tile.row += TILE_H) {
             ptx::cp_async_wait<0>();
             __syncwarp();
-            const Own own(staged, lane, group);
+            const OwnPixel own(staged, lane, group);
             // All warps of the block have read the window before.
             ends = any_of_block(limit != tile.last || !own.fits || own.count > MOST_FAR);
             if (ends) break;
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
                 shared.window.load<WINDOW_H>(0, 0, left, tile.row - ABOVE, a.height, a.width,
                                              window, a.pixel_bytes);
             } else {
-                first = Rows::row(first, TILE_H);
+                first = ValueWindow::row(first, TILE_H);
                 shared.window.load<TILE_H>(first, WINDOW_H - TILE_H, left,
                                            tile.row - ABOVE + WINDOW_H - TILE_H, a.height, a.width,
                                            window, a.pixel_bytes);
@@ -90,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
             // S' V: sums of the pixels of column g, in rows 2m and 2m + 1.
             float sum[2][STRIP_CHANNELS / 8][4] = {};
             if (own.count) {
+                // What a far point adds to its pixel's channels.
                 const auto visit = [&](bool some, int r, int, Sum weight, const Corners<Sum>& at) {
                     if (!some) return;
                     Sum share[4], term[STRIP_CHANNELS / 8][2] = {};
@@ -129,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
             meet_block();
 #pragma unroll
             for (int row = 0; row < WINDOW_H; ++row) {
-                const unsigned char* of_row = shared.window.bytes + Rows::row(first, row);
+                const unsigned char* of_row = shared.window.bytes + ValueWindow::row(first, row);
                 unsigned value[STRIP_CHANNELS / 16][4];
 #pragma unroll
                 for (int i = 0; i < STRIP_CHANNELS / 16; ++i)

@@ -10,7 +10,8 @@ struct Patches {
     static constexpr int FIFTHS = PIXELS * 16, PLANE = FIFTHS + (PAIRS > 4 ? PIXELS * 4 : 0);
     unsigned char bytes[PATCH_H * PLANE];
 
-    // Words of a pixel. Without the XOR, columns two apart, of 64 bytes each, would share banks.
+    // Where the words of a pixel lie. Without the XOR, columns two apart, of 64 bytes each, would
+    // share banks.
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + (r ^ (c / 2))) * 16; }
 
     DCNV4_DEVICE void store(int lane, const unsigned (&patch)[PATCH_H][PAIRS]) {
@@ -33,8 +34,8 @@ struct Spread {
     unsigned char bytes[PATCH_H * PLANE];
     uint4 zeros;
 
-    // A block of a pixel: in different banks where eight columns' blocks are read, and where lanes
-    // write a word of their own.
+    // Where a block of a pixel lies. The XOR puts blocks into different banks where those of eight
+    // columns are read, and where lanes write a word of their own.
     static DCNV4_DEVICE int at(int c, int r, int half) {
         return (2 * r + half) * (TILE_W * 16) + (c ^ 2 * r) * 16;
     }
@@ -56,7 +57,7 @@ struct Spread {
         const int block = lane / 8, r = block / 2;
         return at(lane % 8, r, block % 2) - r * PLANE;
     }
-    // [positions, pixels] of one row of the window and two rows of the tile, the first 2 * m.
+    // Reads [positions, pixels] of one row of the window and two rows of the tile, from 2 * m on.
     DCNV4_DEVICE void read(int first, int row, int m, int lane, unsigned (&out)[4]) const {
         const void* from =
             bytes + (first ^ m * (4 * 16)) + (row - 2 * m) * PLANE + m * (4 * TILE_W * 16);
@@ -67,39 +68,52 @@ struct Spread {
     }
 };
 
-// Whether the patches of two rows of the tile, the first 2 * m, reach a row of the window.
+// Whether the patches of two rows of the tile, from 2 * m on, reach a row of the window.
 constexpr DCNV4_DEVICE bool reaches(int row, int m) {
     return row >= 2 * m && row <= 2 * m + PATCH_H;
+}
+
+// So many steps, in pixels, as float16.
+constexpr DCNV4_DEVICE unsigned steps_as_f16(int steps) {
+    const unsigned magnitude = steps < 0 ? -steps : steps;
+    if (magnitude == 0) return 0;
+    int exponent = 0, of_pixel = 0;
+    while (magnitude >> exponent > 1) ++exponent;
+    while (PIXEL_STEPS >> of_pixel > 1) ++of_pixel;
+    return (steps < 0 ? 0x8000u : 0u) | (exponent - of_pixel + 15) << 10 |
+           (magnitude << 10 >> exponent & 0x3ff);
+}
+constexpr DCNV4_DEVICE unsigned steps_as_f16x2(int lower, int upper) {
+    return steps_as_f16(lower) | steps_as_f16(upper) << 16;
 }
 
 // Where a point is from its home, with steps from there to its cell; `offset` is scaled.
 DCNV4_DEVICE Sum from_home(Sum offset, int steps) {
     return steps ? offset + Sum(steps) / PIXEL_STEPS : offset;
 }
-// Both coordinates of point k, a pair of float16.
+// The same for both coordinates of point k, a pair of float16.
 DCNV4_DEVICE unsigned from_home(unsigned offset, int k) {
     if (rest_x(k) == 0 && rest_y(k) == 0) return offset;
-    return ptx::add_f16x2(offset, ptx::two_f16<PIXEL_STEPS>(rest_x(k), rest_y(k)));
+    return ptx::add_f16x2(offset, steps_as_f16x2(rest_x(k), rest_y(k)));
 }
-// Whether it is near: numbers from 2 on, infinity and NaN have the exponent's highest bit.
+// Whether a point is near: numbers from 2 on, infinity and NaN have the exponent's highest bit.
 DCNV4_DEVICE bool is_near(unsigned from_home) { return !(from_home & 0x40004000u); }
 static_assert(REACH == 2, "as is_near says");
 
-// A row or column and the next, so many steps less.
+// The numbers of a row or column and of the next, each less so many steps.
 DCNV4_DEVICE unsigned pair_from(int first, int steps) {
-    return ptx::two_f16<PIXEL_STEPS>(first * PIXEL_STEPS - steps,
-                                     (first + 1) * PIXEL_STEPS - steps);
+    return steps_as_f16x2(first * PIXEL_STEPS - steps, (first + 1) * PIXEL_STEPS - steps);
 }
 
-// Columns of the patch of a pixel in column c, so many after a point's first: the patch of an odd
-// pixel begins a column earlier.
+// Two columns of the patch of a pixel in column c, the first of them so many `after` a point's own:
+// the patch of an odd pixel begins a column earlier.
 DCNV4_DEVICE unsigned columns_of(int c, int after, int steps) {
     return c % 2 ? pair_from(after - REACH - 1, steps) : pair_from(after - REACH, steps);
 }
 
-// The patch of a pixel in column c: `offsets` and `weights` are float16, those of near points.
-// The steps to a cell are taken from columns and rows, which hold the difference, not added to an
-// offset.
+// Makes the patch of a pixel in column c. `offsets` and `weights` are float16, 0 of far points. The
+// steps to a cell are not added to an offset but taken from columns and rows, which hold the
+// difference exactly.
 DCNV4_DEVICE void fill(unsigned (&patch)[PATCH_H][PAIRS], int c, const unsigned (&offsets)[POINTS],
                        const unsigned (&weights)[(POINTS + 1) / 2]) {
 #pragma unroll

@@ -19,8 +19,8 @@ DCNV4_DEVICE bool not_finite(const unsigned (&words)[N]) {
     return found & 0x80008000u;
 }
 
-// A lane's pixel.
-struct Own {
+// The points of a lane's own pixel, and what they tell of the tile.
+struct OwnPixel {
     unsigned offsets[POINTS];   // scaled, pairs of float16; 0 of far points
     unsigned weights[COUPLES];  // what the points count, as float16; 0 of far points
     unsigned logits[COUPLES];   // the weights, or logits of them, as they are in memory
@@ -29,7 +29,7 @@ struct Own {
     int count;                  // of the tile's far points
     bool fits;                  // whether float16 holds all of the tile's weights
 
-    DCNV4_DEVICE Own(const StagedPoints& staged, int lane, int group) {
+    DCNV4_DEVICE OwnPixel(const StagedPoints& staged, int lane, int group) {
         unsigned words[StagedPoints::WORDS];
         staged.read(lane, group, words);
         unsigned all = 0;
@@ -37,8 +37,7 @@ struct Own {
         for (int k = 0; k < POINTS; ++k) {
             offsets[k] = Number<OFFSET_MASK>::as_f16(words[k]);
             if (SCALE != 1)
-                offsets[k] = ptx::mul_f16x2(
-                    offsets[k], ptx::two_f16<PIXEL_STEPS>(SCALE_STEPS, SCALE_STEPS));
+                offsets[k] = ptx::mul_f16x2(offsets[k], steps_as_f16x2(SCALE_STEPS, SCALE_STEPS));
             all |= from_home(offsets[k], k);
         }
         unsigned any = 0;
@@ -89,12 +88,19 @@ struct Own {
         const Sum logit = Number<OFFSET_MASK>::get(logits, k);
         return SOFTMAX ? exp(logit - peak) * share : logit;
     }
+    // Where a near point is from its home.
+    DCNV4_DEVICE Sum x(int k) const {
+        return from_home(Number<float16>::get(&offsets[k], 0), rest_x(k));
+    }
+    DCNV4_DEVICE Sum y(int k) const {
+        return from_home(Number<float16>::get(&offsets[k], 1), rest_y(k));
+    }
 };
 
 // Calls `visit(some, row, k, weight, corners)` for the far points of the pixels of column g, one by
-// one, in quad g; by all lanes, with `some` false where a quad has none left.
+// one, in quad g. All lanes make all calls: `some` is false where a quad has no point left.
 template <typename Visit>
-DCNV4_DEVICE void each_far(const Arguments& a, const Own& own, const Tile& tile, int group,
+DCNV4_DEVICE void each_far(const Arguments& a, const OwnPixel& own, const Tile& tile, int group,
                            const StagedPoints& staged, Visit visit) {
     const int quad = tile.lane & ~3, column = quad / 4;
     unsigned mask[TILE_H];
@@ -122,9 +128,9 @@ DCNV4_DEVICE void each_far(const Arguments& a, const Own& own, const Tile& tile,
     }
 }
 
-// S of the lane's pixel to shared memory.
+// Writes S of the lane's pixel to shared memory.
 template <typename To>
-DCNV4_DEVICE void build(To& to, const Own& own, int lane) {
+DCNV4_DEVICE void build(To& to, const OwnPixel& own, int lane) {
     unsigned patch[PATCH_H][PAIRS];
     fill(patch, lane / 4, own.offsets, own.weights);
 #pragma unroll

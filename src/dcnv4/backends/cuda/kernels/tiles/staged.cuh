@@ -1,4 +1,5 @@
-// What tiles keep in shared memory of offset_mask and of the value, copied while they compute.
+// What tiles keep in shared memory of offset_mask and of the value, copied while they compute the
+// tile before.
 #pragma once
 
 #include <tiles/tile.cuh>
@@ -20,9 +21,9 @@ struct Staged {
     // Where a pixel's numbers are, in the order of the lanes that own them.
     static DCNV4_DEVICE int at(int c, int r) { return (4 * c + r) * PITCH; }
 
-    // SHARE lanes move a pixel's numbers together, then another's. `visit(at, number, there)`
-    // for what a lane moves: where it is, where in memory, and whether there is any. `number`: the
-    // first of these; `columns`: of the image, from its pixel on.
+    // SHARE lanes move a pixel's numbers together, then another's. Calls `visit(at, number, there)`
+    // for what a lane moves: where it is here, where in memory, and whether there is any. The lane
+    // begins at `number`, whose pixel and those to its right are `columns` of the image.
     template <int SHARE, typename T, typename Visit>
     static DCNV4_DEVICE void each(const Tile& tile, T* number, long long stride, int columns,
                                   Visit visit) {
@@ -43,7 +44,7 @@ struct Staged {
         const OFFSET_MASK* number;  // the first of the next tile
         int columns;                // of the image, from its pixel on; none if it copies nothing
 
-        // `image`: the image's first number; `stride`: from pixel to pixel.
+        // `image` is the image's first number, `stride` leads from pixel to pixel.
         DCNV4_DEVICE Source(const Tile& tile, int group, const OFFSET_MASK* image,
                             long long stride) {
             const int own = tile.lane / PIECES, piece = tile.lane % PIECES;
@@ -61,7 +62,7 @@ struct Staged {
                          });
         source.number += TILE_H * tile.width * stride;
     }
-    // Of the lane's own pixel.
+    // Reads the numbers of the lane's own pixel.
     DCNV4_DEVICE void read(int lane, int group, unsigned (&words)[WORDS]) const {
         const int before = shift(group);
         const uint2* from = (const uint2*)(bytes + lane * PITCH);
@@ -78,13 +79,13 @@ struct Staged {
         for (int i = 0; i < WORDS; ++i)
             words[i] = COUNT % 2 ? __funnelshift_r(raw[i], raw[i + 1], before % 2 * 16) : raw[i];
     }
-    // One of the numbers of any pixel.
+    // Reads one of the numbers of any pixel.
     DCNV4_DEVICE Sum read(int c, int r, int group, int which) const {
         const OFFSET_MASK* of_pixel = (const OFFSET_MASK*)(bytes + at(c, r));
         const unsigned word = *(const unsigned short*)(of_pixel + shift(group) + which);
         return Number<OFFSET_MASK>::get(&word, 0);
     }
-    // Writes those of the lane's own pixel to memory, with the warp.
+    // Writes `words`, the numbers of the lane's own pixel, to memory, with the warp.
     DCNV4_DEVICE void store(const Tile& tile, int group, const unsigned (&words)[WORDS],
                             OFFSET_MASK* image, long long stride) {
         constexpr int SHARE = WORDS < 16 ? 16 : 32;
@@ -134,21 +135,21 @@ struct HaloWindow {
         if (PIECES == 8) other = (column & 1) * 2 + (column >> 1 & 1) * 4 + (column >> 2 & 1);
         return column * (COUNT * 2) + (piece ^ other) * 16;
     }
-    // Where a row of the window lies, from where its first does, in an even slot.
+    // Where a row of the window lies, whose first row lies at `first`, in an even slot.
     static DCNV4_DEVICE int row(int first, int row) {
         const int even = first + row / 2 * 2 * ROW;
         return (even < SLOTS * ROW ? even : even - SLOTS * ROW) + row % 2 * ROW;
     }
-    // What a thread of the block copies first of a window. `image`: the image's first such channel.
-    // `stride`: bytes from pixel to pixel.
+    // What a thread of the block copies first of a window. `image` is the image's first channel of
+    // these, `stride` the bytes from pixel to pixel.
     static DCNV4_DEVICE const char* first(int left, int top, int width, const VALUE* image,
                                           Index stride) {
         const int column = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
         return (const char*)(image + 8 * piece) +
                ((long long)top * width + left + column) * (long long)stride;
     }
-    // COUNT_ROWS rows of it, from `begin` on; `top`: the row of the image there. `from`: what a
-    // thread copies first of them, then of those below them.
+    // Copies COUNT_ROWS rows of the window from row `begin` on, which is row `top` of the image.
+    // `from` is what a thread copies first of them, and then of the rows below.
     template <int COUNT_ROWS>
     DCNV4_DEVICE void load(int first, int begin, int left, int top, int height, int width,
                            const char*& from, Index stride) {

@@ -34,22 +34,18 @@ namespace dcnv4 {
 // The offset's scale is a power of two, so that float16 holds a scaled offset as exactly as the
 // offset. Cells lie at whole steps from the window's centre, of which a pixel has PIXEL_STEPS.
 constexpr float SCALE = float(SCALE_STEPS) / PIXEL_STEPS;
-constexpr DCNV4_DEVICE int steps_x(int cell) {
-    return SCALE_STEPS * (cell / KERNEL_H * DILATION_W - CENTER_W);
-}
-constexpr DCNV4_DEVICE int steps_y(int cell) {
-    return SCALE_STEPS * (cell % KERNEL_H * DILATION_H - CENTER_H);
-}
+constexpr DCNV4_DEVICE int steps_x(int cell) { return SCALE_STEPS * cell_x(cell); }
+constexpr DCNV4_DEVICE int steps_y(int cell) { return SCALE_STEPS * cell_y(cell); }
 constexpr DCNV4_DEVICE int nearest(int steps) {
     constexpr int half = PIXEL_STEPS / 2 - 1;
     return (steps + (steps < 0 ? -half : half)) / PIXEL_STEPS;
 }
-// Homes' columns and rows: the first of them, and how many.
+// The columns and rows of homes: the first of them, and how many.
 constexpr int FIRST_CELL = SCALE_STEPS < 0 ? CELLS - 1 : 0, LAST_CELL = CELLS - 1 - FIRST_CELL;
 constexpr int HOME_W = nearest(steps_x(FIRST_CELL)), HOME_H = nearest(steps_y(FIRST_CELL));
 constexpr int HOMES_W = nearest(steps_x(LAST_CELL)) - HOME_W + 1;
 constexpr int HOMES_H = nearest(steps_y(LAST_CELL)) - HOME_H + 1;
-// A point's, counted from the first, and the steps from there to its cell.
+// The home of point k, counted from the first column and row, and the steps from it to the cell.
 constexpr DCNV4_DEVICE int column_of(int k) { return nearest(steps_x(cell_of(k))) - HOME_W; }
 constexpr DCNV4_DEVICE int row_of(int k) { return nearest(steps_y(cell_of(k))) - HOME_H; }
 constexpr DCNV4_DEVICE int rest_x(int k) {
@@ -64,7 +60,7 @@ constexpr int REACH = 2;
 constexpr int PATCH_H = HOMES_H + 2 * REACH;
 constexpr int PAIRS = (HOMES_W + 2 * REACH) / 2 + 1;
 constexpr int WINDOW_W = 16, WINDOW_H = PATCH_H + TILE_H - 1;
-constexpr int SAMPLED_W = TILE_W - 1 + HOMES_W + 2 * REACH;  // columns of them that are sampled
+constexpr int SAMPLED_W = TILE_W - 1 + HOMES_W + 2 * REACH;  // columns that are sampled
 // From the window's first column and row to those of the tile.
 constexpr int LEFT = REACH - HOME_W + PADDING_W - CENTER_W;
 constexpr int ABOVE = REACH - HOME_H + PADDING_H - CENTER_H;
@@ -73,7 +69,7 @@ static_assert(KERNEL_H <= 3 && KERNEL_W <= 3 && STRIDE_H * STRIDE_W == 1, "few p
 static_assert(SAMPLED_W <= WINDOW_W && HOMES_H <= 5, "a patch must fit");
 static_assert(DEPTH % 16 == 0 && sizeof(VALUE) == 2 && sizeof(OFFSET_MASK) == 2, "halves alone");
 
-// Of the warps of a block, that share a window.
+// The warps of a block share a window, and meet where they read it or fill it.
 DCNV4_DEVICE void meet_block() {
     if constexpr (WARPS == 1)
         __syncwarp();
@@ -112,7 +108,7 @@ struct Tile {
             a.leftover[TileArea::number(a, image, y, column) * TILE_PARTS + part] = y >= end;
     }
     DCNV4_DEVICE bool has(int c, int r) const { return column + c < width && row + r < height; }
-    // Of all pixels of the image.
+    // The number of an output pixel in its image.
     DCNV4_DEVICE int pixel(int c, int r) const { return (row + r) * width + column + c; }
 };
 
