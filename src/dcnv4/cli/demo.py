@@ -142,11 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
-        print(
-            f"dcnv4 demo needs {', '.join(missing)}: "
-            'pip install "dcnv4[demo]", or pip install ".[demo]" in a checkout.',
-            file=sys.stderr,
-        )
+        needs = f"{', '.join(missing)}: pip install {' '.join(missing)}"
+        print(f"dcnv4 demo needs {needs}", file=sys.stderr)
         return 2
     try:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,7 @@ It needs timm: `pip install ".[models]"` in a checkout.
 try:
     import timm as _timm  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f"dcnv4.models needs timm (pip install 'dcnv4[models]'); got {error}"
-    ) from error
+    raise ImportError(f"dcnv4.models needs timm (pip install timm); got {error}") from error
 
 from .internimage import InternImage
 from .rates import parameter_groups

@@ -247,7 +247,9 @@ def check_plot(path: str) -> None:
     try:
         figure = import_module("matplotlib.figure").Figure()
     except ImportError as error:
-        raise RuntimeError(f"--plot needs matplotlib, pip install dcnv4[bench]; {error}") from None
+        raise RuntimeError(
+            f"--plot needs matplotlib (pip install matplotlib); got {error}"
+        ) from None
     kinds = figure.canvas.get_supported_filetypes()
     if os.path.splitext(path)[1][1:].lower() not in kinds:
         raise ValueError(f"--plot must end in one of .{', .'.join(sorted(kinds))}; got {path}")
