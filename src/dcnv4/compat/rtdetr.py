@@ -31,6 +31,7 @@ def deformable_attention_core_func_v2(
     attention_weights: Tensor,
     num_points_list: Sequence[int],
     method: str = "default",
+    value_shape: str = "default",
 ) -> Tensor:
     """Multi-scale deformable attention with its own number of points in every level.
 
@@ -43,6 +44,7 @@ def deformable_attention_core_func_v2(
         num_points_list: the numbers of points of the L levels, P together.
         method: "default", or "discrete": the nearest pixel of each level is read, and locations get
             no gradient.
+        value_shape: ignored; DEIM says with it which of the two a value is.
 
     Returns:
         [B, Q, G·D] in the dtype of `value`.
