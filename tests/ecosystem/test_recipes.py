@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dcnv4
 from dcnv4 import DCNv4Conv2d
+from dcnv4.compat.ultralytics import multi_scale_deformable_attn_pytorch
 
 
 def needed(package: str) -> Any:
@@ -192,6 +193,32 @@ def test_yolo_converted_trains_and_fuses(monkeypatch: pytest.MonkeyPatch) -> Non
         keep_norms(model, replaced)
         fused = model.fuse(verbose=False)(images)[0]
     torch.testing.assert_close(fused, found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("numbers", [2, 4], ids=["points", "boxes"])
+def test_ultralytics_attention(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own layer gives the same with our function in its module, with every gradient."""
+    theirs = needed("ultralytics.nn.modules.transformer")
+    layer = theirs.MSDeformAttn(32, 2, 4, 3).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    query, pixels = (torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 60))
+    places = torch.rand(2, 5, 1, numbers, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (query, places, pixels)]
+
+    def results() -> list[Tensor]:
+        y = layer(*leaves, [[8, 6], [4, 3]])
+        return [y, *torch.autograd.grad(y.square().sum(), [*leaves, *layer.parameters()])]
+
+    expected, calls = results(), []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return multi_scale_deformable_attn_pytorch(*arguments)
+
+    monkeypatch.setattr(theirs, "multi_scale_deformable_attn_pytorch", counted)
+    torch.testing.assert_close(results(), expected)
+    assert len(calls) == 1
 
 
 def test_ultralytics_exports_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
