@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -288,17 +289,32 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, shapes, locations, logits, softmax=True).shape
         torch.Size([2, 100, 256])
     """
+    call = attention_call(
+        value, spatial_shapes, sampling_locations, attention_weights, softmax, backend
+    )
+    output: Tensor = ops.ms_deform_attn(*call)
+    return output if call[1].dtype == value.dtype else output.to(value.dtype)
+
+
+def attention_call(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    softmax: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """The call of `ops.MS_DEFORM_ATTN` that these arguments of `ms_deform_attn` mean, checked."""
     shapes, weights = _check_attention(
         *("sampling_locations", value, spatial_shapes, sampling_locations, attention_weights),
         softmax,
     )
     deterministic = ops.must_be_deterministic(value, sampling_locations, weights)
     chosen = backends.choose("ms_deform_attn", value.device, value.dtype, deterministic, backend)
-    dtype, locations = value.dtype, sampling_locations
-    if not locations.dtype == weights.dtype == dtype:
+    locations = sampling_locations
+    if not locations.dtype == weights.dtype == value.dtype:
         value, (locations, weights) = _promote(value, locations, weights)
-    output: Tensor = ops.ms_deform_attn(chosen, value, shapes, locations, weights, softmax)
-    return output if value.dtype == dtype else output.to(dtype)
+    return chosen, value, shapes, locations, weights, softmax
 
 
 def ms_deform_attn_from_offsets(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -148,6 +150,70 @@ def test_levels_and_points_in_one_dimension(origin: str, flat: bool) -> None:
             (value, SHAPES, points),
         )
     grid_sample.check(call(*inputs, weights), expected, leaves)
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The compiled extension of Deformable DETR, as its own code imports it."""
+    monkeypatch.delitem(sys.modules, "MultiScaleDeformableAttention", raising=False)
+    monkeypatch.setitem(sys.modules, "package", ModuleType("package"))
+    monkeypatch.delitem(sys.modules, "package._C", raising=False)
+    compat.extension.stand_in("MultiScaleDeformableAttention", "package._C")
+    import MultiScaleDeformableAttention  # type: ignore[import-not-found]
+    from package import _C  # type: ignore[import-not-found]
+
+    assert MultiScaleDeformableAttention is _C
+    return _C
+
+
+class Compiled(torch.autograd.Function):
+    """As repositories call the extension."""
+
+    @staticmethod
+    def forward(ctx: Any, extension: Any, value: Tensor, shapes: Tensor, *points: Tensor) -> Tensor:
+        starts = torch.tensor(STARTS)
+        ctx.extension = extension
+        ctx.save_for_backward(value, shapes, starts, *points)
+        return extension.ms_deform_attn_forward(value, shapes, starts, *points, 64)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        call = (*ctx.saved_tensors, grad, 64)
+        grad_value, *others = ctx.extension.ms_deform_attn_backward(*call)
+        return None, grad_value, None, *others
+
+
+def test_the_extension(imported: Any) -> None:
+    leaves = attention_inputs()
+    value, *points = leaves.values()
+    found = Compiled.apply(imported, value, torch.tensor(SHAPES), *points)
+    grid_sample.check(found, grid_sample.ms_deform_attn(SHAPES, *leaves.values()), leaves)
+
+
+def test_gradients_of_the_extension_have_the_dtypes_of_what_they_are_of(imported: Any) -> None:
+    value, *points = (t.detach() for t in attention_inputs().values())
+    call = value.half(), torch.tensor(SHAPES), torch.tensor(STARTS), points[0].float(), points[1]
+    grads = imported.ms_deform_attn_backward(*call, torch.ones(2, 6, 12), 64)
+    assert [g.dtype for g in grads] == [torch.float16, torch.float32, torch.float64]
+    exact = value, *call[1:3], *points
+    for got, right in zip(
+        grads, imported.ms_deform_attn_backward(*exact, torch.ones(2, 6, 12), 64), strict=True
+    ):
+        torch.testing.assert_close(got.double(), right, rtol=1e-2, atol=1e-2)
+
+
+def test_an_extension_that_was_imported_stays(imported: Any) -> None:
+    with pytest.raises(RuntimeError, match="math must not have been imported before; got <module"):
+        compat.extension.stand_in("absent", "math")
+    assert "absent" not in sys.modules
+    compat.extension.stand_in("package._C")  # once more
+    call = (t.detach() for t in attention_inputs().values())
+    value, *points = call
+    starts = torch.tensor(STARTS)
+    with pytest.raises(ValueError, match=r"grad_output must be \[2, 6, 12\]; got \[2, 6\]"):
+        imported.ms_deform_attn_backward(
+            *(value, torch.tensor(SHAPES), starts, *points, torch.ones(2, 6), 64)
+        )
 
 
 MISUSED: dict[str, Callable[..., Tensor]] = {

@@ -25,8 +25,8 @@ NATIVE = {
 }
 
 COMPAT = (
-    *("deformable_detr", "fork", "lwdetr", "mmcv", "opengvlab", "rtdetr", "torchvision"),
-    "ultralytics",
+    *("deformable_detr", "extension", "fork", "lwdetr", "mmcv", "opengvlab", "rtdetr"),
+    *("torchvision", "ultralytics"),
 )
 
 # The package's modules that each one below the command line may import.
@@ -90,6 +90,7 @@ ARROWS = {
     "compat.opengvlab": {"arguments", "compat.deformable_detr", "tracing", "functional"},
     "compat.torchvision": {"arguments", "autocast", "tracing", "functional", "geometry"},
     "compat.rtdetr": {"arguments", "compat.deformable_detr", "functional", "geometry", "tracing"},
+    "compat.extension": {"compat.deformable_detr", "functional", "ops"},
     "compat.lwdetr": {"compat.deformable_detr", "functional", "tracing"},
     "compat.ultralytics": {"compat.deformable_detr", "compat.rtdetr"},
     "integrations": set(),

@@ -6,7 +6,17 @@ The classes that are named after autograd functions have their `apply` and nothi
 gradients of any order come from the operators. `im2col_step` is accepted and ignored.
 """
 
-from . import deformable_detr, fork, lwdetr, mmcv, opengvlab, rtdetr, torchvision, ultralytics
+from . import (
+    deformable_detr,
+    extension,
+    fork,
+    lwdetr,
+    mmcv,
+    opengvlab,
+    rtdetr,
+    torchvision,
+    ultralytics,
+)
 from .deformable_detr import MSDeformAttn, MSDeformAttnFunction, ms_deform_attn_core_pytorch
 from .fork import (
     compute_offset_mask_channels,
@@ -52,6 +62,7 @@ __all__ = [
     "deformable_attention_core_func",
     "deformable_attention_core_func_v2",
     "deformable_detr",
+    "extension",
     "flash_deform_attn",
     "fork",
     "lwdetr",
