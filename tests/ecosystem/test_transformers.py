@@ -743,7 +743,7 @@ def test_refusals(calls: list[Call]) -> None:
     assert len(calls) == len(attention_layers(model)) - 1
 
 
-@pytest.mark.parametrize("kind", ["d_fine", "rt_detr_v2"])
+@pytest.mark.parametrize("kind", ["d_fine", "deimv2", "rt_detr_v2"])
 def test_discrete_sampling(kind: str, calls: list[Call]) -> None:
     """The nearest pixel of a level, on maps that are not square."""
     available(kind)
