@@ -1,7 +1,8 @@
 """The field's functions and layers by their own signatures, computed by this package's operators.
 
 A repository written for one of them runs after changing its import. There is a module for each
-origin, and all names are here too; `deform_conv2d` is here torchvision's, `DeformConv2d` mmcv's.
+origin, and all names are here too, but for those of `extension`, `lwdetr` and `ultralytics`, which
+others have as well; `deform_conv2d` is here torchvision's, `DeformConv2d` mmcv's.
 The classes that are named after autograd functions have their `apply` and nothing else of them;
 gradients of any order come from the operators. `im2col_step` is accepted and ignored.
 """
