@@ -100,6 +100,29 @@ def test_results_own_contiguous_memory(case: cases.Case, backend: Runner) -> Non
     assert all(result.is_contiguous() for result in results.values())
 
 
+@pytest.mark.parametrize("depth", [1, 8, 16, 24])
+@pytest.mark.parametrize(("dtype", "even"), [(torch.float16, 2048), (torch.bfloat16, 256)])
+def test_ties_are_rounded_to_even(
+    dtype: torch.dtype, even: int, depth: int, backend: Runner
+) -> None:
+    """Sums of two pixels in the middle of two numbers of the dtype."""
+    backend.require("deform_conv", dtype)
+    if backend.interpreted and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bfloat16 off")
+    pixels = torch.tensor([even, 1, even, 3], dtype=dtype)[:, None].expand(4, depth)
+    offset_mask = torch.tensor([0, 0, 0, 0, 1, 1], dtype=dtype).expand(1, 1, 2, 6)
+    output = functional.deform_conv(
+        pixels[None, None].contiguous().to(backend.device),
+        offset_mask.contiguous().to(backend.device),
+        kernel_size=(1, 2),
+        stride=(1, 2),
+        padding=0,
+        groups=1,
+        backend=backend.backend,
+    )
+    assert output.flatten(0, 2).T.tolist() == [[even, even + 4]] * depth
+
+
 @pytest.mark.parametrize("case", [cases.CONV[2], cases.ATTENTION[0]], ids=lambda case: case.id)
 def test_inference_mode_and_inputs_stay_as_they_are(case: cases.Case, backend: Runner) -> None:
     expected = backend.run(case, torch.float32)["output"]
