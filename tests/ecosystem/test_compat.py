@@ -220,6 +220,9 @@ MISUSED: dict[str, Callable[..., Tensor]] = {
     "sampling_locations must be .* with P = 9": lambda v, x, w: (
         compat.deformable_attention_core_func_v2(v, SHAPES, x, w, [5, 1, 3])
     ),
+    r"P = 10, the sum of num_points_list; got .* and \[2, 6, 3, 9\]": lambda v, x, w: (
+        compat.deformable_attention_core_func_v2(v, SHAPES, x, w[..., :9], COUNTS)
+    ),
     "num_points_list must have 3 levels; got 2": lambda v, x, w: (
         compat.deformable_attention_core_func_v2(v, SHAPES, x, w, [5, 5], "discrete")
     ),

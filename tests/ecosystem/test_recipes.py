@@ -25,11 +25,10 @@ def needed(package: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _seeded_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))  # Ultralytics writes its settings there
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 

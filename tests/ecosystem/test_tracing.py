@@ -270,6 +270,7 @@ def test_a_layer_is_not_scripted(name: str) -> None:
             torch.jit.script(scripted)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantization_around_a_layer() -> None:
     """FX-mode quantization leaves the layer as it is."""
     quantize = pytest.importorskip("torch.ao.quantization.quantize_fx")

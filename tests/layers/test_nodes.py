@@ -309,8 +309,10 @@ def test_a_node_refuses_what_submodules_refuse(name: str) -> None:
     composed = outcomes()
     assert {type(outcome) for outcome in by_node} == {Tensor, str}
     for found, right in zip(by_node, composed, strict=True):
-        torch.testing.assert_close(found, right) if isinstance(right, Tensor) else None
-        assert isinstance(right, Tensor) or found == right
+        if isinstance(right, Tensor):
+            torch.testing.assert_close(found, right)
+        else:
+            assert found == right
 
 
 def test_a_dropped_bias_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

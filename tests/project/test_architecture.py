@@ -91,7 +91,7 @@ ARROWS = {
     "compat.torchvision": {"arguments", "autocast", "tracing", "functional", "geometry"},
     "compat.rtdetr": {"arguments", "compat.deformable_detr", "functional", "geometry", "tracing"},
     "compat.extension": {"compat.deformable_detr", "functional", "ops"},
-    "compat.lwdetr": {"compat.deformable_detr", "functional", "tracing"},
+    "compat.lwdetr": {"compat.deformable_detr", "functional"},
     "compat.ultralytics": {"compat.deformable_detr", "compat.rtdetr"},
     "integrations": set(),
     "integrations.transformers": {"arguments", "compat.rtdetr", "functional", "layers.base"},

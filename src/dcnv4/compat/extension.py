@@ -11,8 +11,8 @@ import sys
 from torch import Tensor
 
 from .. import ops
-from ..functional import attention_call, ms_deform_attn
-from .deformable_detr import _check_starts
+from ..functional import attention_call
+from .deformable_detr import MSDeformAttnFunction, _check_starts
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward", "stand_in"]
 
@@ -50,7 +50,7 @@ def ms_deform_attn_forward(
     attn_weight: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """`functional.ms_deform_attn` of these arguments.
+    """`MSDeformAttnFunction.apply` of these arguments.
 
     Args:
         value to im2col_step: as in `MSDeformAttnFunction.apply`.
@@ -72,8 +72,9 @@ def ms_deform_attn_forward(
         >>> ms_deform_attn_forward(value, shapes, starts, locations, weights, 64).shape
         torch.Size([2, 50, 256])
     """
-    _check_starts(level_start_index, spatial_shapes)
-    return ms_deform_attn(value, spatial_shapes, sampling_loc, attn_weight)
+    return MSDeformAttnFunction.apply(
+        value, spatial_shapes, level_start_index, sampling_loc, attn_weight, im2col_step
+    )
 
 
 def ms_deform_attn_backward(
@@ -112,7 +113,7 @@ def ms_deform_attn_backward(
     """
     _check_starts(level_start_index, spatial_shapes)
     call = attention_call(value, spatial_shapes, sampling_loc, attn_weight)
-    shape = (*sampling_loc.shape[:2], value.shape[2] * value.shape[3])
+    shape = ops.MS_DEFORM_ATTN.output_shape(*call)
     if grad_output.shape != shape:
         raise ValueError(f"grad_output must be {list(shape)}; got {list(grad_output.shape)}")
     grads = ops.MS_DEFORM_ATTN.dispatch_backward(grad_output.to(call[1].dtype), *call)

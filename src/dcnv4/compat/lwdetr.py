@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..functional import ms_deform_attn
-from ..tracing import unflattened
 from .deformable_detr import Shapes
 
 
@@ -39,7 +38,5 @@ def ms_deform_attn_core_pytorch(
         >>> ms_deform_attn_core_pytorch(value, sizes, locations, weights).shape
         torch.Size([2, 50, 256])
     """
-    if attention_weights.dim() == 4:
-        attention_weights = unflattened(attention_weights, 3, sampling_locations.shape[3:5])
     value = value.permute(0, 3, 1, 2)
     return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)

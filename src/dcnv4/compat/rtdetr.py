@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_choice
+from ..arguments import check_choice, check_tensor
 from ..functional import ms_deform_attn
 from ..geometry import levels, sum_dtype
 from ..tracing import unflattened
@@ -80,9 +80,9 @@ def attend(
     backend: str | None = None,
 ) -> Tensor:
     """`deformable_attention_core_func_v2` of a tensor, by this backend."""
-    if not isinstance(locations, Tensor) or not isinstance(weights, Tensor):
-        raise TypeError("sampling_locations and attention_weights must be tensors")
-    if locations.dim() != 5 or weights.dim() != 4 or locations.shape[3] != sum(counts):
+    check_tensor("sampling_locations", locations, "[B, Q, G, P, 2]", (5,))
+    check_tensor("attention_weights", weights, "[B, Q, G, P]", (4,))
+    if not locations.shape[3] == weights.shape[3] == sum(counts):
         raise ValueError(
             "sampling_locations must be [B, Q, G, P, 2] and attention_weights [B, Q, G, P] with "
             f"P = {sum(counts)}, the sum of num_points_list; got {list(locations.shape)} and "
