@@ -89,6 +89,10 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
                 for weights in {dtype, torch.float32}:
                     settings = channels, dtype, weights, 1e-6, 0
                     plans.layer_norm_plan.__wrapped__(direction, 100, *settings)
+    for dtype in (torch.float16, torch.bfloat16):
+        for channels in (32, 64):
+            for given in (torch.float32, dtype):
+                plans.linear_plan.__wrapped__(1 << 20, channels, 3 * channels + 8, given, dtype, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -131,7 +135,8 @@ def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:
 
 
 def _runs_on(name: str, architecture: str) -> bool:
-    return architecture != "sm_75" or not ("tile" in name or "sorted" in name)
+    newer = "tile" in name or "sorted" in name or name == "linear"
+    return architecture != "sm_75" or not newer
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ _PLANS = (
     "tests/backends/test_cuda.py "
     "-k 'launch_shape or threads_move or block_size or strip or what_they_can or what_it_can'"
 )
+_LINEAR = "tests/backends/test_cuda_linear.py"
 _NORM = "tests/backends/test_cuda_norm.py"
 _MORE = "--exhaustive -m exhaustive"
 
@@ -51,6 +52,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_EMULATED} {_POSITIONS}",
         f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
+    "*/linear/*": (_LINEAR,),
     "*/norm/*": (_NORM, f"{_EMULATED} -k beyond"),
     "*/direct/*": (
         f"{_EMULATED} {_POSITIONS} "
@@ -58,7 +60,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_MORE} {_EMULATED} -k 'oracle or direct or random or deterministic'",
     ),
     "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
-    "*/cuda/*.py": (_PLANS, _NORM, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    "*/cuda/*.py": (_PLANS, _NORM, _LINEAR, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
     "*/include/*": (
         f"{_OPERATORS} -k cpu-cpu",
         f"{_EMULATED} {_POSITIONS}",

@@ -51,6 +51,7 @@ from .projections import (
     multiplied,
     prepared,
     read,
+    to_be_written,
 )
 
 
@@ -121,18 +122,24 @@ class _DeformConv(WindowedLayer):
     def _run(self, x: Tensor, layout: _Layout) -> Tensor:
         """The output for x, which was checked: as one node of autograd where nobody can tell."""
         pixels = x if layout.channels_last else layout.as_map(x)
-        pixels = prepared(pixels, autocast_dtype(x))
+        dtype = autocast_dtype(x)
         if may_read_past(x):
-            formula = self._formula(pixels, x.dtype, layout)
+            formula = self._formula(pixels, dtype, x.dtype, layout)
             if formula is not None:
-                return formula.run((x,), (pixels,))
+                return formula.run((x,), (formula.prepared(pixels),))
+        pixels = prepared(pixels, dtype)
         check_dtype("x", pixels, self.offset_mask)
         return layout.leave(self._deform(layout.enter(pixels)))
 
     def _formula(
-        self, x: Tensor, wide: torch.dtype, layout: _Layout, *before: tuple[nn.Module, ...]
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        layout: _Layout,
+        *before: tuple[nn.Module, ...],
     ) -> _ConvFormula | None:
-        """The layer as one node of autograd, as a `Part`."""
+        """The layer as one node of autograd, as a `Part`, of an x that is to be cast to `dtype`."""
         settings, size = self.window, layout.size
         held = self._modules  # a module's own way to its submodules is a slow one
         value_proj, offset_mask = held.get("value_proj"), held["offset_mask"]
@@ -149,10 +156,11 @@ class _DeformConv(WindowedLayer):
             return None
         if parameters is None:
             return None
-        dtype = computed_dtype(x.dtype, x.device.type, parameters)
+        if computed_dtype(dtype, x.device.type, parameters) is None:
+            return None
         first = sum(map(len, before))
         value, predicted = (t.shape[0] for t in parameters.tensors[first : first + 2])
-        if dtype is None or not _fits(size, value, predicted, settings):
+        if not _fits(size, value, predicted, settings):
             return None
         deterministic = ops.must_be_deterministic(x, *parameters.tensors)
         backend = backends.choose("deform_conv", x.device, dtype, deterministic, self.backend)
@@ -225,6 +233,36 @@ class _ConvFormula(Formula):
         super().__init__(parameters, dtype, (wide,))
         self.layer, self.window, self.backend = layer, layer.window, backend
         self.channels, self.layout = channels, layout
+        self.unrounded: Tensor | None = None
+        """The input, where the product that reads it will cast it."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """The input [B, H, W, C] or [B, H·W, C] as `forward` takes it."""
+        packed = len(self.parameters.rows) == 2
+        (width, *_), _ = self.parameters.shapes[0]
+        if x.dtype is self.dtype or not packed or self._multiplying(x, width) is None:
+            return prepared(x, self.dtype)
+        self.unrounded = x
+        return to_be_written(x, self.dtype) if torch.is_grad_enabled() else x
+
+    def _multiplying(self, x: Tensor, width: int) -> Any:
+        """The backend, where it multiplies x by the weight that leads to value and offset_mask."""
+        if self.backend != "cuda" or is_compiling():
+            return None
+        cuda: Any = backends.load("cuda")
+        return cuda if cuda.multiplies(x, width, self.dtype) else None
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Value and offset_mask."""
+        given, self.unrounded = self.unrounded, None
+        read = x if given is None else self.layout.enter(given)
+        cuda = self._multiplying(read, weight.shape[0])
+        if cuda is None:
+            assert given is None
+            return F.linear(x, weight, bias)
+        rounded = x if x.dtype is not read.dtype else None
+        packed: Tensor = cuda.linear(read, weight, bias, rounded)
+        return packed
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         return self.layout.leave(self.layer._deform(self.layout.enter(inputs[0]), call))
@@ -234,7 +272,7 @@ class _ConvFormula(Formula):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, layout = self.layout.enter(inputs[0]), self.layout
         if len(weights) == 2:
-            packed = F.linear(x, *weights[0])
+            packed = self._project(x, *weights[0])
             y = compute(ops.DEFORM_CONV_PACKED, self.backend, packed, self.channels, self.window)
             return layout.leave(F.linear(y, *weights[1])), (y, packed)
         value_proj, offset_mask, depthwise, output_proj = weights
@@ -476,7 +514,7 @@ class DCNv4(_DeformConv, OriginalNames):
 
     def _part(self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]) -> Formula | None:
         """As `Part`, of a map."""
-        return self._formula(x, wide, self._layout(x, None), *before)
+        return self._formula(x, x.dtype, wide, self._layout(x, None), *before)
 
     def sampling_points(
         self, x: Tensor, shape: Sequence[int] | None = None

@@ -151,6 +151,32 @@ def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=torch.contiguous_format)
 
 
+class _ToBeWritten(torch.autograd.Function):
+    """A cast, whose forward leaves the numbers to somebody else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)  # most go past it, to the source
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else grad.to(ctx.dtype), None
+
+
+def to_be_written(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor for x in this dtype, recorded as the cast, without its numbers."""
+    if not x.requires_grad:
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    made: Tensor = _recorded_cast(x, dtype)  # type: ignore[no-untyped-call]
+    return made
+
+
+# `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
+_recorded_cast = super(torch.autograd.Function, _ToBeWritten).apply
+
+
 def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> torch.dtype | None:
     """The dtype that products with these are made in, where `dtype` is that of the input, cast by
     autocast; None where PyTorch shall refuse them."""
@@ -386,7 +412,9 @@ class Sums:
             return grad.sum(0).to(self.dtype)
         ones = self.ones.get(rows := grad.shape[0])
         if ones is None:
-            ones = self.ones[rows] = grad.new_ones((1, rows))
+            # Of a number of rows that 8 does not divide, cuBLAS is fast with columns alone.
+            ones = grad.new_ones((rows, 8)).t() if rows % 8 else grad.new_ones((1, rows))
+            self.ones[rows] = ones
         return multiplied(ones, grad, self.dtype)[0]
 
 

@@ -183,6 +183,33 @@ def attn_backward(
     return grad_value, grad_coordinates, grad_weights
 
 
+def multiplies(x: Tensor, width: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` takes rows x [..., C] and a weight [width, C] of this dtype, and does so
+    sooner than PyTorch."""
+    if x.numel() == 0 or x.dtype not in (dtype, torch.float32):
+        return False
+    if not x.is_contiguous() or x.data_ptr() & 15:
+        return False
+    return _linear_plan(x, width, dtype) is not None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor | None = None) -> Tensor:
+    """`F.linear` of rows that `multiplies` takes, in the dtype of the weight; `rounded` becomes x
+    in that dtype."""
+    plan = _linear_plan(x, weight.shape[0], weight.dtype)
+    assert plan is not None
+    weight, bias = _vectors(weight), None if bias is None else _vectors(bias)
+    output = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype)
+    plan.start(x=x, weight=weight, bias=bias, rounded=rounded, output=output)
+    return output
+
+
+def _linear_plan(x: Tensor, width: int, dtype: torch.dtype) -> plans.Plan | None:
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    return plans.linear_plan(rows, channels, width, x.dtype, dtype, x.get_device())
+
+
 def normalizes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether `norm_forward` takes these."""
     if x.numel() == 0 or not choice.normalizes(x.shape[-1], x.dtype):

@@ -36,6 +36,10 @@ encoder's queries in tiles."""
 _WARP = 32
 _NUMBERS_OF_A_LANE = 48
 """Of a row that is normalised, at most: a backward holds four times as many in registers."""
+_NARROW, _TALL = 64, 1 << 13
+"""Channels, at most, and rows, at least, that `linear` multiplies sooner than PyTorch."""
+_MULTIPLIED = 4 * 32
+"""Rows of a block of `linear`, 32 a warp."""
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
@@ -628,6 +632,25 @@ def convert_sums(images: int, result: Layout, deterministic: bool) -> Kernel:
     macros |= {"VECTOR": vector, "ROW": channels if apart else 0}
     blocks = images * -(-numbers // (images * vector * MAX_THREADS))
     return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
+
+
+def multiplies(rows: int, channels: int, width: int, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether `linear` multiplies so many rows in this dtype by a weight [width, channels]."""
+    if dtype not in _HALVES or gpu.major < 8 or rows < _TALL:
+        return False
+    return channels % 32 == 0 and 0 < channels <= _NARROW and width % 8 == 0
+
+
+def linear(rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype) -> Kernel:
+    """What multiplies rows of dtype `given`, computing in this one."""
+    macros: Macros = {
+        "VALUE": TYPES[dtype],
+        "INPUT": TYPES[given],
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "MAX_THREADS": 4 * _WARP,
+    }
+    return Kernel("linear", macros, -(-rows // _MULTIPLIED), 4 * _WARP)
 
 
 def normalizes(channels: int, dtype: torch.dtype) -> bool:

@@ -27,7 +27,7 @@ KERNELS = (
     *("conv_backward", "conv_sorted_backward", "conv_tile_backward"),
     *("attn_forward", "attn_backward", "attn_sorted_backward"),
     *("zeros", "fixed_point_scale", "convert_sums"),
-    *("layer_norm_forward", "layer_norm_backward"),
+    *("linear", "layer_norm_forward", "layer_norm_backward"),
 )
 """Every kernel, the name of its source file."""
 Macros = tuple[tuple[str, str], ...]

@@ -91,6 +91,14 @@ ARGUMENTS = {
     INDEX count;
     int blocks;                      // of an image
 """,
+    "linear": """
+    const INPUT* x;       // [rows, CHANNELS]
+    const VALUE* weight;  // [WIDTH, CHANNELS]
+    const VALUE* bias;    // [WIDTH], or nothing
+    VALUE* rounded;       // [rows, CHANNELS], x in this type, or nothing
+    VALUE* output;        // [rows, WIDTH]
+    long long rows;
+""",
     "layer_norm_forward": """
     const VALUE* x;         // [rows, CHANNELS]
     const WEIGHTS* weight;  // [CHANNELS]

@@ -187,6 +187,17 @@ def convert_sums_plan(images: int, result: Laid, deterministic: bool, device: in
 
 
 @lru_cache(_PLANS)
+def linear_plan(
+    rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype, device: int
+) -> Plan | None:
+    """What multiplies rows by a weight, where `choice.multiplies`; otherwise None."""
+    if not choice.multiplies(rows, channels, width, dtype, _gpu(device)):
+        return None
+    kernel = choice.linear(rows, channels, width, given, dtype)
+    return Plan(_starter((kernel,), {"rows": rows}, device))
+
+
+@lru_cache(_PLANS)
 def layer_norm_plan(
     direction: str,
     rows: int,
