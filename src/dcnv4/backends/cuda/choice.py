@@ -38,8 +38,8 @@ _NUMBERS_OF_A_LANE = 48
 """Of a row that is normalised, at most: a backward holds four times as many in registers."""
 _NARROW, _TALL = 64, 1 << 13
 """Channels, at most, and rows, at least, that `linear` multiplies sooner than PyTorch."""
-_MULTIPLIED = 4 * 32
-"""Rows of a block of `linear`, 32 a warp."""
+_WARPS, _ROWS = 2, 64
+"""Of a block of `linear`, and rows of a warp."""
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
@@ -648,9 +648,10 @@ def linear(rows: int, channels: int, width: int, given: torch.dtype, dtype: torc
         "INPUT": TYPES[given],
         "CHANNELS": channels,
         "WIDTH": width,
-        "MAX_THREADS": 4 * _WARP,
+        "ROWS": _ROWS,
+        "MAX_THREADS": _WARPS * _WARP,
     }
-    return Kernel("linear", macros, -(-rows // _MULTIPLIED), 4 * _WARP)
+    return Kernel("linear", macros, -(-rows // (_WARPS * _ROWS)), _WARPS * _WARP)
 
 
 def normalizes(channels: int, dtype: torch.dtype) -> bool:

@@ -1,14 +1,14 @@
 // Rows of a few channels times a weight, plus a bias, on tensor cores. Rows in float32 are rounded
 // as they are read, and where a backward will need them so, kept.
 //
-// Work: a warp 32 rows; a lane of a quad 8 neighbours of every 32 channels, of each row and weight,
+// Work: a warp ROWS of them; a lane of a quad 8 neighbours of every 32 channels, of each row and weight,
 // since a sum's terms may come in any order, and 8 neighbours of every 32 results.
 // Limit: device memory; weights are in L1.
 #include <common/numbers.cuh>
 
 using namespace dcnv4;
 
-constexpr int TILES = 2;              // of 16 rows, of a warp
+constexpr int TILES = ROWS / 16;      // of the rows of a warp
 constexpr int STRIP = 32, RUN = 8;    // channels or results at once, and a lane's of them
 constexpr int RUNS = CHANNELS / STRIP;
 constexpr int STEPS = CHANNELS / 16;  // of 16 channels each, 4 of every lane of a quad
@@ -42,8 +42,8 @@ DCNV4_DEVICE Part load_part(const T* at) {
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
     const int lane = threadIdx.x % 4, quad = threadIdx.x % 32 / 4;
     const long long warp = blockIdx.x * (MAX_THREADS / 32LL) + threadIdx.x / 32;
-    const long long first = warp * (16 * TILES) + quad;
-    if (warp * (16 * TILES) >= a.rows) return;
+    const long long first = warp * ROWS + quad;
+    if (warp * ROWS >= a.rows) return;
     Part x[TILES][2] = {};
 #pragma unroll
     for (int i = 0; i < 2 * TILES; ++i) {
