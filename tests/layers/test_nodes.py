@@ -440,6 +440,17 @@ if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 52])
+def test_ones_sum_rows(rows: int) -> None:
+    """As GPUs sum biases; of an odd number of rows, in a product whose operands are aligned."""
+    grad = torch.randn(rows, 6)
+    ones = projections._ones(grad)
+    assert ones.shape == (1 if rows == 8 else 8, rows)
+    assert ones.stride() == ((8, 1) if rows == 8 else (1, 8))
+    for each in ones @ grad:
+        torch.testing.assert_close(each, grad.sum(0))
+
+
 def test_memory_of_a_step() -> None:
     """What a gradient was made of makes room for the next one: beside its input and the output's
     gradient a step holds 10 times the output in halves at most, of which 6 are the forward's."""

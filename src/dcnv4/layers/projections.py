@@ -412,10 +412,15 @@ class Sums:
             return grad.sum(0).to(self.dtype)
         ones = self.ones.get(rows := grad.shape[0])
         if ones is None:
-            # Of a number of rows that 8 does not divide, cuBLAS is fast with columns alone.
-            ones = grad.new_ones((rows, 8)).t() if rows % 8 else grad.new_ones((1, rows))
-            self.ones[rows] = ones
+            ones = self.ones[rows] = _ones(grad)
         return multiplied(ones, grad, self.dtype)[0]
+
+
+def _ones(grad: Tensor) -> Tensor:
+    """What times a gradient [N, M] has the sum over its rows in each of its own: as cuBLAS reads it
+    fast, one row or, of a number N that 8 does not divide, eight that lie side by side."""
+    rows = grad.shape[0]
+    return grad.new_ones((rows, 8)).t() if rows % 8 else grad.new_ones((1, rows))
 
 
 def _is_rounding() -> bool:
