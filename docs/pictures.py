@@ -395,12 +395,14 @@ def _panel(
 
     bottom = top + high * len(rows)
     picture.text(left + wide / 2, top - 10, panel.title, "small bold middle")
-    longest = f"{ticks[-1]:,g}"
-    crowded = place(ticks[1]) - place(ticks[0]) < 7 * len(longest)
-    for index, tick in enumerate(ticks):
-        picture.line(place(tick), top, place(tick), bottom, "grid")
-        if not crowded or index % 2 == 0:
-            picture.text(place(tick), bottom + 16, f"{tick:,g}", "small middle soft")
+    free, end = left - 12, left + wide + 12  # between the labels of other panels
+    for tick in ticks:
+        label, x = f"{tick:,g}", place(tick)
+        half = 3.5 * len(label)
+        picture.line(x, top, x, bottom, "grid")
+        if free <= x - half and x + half <= end:
+            picture.text(x, bottom + 16, label, "small middle soft")
+            free = x + half + 6
     picture.text(left + wide / 2, bottom + 33, panel.unit, "small middle soft")
     for index, row in enumerate(rows):
         y = top + high * (index + 0.5)

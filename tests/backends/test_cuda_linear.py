@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcnv4 import DCNv4, DCNv4Conv2d
 from dcnv4.backends import cuda as backend
 from dcnv4.backends.cuda import choice
 from support import emulated, launches
+from support.tiers import one_in
 
 HALVES = torch.float16, torch.bfloat16
 NEVER = 1 << 30
@@ -65,12 +68,11 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @emulator
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_rows_are_multiplied(case: tuple[int, int, int], single: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", one_in(3, [*product(CASES, (False, True), HALVES)]))
+def test_rows_are_multiplied(case: tuple[tuple[int, int, int], bool, torch.dtype]) -> None:
     """As in float64, whichever thread of a block runs first."""
-    x, weight, bias = inputs(*case, torch.float32 if single else dtype, dtype)
+    size, single, dtype = case
+    x, weight, bias = inputs(*size, torch.float32 if single else dtype, dtype)
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(choice, "_TALL", 1), patches.setattr(choice, "_NARROW", 128)
         for backwards in (False, True):
@@ -133,9 +135,11 @@ class Layer:
             nn.init.normal_(parameter, std=0.2)
         self.shape = [(5, 6)] if name == "DCNv4" else []
         self.tall, self.backwards = tall, backwards
+        self.call: Callable[..., Tensor] = self.layer
 
-    def run(self, use: Callable[[Tensor], Any], half: bool = False) -> Any:
-        """What `use` makes of the output; of an input in bfloat16, where it is `half`."""
+    def run(self, use: Callable[[Tensor], Any], half: bool = False, times: int = 1) -> Any:
+        """What `use` makes of the output; of an input in bfloat16, where it is `half`. The kernel
+        runs so many `times`."""
         self.x = (self.x.bfloat16() if half else self.x).requires_grad_()
         with (
             mock.patch.object(choice, "_TALL", self.tall),
@@ -143,9 +147,9 @@ class Layer:
             launches.recorded() as ran,
         ):
             with torch.autocast("cpu", torch.bfloat16):
-                y = self.layer(self.x, *self.shape)
+                y = self.call(self.x, *self.shape)
             made = use(y)
-        assert ran.names.count("linear") == (self.tall == 1)
+        assert ran.names.count("linear") == (times if self.tall == 1 else 0)
         return made
 
     def gradients(self, y: Tensor, create_graph: bool = False) -> list[Tensor]:
@@ -161,10 +165,10 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -
 
 
 @emulator
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers(name: str, half: bool) -> None:
+@pytest.mark.parametrize("case", one_in(3, [*product(LAYERS, (False, True))]))
+def test_layers(case: tuple[str, bool]) -> None:
     """Outputs and gradients are those of PyTorch's product, in a training and without one."""
+    name, half = case
     found, expected = (
         (layer := Layer(name, tall)).run(layer.gradients, half) for tall in (1, NEVER)
     )
@@ -186,6 +190,25 @@ def test_second_derivatives_reach_the_input(name: str) -> None:
         layer = Layer(name, tall)
         results.append(layer.run(partial(twice, layer)))
     close(*results, 0.05)
+
+
+@emulator
+@pytest.mark.parametrize("way", ["checkpoint", "hooks"])
+def test_what_a_backward_needs_is_there(way: str) -> None:
+    """Where it is computed once more, and where a copy of it is kept."""
+    plain, again = Layer("DCNv4", 1), Layer("DCNv4", 1)
+    expected = plain.run(plain.gradients)
+    layer = again.layer
+
+    def call(x: Tensor, shape: tuple[int, int]) -> Tensor:
+        if way == "checkpoint":
+            return checkpoint(layer, x, shape, use_reentrant=False)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            return layer(x, shape)
+
+    again.call = call
+    found = again.run(again.gradients, times=2 if way == "checkpoint" else 1)
+    assert all(map(torch.equal, found, expected))
 
 
 @emulator

@@ -453,6 +453,21 @@ def test_a_plot_has_room_for_every_contestant() -> None:
     assert max(places) < 700
 
 
+def test_labels_of_axes_do_not_touch() -> None:
+    """Nor leave the picture, of whatever runs there are."""
+    results = ROOT / "benchmarks/results"
+    for name, picture in SCRIPTS["docs/pictures.py"]["of_results"](results).items():
+        found = re.findall(
+            r'<text class="small middle soft" x="([\d.]+)" y="([\d.]+)">([\d.,]+)<', str(picture)
+        )
+        assert len(found) > 5, name
+        for line in {y for _, y, _ in found}:
+            labels = sorted((float(x), 3.5 * len(words)) for x, y, words in found if y == line)
+            for (x, half), (after, other) in pairwise(labels):
+                assert x + half < after - other, (name, x, after)
+            assert labels[-1][0] + labels[-1][1] <= 902
+
+
 def test_page_has_a_section_for_every_run_that_is_kept() -> None:
     text = read("docs/benchmarks.md")
     assert SCRIPTS["benchmarks/table.py"]["page"](text) == text, "run python benchmarks/table.py"

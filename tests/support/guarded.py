@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dcnv4.backends.cuda import choice
 from support import cases, launches
 from support.emulated import emulated
 from support.kernel_cases import plain_tiles, sorted_cases, sorted_conv_cases
@@ -43,9 +45,24 @@ def normalize() -> None:
         print(*launched.names, flush=True)
 
 
+def multiply() -> None:
+    """The product of rows, on such tensors."""
+    weight, bias = (guarded(torch.randn(*shape).half()) for shape in ((72, 32), (72,)))
+    rounded = guarded(torch.zeros(70, 32).half())
+    for x in (guarded(torch.randn(70, 32)), guarded(torch.randn(70, 32).half())):
+        with (
+            mock.patch.object(choice, "_TALL", 1),
+            emulated() as cuda,
+            launches.recorded() as launched,
+        ):
+            cuda.linear(x, weight, bias, rounded if x.dtype == torch.float32 else None)
+        print(*launched.names, flush=True)
+
+
 def main() -> int:
     """Forward and backward of every technique, on such tensors."""
     normalize()
+    multiply()
     for pays_from, chosen in (
         (launches.DIRECT, [case for _, case in cases.CASES[::5]]),
         (launches.SORTED, sorted_conv_cases()[::4]),

@@ -29,12 +29,11 @@ DCNV4_DEVICE Part load_part(const T* at) {
             part.run[i] = Vector<VALUE, RUN>::load(at + i * STRIP);
             continue;
         }
+        const T* own = at + i * STRIP;
+        const Vector<float, 4> fours[] = {Vector<float, 4>::load(own),
+                                           Vector<float, 4>::load(own + 4)};
 #pragma unroll
-        for (int j = 0; j < RUN; j += 4) {
-            const auto four = Vector<float, 4>::load(at + i * STRIP + j);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) part.run[i].set(j + k, four[k]);
-        }
+        for (int j = 0; j < RUN; ++j) part.run[i].set(j, fours[j / 4][j % 4]);
     }
     return part;
 }
