@@ -116,6 +116,10 @@ def test_what_rows_cannot_be() -> None:
         assert not backend.multiplies(x.view(-1)[1:][: 64 * 100].view(100, 64), 16, half)
 
 
+one_node = pytest.mark.skipif(
+    not hasattr(getattr(torch, "compiler", None), "is_dynamo_compiling"),
+    reason=f"layers are composed before torch 2.3; got {torch.__version__}",
+)
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "DCNv4": lambda: (DCNv4(64, group=4, backend="cuda"), torch.randn(2, 30, 64)),
     "DCNv4Conv2d": lambda: (
@@ -165,6 +169,7 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -
 
 
 @emulator
+@one_node
 @pytest.mark.parametrize("case", one_in(3, [*product(LAYERS, (False, True))]))
 def test_layers(case: tuple[str, bool]) -> None:
     """Outputs and gradients are those of PyTorch's product, in a training and without one."""
@@ -178,6 +183,7 @@ def test_layers(case: tuple[str, bool]) -> None:
 
 
 @emulator
+@one_node
 @pytest.mark.parametrize("name", LAYERS)
 def test_second_derivatives_reach_the_input(name: str) -> None:
     def twice(layer: Layer, y: Tensor) -> list[Tensor]:
@@ -193,6 +199,7 @@ def test_second_derivatives_reach_the_input(name: str) -> None:
 
 
 @emulator
+@one_node
 @pytest.mark.parametrize("way", ["checkpoint", "hooks"])
 def test_what_a_backward_needs_is_there(way: str) -> None:
     """Where it is computed once more, and where a copy of it is kept."""
@@ -212,6 +219,7 @@ def test_what_a_backward_needs_is_there(way: str) -> None:
 
 
 @emulator
+@one_node
 def test_frozen_layers_pass_gradients() -> None:
     results = []
     for tall in (1, NEVER):
