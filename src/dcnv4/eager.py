@@ -64,7 +64,7 @@ def run(operator: Operator, *call: Any) -> Tensor:
 def run_plain(operator: Recorded, inputs: tuple[int, ...], call: Sequence[Any]) -> Tensor:
     """What a call returns that nobody but autograd is interested in."""
     if needs_grad(call, inputs):
-        output: Tensor = _apply(operator, operator.forward, *call)  # type: ignore[no-untyped-call]
+        output: Tensor = _apply(operator, operator.forward, *call)
         return output
     return operator.forward(*call)
 
@@ -119,8 +119,13 @@ class Differentiable(torch.autograd.Function):
         return tuple(grads)
 
 
-# `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
-_apply = super(torch.autograd.Function, Differentiable).apply
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` without what that does for `torch.func`, whose transforms are no plain call."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+_apply = plain_apply(Differentiable)
 
 
 def below_autograd(function: Callable[..., T], *arguments: Any) -> T:

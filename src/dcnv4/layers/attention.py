@@ -38,8 +38,8 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    are_computed_in,
     called,
-    computed_dtype,
     multiplied,
     prepared,
     read,
@@ -236,10 +236,11 @@ class FlashDeformAttn(Layer):
         if parameters is None or 0 in (query.numel(), input_flatten.numel()):
             return None
         device = query.device
-        dtypes = [autocast_dtype(tensor) for tensor in (query, input_flatten)]
-        dtype = computed_dtype(dtypes[0], device.type, parameters)
-        exact = reference_points.dtype in (dtype, sum_dtype(dtypes[0]))
-        if dtype is None or dtypes[1] is not dtype or not exact or input_flatten.device != device:
+        dtype, beside = (autocast_dtype(tensor) for tensor in (query, input_flatten))
+        exact = reference_points.dtype in (dtype, sum_dtype(dtype))
+        if beside is not dtype or not exact or input_flatten.device != device:
+            return None
+        if not are_computed_in(dtype, device.type, parameters):
             return None
         offsets, logits, inside = (weight.shape[0] for weight in parameters.tensors[:3])
         samples = self.n_levels * self.n_points

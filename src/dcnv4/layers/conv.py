@@ -46,8 +46,8 @@ from .projections import (
     Parameters,
     Sums,
     Weights,
+    are_computed_in,
     called,
-    computed_dtype,
     multiplied,
     prepared,
     read,
@@ -156,7 +156,7 @@ class _DeformConv(WindowedLayer):
             return None
         if parameters is None:
             return None
-        if computed_dtype(dtype, x.device.type, parameters) is None:
+        if not are_computed_in(dtype, x.device.type, parameters):
             return None
         first = sum(map(len, before))
         value, predicted = (t.shape[0] for t in parameters.tensors[first : first + 2])
@@ -240,28 +240,26 @@ class _ConvFormula(Formula):
         """The input [B, H, W, C] or [B, H·W, C] as `forward` takes it."""
         packed = len(self.parameters.rows) == 2
         (width, *_), _ = self.parameters.shapes[0]
-        if x.dtype is self.dtype or not packed or self._multiplying(x, width) is None:
+        if x.dtype is self.dtype or not packed or not self._multiplies(x, width):
             return prepared(x, self.dtype)
         self.unrounded = x
         return to_be_written(x, self.dtype) if torch.is_grad_enabled() else x
 
-    def _multiplying(self, x: Tensor, width: int) -> Any:
-        """The backend, where it multiplies x by the weight that leads to value and offset_mask."""
+    def _multiplies(self, x: Tensor, width: int) -> bool:
+        """Whether the backend multiplies x by the weight that leads to value and offset_mask."""
         if self.backend != "cuda" or is_compiling():
-            return None
+            return False
         cuda: Any = backends.load("cuda")
-        return cuda if cuda.multiplies(x, width, self.dtype) else None
+        return bool(cuda.multiplies(x, width, self.dtype))
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Value and offset_mask."""
         given, self.unrounded = self.unrounded, None
-        read = x if given is None else self.layout.enter(given)
-        cuda = self._multiplying(read, weight.shape[0])
-        if cuda is None:
-            assert given is None
+        if given is None and not self._multiplies(x, weight.shape[0]):
             return F.linear(x, weight, bias)
-        rounded = x if x.dtype is not read.dtype else None
-        packed: Tensor = cuda.linear(read, weight, bias, rounded)
+        read = x if given is None else self.layout.enter(given)
+        cuda: Any = backends.load("cuda")
+        packed: Tensor = cuda.linear(read, weight, bias, None if x.dtype is read.dtype else x)
         return packed
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:

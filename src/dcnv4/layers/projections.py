@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
-from ..eager import below, needs_grad
+from ..eager import below, needs_grad, plain_apply
 from ..tracing import has_interested, is_compiling, remembered
 from .base import are_bare
 
@@ -152,7 +152,7 @@ def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _ToBeWritten(torch.autograd.Function):
-    """A cast, whose forward leaves the numbers to somebody else."""
+    """A cast, contiguous, whose forward leaves the numbers to somebody else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,26 +165,17 @@ class _ToBeWritten(torch.autograd.Function):
         return None if grad is None else grad.to(ctx.dtype), None
 
 
-def to_be_written(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor for x in this dtype, recorded as the cast, without its numbers."""
-    if not x.requires_grad:
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    made: Tensor = _recorded_cast(x, dtype)  # type: ignore[no-untyped-call]
-    return made
+to_be_written = plain_apply(_ToBeWritten)
 
 
-# `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
-_recorded_cast = super(torch.autograd.Function, _ToBeWritten).apply
-
-
-def computed_dtype(dtype: torch.dtype, device: str, parameters: Parameters) -> torch.dtype | None:
-    """The dtype that products with these are made in, where `dtype` is that of the input, cast by
-    autocast; None where PyTorch shall refuse them."""
+def are_computed_in(dtype: torch.dtype, device: str, parameters: Parameters) -> bool:
+    """Whether products with these are made in the dtype of their input, cast by autocast; otherwise
+    PyTorch shall refuse them."""
     own = parameters.dtype()
     if own is dtype:
-        return dtype
+        return True
     cast = own is not None and is_autocast(device)
-    return dtype if cast and torch.float64 not in (own, dtype) else None
+    return cast and torch.float64 not in (own, dtype)
 
 
 class Part(Protocol):
@@ -254,7 +245,7 @@ class Formula:
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
             sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
-            output: Tensor = _apply(self, *sources, *tensors)  # type: ignore[no-untyped-call]
+            output: Tensor = _apply(self, *sources, *tensors)
             return output
         return below(inputs[0].device.type, self._forward, inputs)[0]
 
@@ -376,8 +367,7 @@ class _Node(torch.autograd.Function):
         return None, *sources, *grads
 
 
-# `Function.apply` without what it does for `torch.func`, whose transforms are no plain call.
-_apply = super(torch.autograd.Function, _Node).apply
+_apply = plain_apply(_Node)
 
 
 # Products.

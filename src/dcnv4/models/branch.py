@@ -18,7 +18,7 @@ from ..layers.projections import (
     Formula,
     Sums,
     Weights,
-    computed_dtype,
+    are_computed_in,
     concatenated,
     read,
 )
@@ -64,7 +64,7 @@ def formula(
         inner = make(x, x.dtype, own)
         return None if inner is None else _PreNormFormula(inner, only, drop, gamma)
     parameters = read(own)
-    if parameters is None or computed_dtype(x.dtype, x.device.type, parameters) is None:
+    if parameters is None or not are_computed_in(x.dtype, x.device.type, parameters):
         return None
     inner = make(x, x.dtype)
     return None if inner is None else _PostNormFormula(inner, only, drop, gamma)

@@ -18,8 +18,8 @@ from ..layers.projections import (
     Parameters,
     Sums,
     Weights,
+    are_computed_in,
     called,
-    computed_dtype,
     multiplied,
     prepared,
     read,
@@ -59,10 +59,9 @@ class Mlp(nn.Module):
     def _part(self, x: Tensor, wide: torch.dtype, *before: tuple[nn.Module, ...]) -> Formula | None:
         """As a `Part`."""
         parameters = read(*before, (self.fc1,), (self.fc2,))
-        if parameters is None:
+        if parameters is None or not are_computed_in(x.dtype, x.device.type, parameters):
             return None
-        dtype = computed_dtype(x.dtype, x.device.type, parameters)
-        return None if dtype is None else _MlpFormula(self, parameters, dtype, wide)
+        return _MlpFormula(self, parameters, x.dtype, wide)
 
     def composed(self, x: Tensor, call: Call = called) -> Tensor:
         """The same by submodules, which `call` calls."""

@@ -643,15 +643,16 @@ def multiplies(rows: int, channels: int, width: int, dtype: torch.dtype, gpu: GP
 
 def linear(rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype) -> Kernel:
     """What multiplies rows of dtype `given`, computing in this one."""
+    threads = _WARPS * _WARP
     macros: Macros = {
         "VALUE": TYPES[dtype],
         "INPUT": TYPES[given],
         "CHANNELS": channels,
         "WIDTH": width,
         "ROWS": _ROWS,
-        "MAX_THREADS": _WARPS * _WARP,
+        "MAX_THREADS": threads,
     }
-    return Kernel("linear", macros, -(-rows // (_WARPS * _ROWS)), _WARPS * _WARP)
+    return Kernel("linear", macros, -(-rows // (_WARPS * _ROWS)), threads)
 
 
 def normalizes(channels: int, dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 // Rows of a few channels times a weight, plus a bias, on tensor cores. Rows in float32 are rounded
 // as they are read, and where a backward will need them so, kept.
 //
-// Work: a warp ROWS of them; a lane of a quad 8 neighbours of every 32 channels, of each row and weight,
-// since a sum's terms may come in any order, and 8 neighbours of every 32 results.
+// Work: a warp ROWS of them; a lane of a quad 8 neighbours of every 32 channels, of each row and
+// weight, since a sum's terms may come in any order, and 8 neighbours of every 32 results.
 // Limit: device memory; weights are in L1.
 #include <common/numbers.cuh>
 
@@ -31,7 +31,7 @@ DCNV4_DEVICE Part load_part(const T* at) {
         }
         const T* own = at + i * STRIP;
         const Vector<float, 4> fours[] = {Vector<float, 4>::load(own),
-                                           Vector<float, 4>::load(own + 4)};
+                                          Vector<float, 4>::load(own + 4)};
 #pragma unroll
         for (int j = 0; j < RUN; ++j) part.run[i].set(j, fours[j / 4][j % 4]);
     }
