@@ -83,13 +83,14 @@ def compute(operator: Operator, *call: Any) -> Tensor:
     return operator.dispatch(*call) if told else operator.forward(*call)
 
 
-def compute_backward(operator: Operator, grad: Tensor, *call: Any) -> tuple[Any, ...]:
-    """The gradients of a call's inputs, as `compute`."""
-    return (
-        operator.dispatch_backward(grad, *call)
-        if is_profiling()
-        else operator.backward(grad, *call)
-    )
+def compute_backward(
+    operator: Operator, grad: Tensor, *call: Any, **memory: Any
+) -> tuple[Any, ...]:
+    """The gradients of a call's inputs, as `compute`; `memory` is what `backward` alone is told of
+    where they may lie."""
+    if is_profiling():
+        return operator.dispatch_backward(grad, *call)
+    return operator.backward(grad, *call, **memory)
 
 
 class Differentiable(torch.autograd.Function):

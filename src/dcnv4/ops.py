@@ -264,12 +264,23 @@ class DeformConvPacked(Operator):
 
     @staticmethod
     def backward(
-        grad: Tensor, backend: str, packed: Tensor, channels: int, window: Window
+        grad: Tensor,
+        backend: str,
+        packed: Tensor,
+        channels: int,
+        window: Window,
+        spent: bool = False,
     ) -> tuple[Tensor]:
+        """`spent`: whether `packed` is not needed any more, and may become its gradient."""
         deterministic = _is_deterministic_backward("deform_conv", packed, backend)
-        gradient = packed.new_empty(packed.shape)
+        module = load(backend)
+        overwrites = spent and packed.dtype in getattr(module, "OVERWRITES", ())
+        if overwrites and not deterministic and packed.is_contiguous():
+            gradient = packed
+        else:
+            gradient = packed.new_empty(packed.shape)
         inputs, out = unpacked(packed, channels), unpacked(gradient, channels)
-        load(backend).conv_backward(grad, *inputs, window, deterministic, out)
+        module.conv_backward(grad, *inputs, window, deterministic, out)
         return (gradient,)
 
     @staticmethod
@@ -400,14 +411,16 @@ class DeformAttnFromOffsets(_Attention):
         points: Tensor,
         *rest: Any,
         out: AttnGrads | None = None,
+        **told: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """`told`: more that this backend's `attn_backward` takes."""
         offsets, weights, box_normalizer, softmax, reference_gradient = rest
         deterministic = _is_deterministic_backward("ms_deform_attn", value, backend)
         place = Reference(points, box_normalizer)
 
         def run(offsets: Tensor, place: Reference, out: AttnGrads | None) -> Any:
             others = weights, softmax, deterministic, place, out
-            return load(backend).attn_backward(grad, value, shapes, offsets, *others)
+            return load(backend).attn_backward(grad, value, shapes, offsets, *others, **told)
 
         if not reference_gradient:
             grad_value, grad_offsets, grad_weights = run(offsets, place, out)

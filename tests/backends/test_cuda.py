@@ -48,10 +48,11 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[Variant, None]:
     """What plans made meanwhile would compile, in their order."""
     found: dict[Variant, None] = {}
 
-    def record(name: str, macros: compile.Macros, index: int) -> None:
+    def record(name: str, macros: compile.Macros, index: int, shared: int) -> None:
         found[name, macros] = None
 
     properties = SimpleNamespace(multi_processor_count=132, major=9)
+    properties.shared_memory_per_block_optin = 227 << 10
     monkeypatch.setattr(compile, "kernel", record)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     return found
@@ -83,16 +84,21 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
                 shape = 2, 3, 5, count
                 for row in (count, count + 4):
                     layout = shape, (15 * row, 5 * row, row, 1), dtype, 0
-                    plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0)
+                    plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0, 0)
+        if choice.sums_columns(256, dtype):
+            layout = (2, 9, 8, 32), (9 * 256, 256, 32, 1), dtype, 0
+            plans.convert_sums_plan.__wrapped__(1, layout, False, 256, 0)
         for channels in (8, 112, 512, 1536):
             for direction in ("forward", "backward"):
                 for weights in {dtype, torch.float32}:
                     settings = channels, dtype, weights, 1e-6, 0
                     plans.layer_norm_plan.__wrapped__(direction, 100, *settings)
     for dtype in (torch.float16, torch.bfloat16):
-        for channels in (32, 64):
-            for given in (torch.float32, dtype):
-                plans.linear_plan.__wrapped__(1 << 20, channels, 3 * channels + 8, given, dtype, 0)
+        for channels, width, given in (
+            *((32, 8, torch.float32), (32, 8, dtype), (64, 176, torch.float32), (64, 176, dtype)),
+            *((96, 72, torch.float32), (256, 64, torch.float32), (256, 384, torch.float32)),
+        ):
+            plans.linear_plan.__wrapped__(1 << 20, channels, width, given, dtype, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -134,9 +140,11 @@ def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:
     assert all(code.startswith(b"\x7fELF") for code in codes)
 
 
-def _runs_on(name: str, architecture: str) -> bool:
-    newer = "tile" in name or "sorted" in name or name == "linear"
-    return architecture != "sm_75" or not newer
+def _architectures(name: str) -> list[str]:
+    """Those that kernel `name` runs on."""
+    if name == "linear":
+        return [compile.architecture(name, 9, 0)]
+    return list(ARCHITECTURES["tile" in name or "sorted" in name :])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,7 @@ def test_variants_compile(
     assert set(by_kernel) == launches.KERNELS - {"conv_tile_forward", "conv_tile_backward"}
     jobs = []
     for name, of_kernel in by_kernel.items():
-        architectures = [arch for arch in ARCHITECTURES if _runs_on(name, arch)]
+        architectures = _architectures(name)
         for i, variant in enumerate(of_kernel[::part]):
             for step in range(2 if part == 1 else 1):
                 jobs.append((*variant, architectures[(i + 3 * step) % len(architectures)]))
@@ -229,12 +237,9 @@ def test_block_size() -> None:
 
 
 def test_a_launch_that_may_begin_early(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    configuration = compile._configuration(5, 64, 7)
-    assert (configuration.gridDimX, configuration.blockDimX, int(configuration.hStream)) == (
-        5,
-        64,
-        7,
-    )
+    configuration = compile._configuration(5, 64, 1024, 7)
+    assert (configuration.gridDimX, configuration.blockDimX) == (5, 64)
+    assert (configuration.sharedMemBytes, int(configuration.hStream)) == (1024, 7)
     (early,) = configuration.attrs
     assert early.value.programmaticStreamSerializationAllowed == 1
     for major, driver, expected in ((9, 12_030, True), (9, 12_020, False), (8, 13_000, False)):

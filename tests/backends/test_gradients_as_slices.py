@@ -1,18 +1,22 @@
-"""Backwards of attention write the gradients of offsets and weights where they are told to."""
+"""Backwards write gradients where they are told to: into slices, or over what they are of; and add
+up those of the value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcnv4 import backends
+from dcnv4 import DCNv4, FlashDeformAttn, backends, functional
+from dcnv4.backends import cuda
 from dcnv4.geometry import Reference
-from support import cases, emulated, launches
+from support import cases, emulated, kernel_cases, launches
+from support.launches import DIRECT, EVERY, SORTED
 
 CASES = (
     cases.OffsetsCase("slices", batch=2, queries=3, depth=8, softmax=True, shared=(1,)),
@@ -70,3 +74,198 @@ def test_slices_of_one_buffer(
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
         assert (buffer[..., [0, -4, -3, -2, -1]] == -7).all()
+
+
+def _tiled() -> list[cases.ConvCase]:
+    """By data: near points and far ones, tiles given up, numbers that are not finite."""
+    rows = kernel_cases.every_tile_row()
+    wanted = [row for row in rows if row["dtype"] is torch.float16 and not row["deterministic"]]
+    return [kernel_cases.tile_case(row) for row in {row["data"]: row for row in wanted}.values()]
+
+
+TECHNIQUES: dict[str, tuple[dict[str, int], list[cases.ConvCase]]] = {
+    "direct": (DIRECT, [case for _, case in cases.CASES if isinstance(case, cases.ConvCase)][::4]),
+    "sorted": (SORTED, kernel_cases.sorted_conv_cases()[::3]),
+    "tiles": (EVERY, _tiled()),
+}
+
+
+def _overwritten(case: cases.ConvCase, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of a call in tensors of their own, and over what they are of."""
+    value, offset_mask, grad = (t.detach().to(device) for t in case.inputs(torch.float16))
+    window = functional.window(**case.settings, softmax=case.softmax)
+    own = list(cuda.conv_backward(grad, value, offset_mask, window))
+    value, offset_mask = value.contiguous().clone(), offset_mask.contiguous().clone()
+    over = list(cuda.conv_backward(grad, value, offset_mask, window, out=(value, offset_mask)))
+    assert over[0] is value
+    assert over[1] is offset_mask
+    return own, over
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}")
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_gradients_over_what_they_are_of(technique: str, backwards: bool) -> None:
+    """The same bits, whichever thread of a block runs first."""
+    assert torch.float16 in cuda.OVERWRITES
+    slices, chosen = TECHNIQUES[technique]
+    for case in chosen:
+        with emulated.emulated(backwards, slices), launches.recorded() as launched:
+            own, over = _overwritten(case, "cpu")
+        expected = launches.expected(case, torch.float16, slices)
+        names = [
+            {n for n in found if "conv" in n and "back" in n}
+            for found in (launched.names, expected)
+        ]
+        assert names[0] == names[1], case.id
+        for one, other in zip(own, over, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=case.id)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_gradients_over_what_they_are_of_on_a_gpu(technique: str) -> None:
+    slices, chosen = TECHNIQUES[technique]
+    for case in chosen:
+        with launches.paying_from(slices):
+            own, over = _overwritten(case, "cuda")
+        assert torch.equal(own[1].nan_to_num(), over[1].nan_to_num()), case.id
+        # Rounded sums of additions in any order.
+        close = {"rtol": 2**-9, "atol": 2**-10, "equal_nan": True}
+        torch.testing.assert_close(own[0], over[0], **close, msg=case.id)
+
+
+WAYS = "once", "twice", "hooks", "profiler", "float32", "deterministic"
+one_node = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"),
+    reason=f"needs a PyTorch that tells whether a graph is kept; got {torch.__version__}",
+)
+
+
+@one_node
+@pytest.mark.skipif(emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_overwrites_what_nobody_reads_again(way: str) -> None:
+    torch.manual_seed(0)
+    layer = DCNv4(32, group=2, backend="cuda")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 30, 32, requires_grad=True)
+    leaves = x, *layer.parameters()
+    over: list[bool] = []
+    inner = cuda.conv_backward
+
+    def noted(grad: Tensor, value: Tensor, *rest: Any) -> Any:
+        over.append(rest[-1][0].data_ptr() == value.data_ptr())
+        return inner(grad, value, *rest)
+
+    def gradients(way: str) -> list[Tensor]:
+        saving: Any = nullcontext()
+        if way == "hooks":
+            saving = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        profiling: Any = nullcontext() if way != "profiler" else torch.profiler.profile()
+        torch.use_deterministic_algorithms(way == "deterministic")
+        try:
+            with emulated.emulated(), mock.patch.object(cuda, "conv_backward", noted):
+                with torch.autocast("cpu", torch.bfloat16, enabled=way != "float32"), saving:
+                    y = layer(x, (5, 6))
+                with profiling:
+                    grads = torch.autograd.grad(y.sum(), leaves, retain_graph=way == "twice")
+                if way == "twice":
+                    again = torch.autograd.grad(y.sum(), leaves)
+                    assert all(map(torch.equal, grads, again))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return list(grads)
+
+    found = gradients(way)
+    assert over == {"once": [True], "twice": [False, True]}.get(way, [False])
+    expected = gradients("hooks")
+    if way not in ("float32", "deterministic"):
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}")
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 35, 2, 16), (3, 700, 8, 32), (1, 9, 32, 32)])
+def test_sums_of_channels(shape: tuple[int, int, int, int]) -> None:
+    """Of sums before they are rounded, added to what is there, whichever thread runs first."""
+    for backwards in (False, True):
+        with emulated.emulated(backwards), launches.recorded() as launched:
+            found, expected = _channel_sums(shape, "cpu")
+        torch.testing.assert_close(found, expected)
+        columns = [macros.get("COLUMNS") for _, macros in launched.variants]
+        assert columns[-1] == str(shape[2] * shape[3])
+
+
+@pytest.mark.gpu
+def test_sums_of_channels_on_a_gpu() -> None:
+    for shape in ((1, 2, 1, 1), (8, 17_821, 8, 32), (2, 35, 2, 16), (1, 9, 32, 32)):
+        found, expected = _channel_sums(shape, "cuda")
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
+
+
+def _channel_sums(shape: tuple[int, int, int, int], device: str) -> tuple[Tensor, Tensor]:
+    """What `attn_backward` adds up, and what that is in float64: a channel's output gradients times
+    their weights, where all points are inside."""
+    random = torch.Generator().manual_seed(sum(shape))
+    batch, length, groups, depth = shape
+    value = torch.randn(shape, generator=random).half()
+    locations = torch.rand(batch, 50, groups, 1, 4, 2, generator=random)
+    sizes = (length, 1)
+    locations[..., 0] = 0.5
+    locations[..., 1] = (0.5 + locations[..., 1] * (length - 1)) / length  # between centres
+    weights = torch.rand(batch, 50, groups, 1, 4, generator=random).half()
+    grad = torch.randn(batch, 50, groups * depth, generator=random).half()
+    arguments = [t.to(device) for t in (grad, value, locations, weights)]
+    added = torch.ones(groups * depth, device=device)
+    cuda.attn_backward(*arguments[:2], [sizes], *arguments[2:], False, channel_sums=added)
+    slices = grad.double().view(batch, 50, groups, depth)
+    total = (slices * weights.double().sum((3, 4))[..., None]).sum((0, 1)).flatten()
+    return added, (1 + total).float().to(device)
+
+
+def test_which_channels_are_summed() -> None:
+    half = torch.float16
+    assert cuda.sums_channels(torch.empty(1, 2, 8, 32, dtype=half))
+    assert not cuda.sums_channels(torch.empty(1, 2, 8, 24, dtype=half))
+    assert not cuda.sums_channels(torch.empty(1, 2, 64, 32, dtype=half))
+    assert not cuda.sums_channels(torch.empty(1, 2, 8, 32))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not cuda.sums_channels(torch.empty(1, 2, 8, 32, dtype=half))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@one_node
+@pytest.mark.skipif(emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}")
+@pytest.mark.parametrize("way", ["summed", "masked", "no_bias", "frozen"])
+def test_a_layer_has_its_bias_summed(way: str) -> None:
+    """Where the gradient of the value's bias is that of all that the kernel wrote."""
+    torch.manual_seed(0)
+    layer = FlashDeformAttn(32, n_levels=2, n_heads=2, n_points=2, backend="cuda")
+    if way == "no_bias":
+        layer.value_proj = nn.Linear(32, 32, bias=False)
+    if way == "frozen":
+        layer.requires_grad_(False)
+    query, rows = torch.randn(2, 7, 32), torch.randn(2, 36, 32, requires_grad=True)
+    points = torch.rand(2, 7, 1, 2)
+    mask = torch.arange(36).expand(2, 36) > 30 if way == "masked" else None
+    leaves = [rows, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def gradients() -> list[Tensor]:
+        with emulated.emulated(), launches.recorded() as launched:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(query, points, rows, ((5, 6), (2, 3)), None, mask)
+            grads = torch.autograd.grad(y.sum(), leaves)
+        columns.append([m["COLUMNS"] for n, m in launched.variants if n == "convert_sums"])
+        return list(grads)
+
+    columns: list[list[str]] = []
+    found = gradients()
+    with mock.patch.object(cuda, "sums_channels", return_value=False):
+        expected = gradients()
+    assert columns == [["32" if way == "summed" else "0"], ["0"]]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= 0.01 * other.norm()

@@ -44,7 +44,7 @@ ARROWS = {
     "ops": {"geometry", "backends", "backends.reference", "autocast", "eager", "tracing"},
     "layers": {"layers.attention", "layers.conv", "layers.dcnv3"},
     "layers.base": {"geometry", "autocast", "tracing", "arguments", "initialization"},
-    "layers.projections": {"autocast", "eager", "tracing", "layers.base"},
+    "layers.projections": {"backends", "autocast", "eager", "tracing", "layers.base"},
     "layers.conv": {
         *("geometry", "tracing", "autocast", "eager", "ops", "backends"),
         *("arguments", "initialization", "functional"),
@@ -320,8 +320,13 @@ print("fine")
 
 
 def test_import_is_quick() -> None:
-    """At most 0.1 s beyond torch's own import; the best of three, since others use the machine."""
-    code = (
-        "import time, torch; t = time.perf_counter(); import dcnv4; print(time.perf_counter() - t)"
-    )
-    assert min(float(fresh(code)) for _ in range(3)) <= 0.1
+    """At most 7 % of torch's own import; the best of three, since others use the machine."""
+    code = """
+import time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+import dcnv4
+print((time.perf_counter() - middle) / (middle - start))
+"""
+    assert min(float(fresh(code)) for _ in range(3)) <= 0.07

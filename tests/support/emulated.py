@@ -34,11 +34,16 @@ _MAIN = """
 static Arguments arguments;
 static void start() { %s(arguments); }
 extern "C" void launch(unsigned blocks, unsigned threads, const void* bytes, int backwards,
-                       int early) {
+                       int early, int shared) {
     emulated::backwards = backwards;
     emulated::early = early;
+    emulated::dynamic = (char*)std::aligned_alloc(1024, shared + 1024);
+    std::memset(emulated::dynamic, -1, shared + 1024);
     std::memcpy((void*)&arguments, bytes, sizeof arguments);
     emulated::run(start, blocks, threads);
+    for (int i = 0; i < 1024; ++i)
+        if (emulated::dynamic[shared + i] != -1) emulated::fail("shared memory is too small");
+    std::free(emulated::dynamic);
 }
 """
 _FLAGS = (
@@ -95,7 +100,7 @@ def library(name: str, macros: compile.Macros) -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
+def kernel(name: str, macros: compile.Macros, shared: int, backwards: bool) -> Any:
     """What starts kernel `name`."""
     launch = library(name, macros).launch
 
@@ -106,6 +111,7 @@ def kernel(name: str, macros: compile.Macros, backwards: bool) -> Any:
             arguments,
             int(backwards),
             int(early),
+            ctypes.c_int(shared),
         )
 
     return start
@@ -124,12 +130,14 @@ def emulated(
     """
     # So few processors that blocks go on from one piece of work to the next.
     properties = SimpleNamespace(multi_processor_count=1, major=9, minor=0)
+    properties.shared_memory_per_block_optin = 227 << 10
     backends._choose.cache_clear()
     with (
         launches.paying_from(choice.PAYS_FROM if pays_from is None else pays_from),
         mock.patch.multiple(cuda, why_not=lambda call: None, **patches),
         mock.patch.object(
-            compile, "kernel", lambda name, macros, index: kernel(name, macros, backwards)
+            *(compile, "kernel"),
+            lambda name, macros, index, shared: kernel(name, macros, shared, backwards),
         ),
         mock.patch.object(compile, "overlaps", return_value=True),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),

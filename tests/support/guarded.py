@@ -51,7 +51,7 @@ def multiply() -> None:
     rounded = guarded(torch.zeros(70, 32).half())
     for x in (guarded(torch.randn(70, 32)), guarded(torch.randn(70, 32).half())):
         with (
-            mock.patch.object(choice, "_TALL", 1),
+            mock.patch.object(choice, "_TALL", 0),
             emulated() as cuda,
             launches.recorded() as launched,
         ):

@@ -70,8 +70,8 @@ def recorded() -> Iterator[Launches]:
     launches = Launches()
     load, leftover = compile.kernel, getattr(cuda, _LEFTOVER)
 
-    def kernel(name: str, macros: compile.Macros, index: int) -> Any:
-        start = load(name, macros, index)
+    def kernel(name: str, macros: compile.Macros, index: int, shared: int) -> Any:
+        start = load(name, macros, index, shared)
 
         def noted(*arguments: Any) -> None:
             launches.variants.append((name, dict(macros)))

@@ -41,7 +41,6 @@ from .projections import (
     are_computed_in,
     called,
     multiplied,
-    prepared,
     read,
 )
 
@@ -184,7 +183,7 @@ class FlashDeformAttn(Layer):
                 *(input_spatial_shapes, input_padding_mask),
             )
             if formula is not None:
-                inputs = [prepared(t, formula.dtype) for t in (query, input_flatten)]
+                inputs = map(formula.prepared, (0, 1), (query, input_flatten))
                 given = query, input_flatten, reference_points
                 return formula.run(given, (*inputs, reference_points))
         check_dtype("query", query, self.sampling_offsets)
@@ -314,8 +313,8 @@ class _AttnFormula(Formula):
         levels: Tensor | list[tuple[int, int]],
         mask: Tensor | None,
     ) -> None:
-        super().__init__(parameters, dtype, wide)
-        self.layer, self.backend, self.levels = layer, backend, levels
+        super().__init__(parameters, dtype, wide, backend)
+        self.layer, self.levels = layer, levels
         self.points = heads, layer.n_levels, layer.n_points
         self.box_normalizer = layer._box_normalizer()
         self.mask = None if mask is None else mask[..., None]
@@ -329,7 +328,8 @@ class _AttnFormula(Formula):
         self, inputs: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         query, rows, reference = inputs
-        predicted, value = F.linear(query, *weights[0]), F.linear(rows, *weights[1])
+        predicted = self.project(0, query, *weights[0])
+        value = self.project(1, rows, *weights[1])
         if self.mask is not None:
             value.masked_fill_(self.mask, 0.0)
         value = value.view(*rows.shape[:2], self.points[0], -1)
@@ -353,10 +353,13 @@ class _AttnFormula(Formula):
         grad = grad.reshape(-1, grad.shape[2])
         grad_y = torch.mm(grad, weights[2]).view(y.shape)
         grad_predicted = predicted.new_empty(predicted.shape)
+        bias = self._channel_sums(value, sums)
+        told: dict[str, Any] = {} if bias is None else {"channel_sums": bias}
         grad_value, grad_reference, *_ = ops.DeformAttnFromOffsets.backward(
             *(grad_y, self.backend, value, self.levels, reference, *self._split(predicted)),
             *(self.box_normalizer, True, needed[2]),
             out=(None, *self._split(grad_predicted)),
+            **told,
         )
         if self.mask is not None:
             grad_value = grad_value.view(*value.shape[:2], -1).masked_fill_(self.mask, 0.0)
@@ -370,8 +373,20 @@ class _AttnFormula(Formula):
             grads[1] = multiplied(grad_value, weights[1], self.wide[1]).view(rows.shape)
         if sums is None:
             return grads, []
-        products = (grad_predicted, query), (grad_value, rows_), (grad, y)
-        return grads, [sums.of(i, *product) for i, product in enumerate(products)]
+        return grads, [
+            sums.of(0, grad_predicted, query),
+            sums.of(1, grad_value, rows_, bias),
+            sums.of(2, grad, y),
+        ]
+
+    def _channel_sums(self, value: Tensor, sums: Sums | None) -> Tensor | None:
+        """Zeros to which the backend adds the gradient of the value's bias, where it does."""
+        if self.backend != "cuda" or self.mask is not None or sums is None:
+            return None
+        cuda: Any = backends.load("cuda")
+        if not (sums.has_bias(1) and cuda.sums_channels(value)):
+            return None
+        return value.new_zeros(value.shape[2] * value.shape[3], dtype=torch.float32)
 
     def _split(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Offsets [B, Q, G, L, P, 2] and logits [B, Q, G, L, P] in a product [B, Q, 3·G·L·P]."""

@@ -51,7 +51,6 @@ from .projections import (
     multiplied,
     prepared,
     read,
-    to_be_written,
 )
 
 
@@ -126,7 +125,7 @@ class _DeformConv(WindowedLayer):
         if may_read_past(x):
             formula = self._formula(pixels, dtype, x.dtype, layout)
             if formula is not None:
-                return formula.run((x,), (formula.prepared(pixels),))
+                return formula.run((x,), (formula.input(pixels),))
         pixels = prepared(pixels, dtype)
         check_dtype("x", pixels, self.offset_mask)
         return layout.leave(self._deform(layout.enter(pixels)))
@@ -230,37 +229,14 @@ class _ConvFormula(Formula):
         channels: int,
         layout: _Layout,
     ) -> None:
-        super().__init__(parameters, dtype, (wide,))
-        self.layer, self.window, self.backend = layer, layer.window, backend
+        super().__init__(parameters, dtype, (wide,), backend)
+        self.layer, self.window = layer, layer.window
         self.channels, self.layout = channels, layout
-        self.unrounded: Tensor | None = None
-        """The input, where the product that reads it will cast it."""
 
-    def prepared(self, x: Tensor) -> Tensor:
-        """The input [B, H, W, C] or [B, H·W, C] as `forward` takes it."""
+    def input(self, x: Tensor) -> Tensor:
+        """That of `forward`, of a map [B, H, W, C] or [B, H·W, C]."""
         packed = len(self.parameters.rows) == 2
-        (width, *_), _ = self.parameters.shapes[0]
-        if x.dtype is self.dtype or not packed or not self._multiplies(x, width):
-            return prepared(x, self.dtype)
-        self.unrounded = x
-        return to_be_written(x, self.dtype) if torch.is_grad_enabled() else x
-
-    def _multiplies(self, x: Tensor, width: int) -> bool:
-        """Whether the backend multiplies x by the weight that leads to value and offset_mask."""
-        if self.backend != "cuda" or is_compiling():
-            return False
-        cuda: Any = backends.load("cuda")
-        return bool(cuda.multiplies(x, width, self.dtype))
-
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Value and offset_mask."""
-        given, self.unrounded = self.unrounded, None
-        if given is None and not self._multiplies(x, weight.shape[0]):
-            return F.linear(x, weight, bias)
-        read = x if given is None else self.layout.enter(given)
-        cuda: Any = backends.load("cuda")
-        packed: Tensor = cuda.linear(read, weight, bias, None if x.dtype is read.dtype else x)
-        return packed
+        return self.prepared(0, x) if packed else prepared(x, self.dtype)
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         return self.layout.leave(self.layer._deform(self.layout.enter(inputs[0]), call))
@@ -270,7 +246,7 @@ class _ConvFormula(Formula):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, layout = self.layout.enter(inputs[0]), self.layout
         if len(weights) == 2:
-            packed = self._project(x, *weights[0])
+            packed = self.project(0, x, *weights[0])
             y = compute(ops.DEFORM_CONV_PACKED, self.backend, packed, self.channels, self.window)
             return layout.leave(F.linear(y, *weights[1])), (y, packed)
         value_proj, offset_mask, depthwise, output_proj = weights
@@ -316,7 +292,7 @@ class _ConvFormula(Formula):
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
         call = self.backend, kept.pop(), self.channels, self.window
-        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call)
+        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call, spent=self.spent)
         del call, grad_y
         grad = grad.view(-1, grad.shape[3])
         grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from ..autocast import is_autocast
 from ..eager import below, needs_grad, plain_apply
 from ..tracing import has_interested, is_compiling, remembered
@@ -198,12 +199,22 @@ class Formula:
         parameters: of its products, in the order in which `forward` gets their weights.
         dtype: that everything is computed in.
         wide: the dtypes that the gradients of its inputs are wanted in.
+        backend: what computes its operator.
     """
 
     def __init__(
-        self, parameters: Parameters, dtype: torch.dtype, wide: tuple[torch.dtype, ...]
+        self,
+        parameters: Parameters,
+        dtype: torch.dtype,
+        wide: tuple[torch.dtype, ...],
+        backend: str = "",
     ) -> None:
         self.parameters, self.dtype, self.wide = parameters, dtype, wide
+        self.backend = backend
+        self.unrounded: dict[int, Tensor] = {}
+        """The inputs of products that will cast what they read."""
+        self.spent = False
+        """In a backward, whether nobody will read again what it gets as `kept`."""
         self.weights: Weights | None = None
         """Of the products, where `make_weights` made them."""
         self.ones: dict[int, Tensor] = {}
@@ -231,6 +242,30 @@ class Formula:
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         """The output, by operations that autograd knows."""
         raise NotImplementedError
+
+    def prepared(self, product: int, x: Tensor) -> Tensor:
+        """The input of a product as `forward` takes it, which is to read it by `project` alone."""
+        (width, *_), _ = self.parameters.shapes[product]
+        if x.dtype is self.dtype or not self._multiplies(x, width):
+            return prepared(x, self.dtype)
+        self.unrounded[product] = x
+        return to_be_written(x, self.dtype) if torch.is_grad_enabled() else x
+
+    def project(self, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`F.linear`, by the backend where that is faster."""
+        given = self.unrounded.pop(product, x)
+        if given is x and not self._multiplies(x, weight.shape[0]):
+            return F.linear(x, weight, bias)
+        cuda: Any = backends.load("cuda")
+        output: Tensor = cuda.linear(given, weight, bias, None if given.dtype is x.dtype else x)
+        return output.view(*x.shape[:-1], weight.shape[0])
+
+    def _multiplies(self, x: Tensor, width: int) -> bool:
+        """Whether the backend multiplies x by a weight for so many results sooner than PyTorch."""
+        if self.backend != "cuda" or is_compiling():
+            return False
+        cuda: Any = backends.load("cuda")
+        return bool(cuda.multiplies(x, width, self.dtype))
 
     def run(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """The output.
@@ -330,6 +365,19 @@ def make_weights(formulas: Sequence[Formula]) -> None:
         formula.weights = weights
 
 
+def _is_saving_watched() -> bool:
+    """Whether hooks get what is saved for a backward; as far as PyTorch tells."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):  # before PyTorch 2.5
+        return True
+
+
+def _is_graph_kept() -> bool:
+    """In a backward, whether it may run once more; as far as PyTorch tells."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
 class _Node(torch.autograd.Function):
     """What autograd records of a formula."""
 
@@ -338,7 +386,7 @@ class _Node(torch.autograd.Function):
         count = len(formula.wide)
         inputs = tensors[count : 2 * count]
         output, weights, kept = below(inputs[0].device.type, formula._forward, inputs)
-        ctx.formula = formula
+        ctx.formula, ctx.is_watched = formula, _is_saving_watched()
         ctx.save_for_backward(*tensors[count:], *weights, *kept)
         return output
 
@@ -348,6 +396,7 @@ class _Node(torch.autograd.Function):
         count, saved, needed = len(formula.wide), list(ctx.saved_tensors), ctx.needs_input_grad
         # What the backward has done with shall make room, unless the graph is run once more.
         getattr(ctx, "maybe_clear_saved_tensors", bool)()
+        formula.spent = not (ctx.is_watched or _is_graph_kept())
         inputs, saved = saved[:count], saved[count:]
         tensors = saved[: len(formula.parameters.tensors)]
         del saved[: len(tensors)]
@@ -391,10 +440,18 @@ class Sums:
         """Those of the products behind so many."""
         return Sums(self.dtype, self.shapes[products:], self.ones)
 
-    def of(self, product: int, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those of one product, from its input `x` [N, C] and the gradient [N, M] of its output."""
+    def has_bias(self, product: int) -> bool:
+        return self.shapes[product][1]
+
+    def of(
+        self, product: int, grad: Tensor, x: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Those of one product, from its input `x` [N, C], the gradient [N, M] of its output and,
+        where it is known, that of its bias."""
         weight = multiplied(grad.t(), x, self.dtype)
-        return weight, self._rows(grad) if self.shapes[product][1] else None
+        if not self.has_bias(product):
+            return weight, None
+        return weight, self._rows(grad) if bias is None else bias.to(self.dtype)
 
     def _rows(self, grad: Tensor) -> Tensor:
         """The sum [M] over the rows of a gradient [N, M]."""

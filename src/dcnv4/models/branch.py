@@ -191,6 +191,7 @@ class _PreNormFormula(Branch):
         after = None if sums is None else sums.after(1)
         grad_y = _times(grad, factor)
         grad_normed: Any
+        self.inner.spent = self.spent
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
         )
@@ -257,6 +258,7 @@ class _PostNormFormula(Branch):
         of_scales = _scales_gradients(of_norm, scales) if wanted else [None] * len(scales)
         if not through:
             return (None, *of_scales), []
+        self.inner.spent = self.spent
         (grad_x,), made = self.inner.backward(grad_y, (x,), weights, kept, sums, (needed[0],))
         return (None if grad_x is None else grad_x + grad, *of_scales), made
 

@@ -91,6 +91,8 @@ struct Fiber {
     jmp_buf here;
     bool started, ended;
     bool waited;        // for the launch before
+    bool fenced;        // what it writes to shared memory, for what reads that asynchronously
+    int products;       // of its warpgroup, which it took part in
     const void* place;  // where it waits, null while it can run
     bool for_block;     // whether it waits for the block or its warp
     unsigned long long given[2][8];
@@ -107,6 +109,7 @@ inline bool backwards, early;  // early: whether the launch before may not have 
 inline jmp_buf scheduler;
 inline Index thread_index, block_index, block_size, grid_size;
 inline void (*body)();
+inline char* dynamic;  // the shared memory that a launch asks for
 
 inline void fail(const char* what) {
     std::fprintf(stderr, "emulator: %s, block %u, thread %d\n", what, block_index.x, current);
@@ -173,7 +176,8 @@ inline bool release(int first, int last, bool for_block) {
 inline void run_block(unsigned threads) {
     const int count = int(threads);
     for (Fiber& fiber : fibers)
-        fiber.started = fiber.ended = fiber.waited = false, fiber.place = nullptr;
+        fiber.started = fiber.ended = fiber.waited = fiber.fenced = fiber.products = 0,
+        fiber.place = nullptr;
     for (;;) {
         bool progress = false, all_ended = true;
         static int next;  // not in a register: longjmp comes back here
@@ -213,6 +217,9 @@ inline void run(void (*kernel)(), unsigned blocks, unsigned threads) {
             makecontext(&fiber.start, enter, 0);
         }
         run_block(threads);
+        for (unsigned i = 0; i < threads; ++i)
+            if (fibers[i].products != fibers[i & ~127].products)
+                fail("a warpgroup whose warps do not all multiply");
     }
 }
 

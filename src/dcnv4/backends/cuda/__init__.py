@@ -19,6 +19,11 @@ from ...geometry import Reference, Window, sum_dtype
 from .. import UNORDERED, AttnGrads, Call
 from . import choice, compile, plans
 
+OVERWRITES = (torch.float16, torch.bfloat16)
+"""Dtypes in which `conv_backward` may write gradients over what they are the gradients of, unless
+it is deterministic: the value's is summed elsewhere, and a slice's offsets are read by nobody else.
+"""
+
 
 def why_not(call: Call) -> str | None:
     """None where this backend can run `call`; otherwise one sentence that says why not."""
@@ -143,8 +148,13 @@ def attn_backward(
     deterministic: bool = False,
     reference: Reference | None = None,
     out: AttnGrads | None = None,
+    *,
+    channel_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `value`, `coordinates` and `weights`."""
+    """Gradients of `value`, `coordinates` and `weights`.
+
+    What the first has in each channel is added to `channel_sums` [C], in float32: `sums_channels`.
+    """
     grad, value = _rows(grad), _rows(value)
     coordinates, weights = _rows(coordinates), _rows(weights)
     grad_value, grad_coordinates, grad_weights = out or (
@@ -179,8 +189,15 @@ def attn_backward(
         held = None if softmax else (weights, 0, count)
         _sum_in_integers(grad_value, grad, held, value.shape[2], count, run)
     else:
-        _sum(grad_value, run)
+        _sum(grad_value, run, channel_sums)
     return grad_value, grad_coordinates, grad_weights
+
+
+def sums_channels(value: Tensor) -> bool:
+    """Whether `attn_backward` can add up what the gradient of a value has in each channel."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    return choice.sums_columns(value.shape[2] * value.shape[3], value.dtype)
 
 
 def multiplies(x: Tensor, width: int, dtype: torch.dtype) -> bool:
@@ -288,8 +305,8 @@ def _leftover(plan: plans.Plan, beside: Tensor, deterministic: bool) -> Tensor |
     return _empty(beside, (plan.leftover,), deterministic, torch.uint8) if plan.leftover else None
 
 
-def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
-    """Write `grad_value`, which `run` adds to zeros."""
+def _sum(grad_value: Tensor, run: Callable[..., None], columns: Tensor | None = None) -> None:
+    """Write `grad_value`, which `run` adds to zeros, and add it to `columns`."""
     dtype, device = sum_dtype(grad_value.dtype), grad_value.get_device()
     in_place = dtype == grad_value.dtype
     sums = grad_value if in_place else _empty(grad_value, grad_value.shape, False, dtype)
@@ -299,8 +316,9 @@ def _sum(grad_value: Tensor, run: Callable[..., None]) -> None:
         sums.zero_()
     run(grad_value=sums, fixed_point_scale=None)
     if not in_place:
-        convert = plans.convert_sums_plan(1, plans.layout(grad_value), False, device)
-        convert.start(sums=sums, fixed_point_scale=None, result=grad_value)
+        count = 0 if columns is None else columns.numel()
+        convert = plans.convert_sums_plan(1, plans.layout(grad_value), False, count, device)
+        convert.start(sums=sums, fixed_point_scale=None, result=grad_value, columns=columns)
 
 
 def _sum_in_integers(
@@ -333,8 +351,8 @@ def _sum_in_integers(
     choose = plans.fixed_point_scale_plan(plans.layout(grad), layout, groups, points, device)
     choose.start(grad=grad, weights=held, largest=largest, fixed_point_scale=scale)
     run(grad_value=sums, fixed_point_scale=scale)
-    convert = plans.convert_sums_plan(images, plans.layout(grad_value), True, device)
-    convert.start(sums=sums, fixed_point_scale=scale, result=grad_value)
+    convert = plans.convert_sums_plan(images, plans.layout(grad_value), True, 0, device)
+    convert.start(sums=sums, fixed_point_scale=scale, result=grad_value, columns=None)
 
 
 def _sizes(

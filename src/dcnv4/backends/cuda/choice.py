@@ -36,10 +36,15 @@ encoder's queries in tiles."""
 _WARP = 32
 _NUMBERS_OF_A_LANE = 48
 """Of a row that is normalised, at most: a backward holds four times as many in registers."""
-_NARROW, _TALL = 64, 1 << 13
-"""Channels, at most, and rows, at least, that `linear` multiplies sooner than PyTorch."""
-_WARPS, _ROWS = 2, 64
-"""Of a block of `linear`, and rows of a warp."""
+_NARROW, _WIDE = 64, 256
+"""Channels, at most, that `linear` multiplies sooner than PyTorch: in halves, and in float32."""
+_TALL = 2
+"""Rows, at least, over the square of the channels."""
+_WARPGROUP = 128
+_SQUARE = 64
+"""Rows of a warpgroup of `linear`, results of an instruction, channels of a block of the weight."""
+_CONVERTED = 4
+"""Numbers that a thread of `convert_sums` reads at once, at most."""
 _LINE = 128  # bytes of L1
 _HALVES = (torch.float16, torch.bfloat16)
 _WARPS_OF_AN_SM = {16: 16, 32: 12}
@@ -56,6 +61,8 @@ class GPU(NamedTuple):
     major: int
     """Of its compute capability."""
     sms: int
+    shared: int = 48 << 10
+    """Bytes of shared memory that a block may have."""
 
 
 class Layout(NamedTuple):
@@ -104,6 +111,8 @@ class Kernel(NamedTuple):
     threads: int
     waits: bool = False
     """Whether it waits by itself for the launch before, and so may begin earlier."""
+    shared: int = 0
+    """Bytes of shared memory, beside what it has by itself."""
 
 
 class Choice(NamedTuple):
@@ -623,36 +632,62 @@ def fixed_point_scale(
     return Kernel("fixed_point_scale", macros, blocks * images * tensors, MAX_THREADS)
 
 
-def convert_sums(images: int, result: Layout, deterministic: bool) -> Kernel:
-    """What makes the sums of `images`, that are alike, numbers of `result`."""
+def sums_columns(columns: int, dtype: torch.dtype) -> bool:
+    """Whether `convert_sums` adds up a contiguous result of this dtype by so many columns."""
+    return dtype in _HALVES and columns > 0 and MAX_THREADS * _CONVERTED % columns == 0
+
+
+def convert_sums(
+    images: int, result: Layout, deterministic: bool, columns: int, gpu: GPU
+) -> Kernel:
+    """What makes the sums of `images`, that are alike, numbers of `result`; and adds them up by
+    columns, where they are not 0."""
     numbers, channels = math.prod(result.shape), result.shape[-1]
     apart = result.pixels[1] != channels
-    vector = math.gcd(4, result.vector(channels) if apart else numbers // images)
+    vector = math.gcd(_CONVERTED, result.vector(channels) if apart else numbers // images)
     macros = _types(result.dtype, numbers >= 1 << 31, deterministic)
     macros |= {"VECTOR": vector, "ROW": channels if apart else 0}
+    macros["COLUMNS"] = columns
     blocks = images * -(-numbers // (images * vector * MAX_THREADS))
+    if columns:  # as many as run at once, each of which adds to all
+        blocks = min(blocks, 8 * gpu.sms)
     return Kernel("convert_sums", macros, blocks, MAX_THREADS, waits=True)
 
 
-def multiplies(rows: int, channels: int, width: int, dtype: torch.dtype, gpu: GPU) -> bool:
-    """Whether `linear` multiplies so many rows in this dtype by a weight [width, channels]."""
-    if dtype not in _HALVES or gpu.major < 8 or rows < _TALL:
+def multiplies(
+    rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype, gpu: GPU
+) -> bool:
+    """Whether `linear` multiplies so many rows of dtype `given` by a weight [width, channels],
+    computing in this one."""
+    if dtype not in _HALVES or gpu.major != 9 or channels % 32 or width % 8:
         return False
-    return channels % 32 == 0 and 0 < channels <= _NARROW and width % 8 == 0
+    if not 0 < channels <= (_NARROW if given == dtype else _WIDE):
+        return False
+    pays = rows >= _TALL * max(channels, _NARROW) ** 2
+    return pays and _weight_bytes(channels, width) <= gpu.shared
 
 
-def linear(rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype) -> Kernel:
-    """What multiplies rows of dtype `given`, computing in this one."""
-    threads = _WARPS * _WARP
+def _weight_bytes(channels: int, width: int) -> int:
+    """Of a weight in shared memory, in whole blocks of halves."""
+    return 2 * _SQUARE**2 * -(-channels // _SQUARE) * -(-width // _SQUARE)
+
+
+def linear(
+    rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype, gpu: GPU
+) -> Kernel:
+    """What multiplies rows that it `multiplies`."""
+    # As many as have registers for these channels; a block has an SM to itself.
+    warpgroups = 4 if channels <= 64 else 3 if channels <= 128 else 2
+    threads = warpgroups * _WARPGROUP
     macros: Macros = {
         "VALUE": TYPES[dtype],
         "INPUT": TYPES[given],
         "CHANNELS": channels,
         "WIDTH": width,
-        "ROWS": _ROWS,
         "MAX_THREADS": threads,
     }
-    return Kernel("linear", macros, -(-rows // (_WARPS * _ROWS)), threads)
+    blocks = min(-(-rows // (warpgroups * _SQUARE)), gpu.sms)
+    return Kernel("linear", macros, blocks, threads, shared=_weight_bytes(channels, width))
 
 
 def normalizes(channels: int, dtype: torch.dtype) -> bool:

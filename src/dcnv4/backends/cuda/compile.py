@@ -30,6 +30,8 @@ KERNELS = (
     *("linear", "layer_norm_forward", "layer_norm_backward"),
 )
 """Every kernel, the name of its source file."""
+_OF_ONE_ARCHITECTURE = frozenset({"linear"})
+"""Those with instructions that later ones lack."""
 Macros = tuple[tuple[str, str], ...]
 
 _FOLDER = Path(__file__).parent / "kernels"
@@ -90,14 +92,18 @@ def why_not(index: int | None) -> str | None:
 class Kernel:
     """A compiled kernel whose one parameter is a structure, passed by value."""
 
-    def __init__(self, name: str, code: bytes, index: int) -> None:
+    def __init__(self, name: str, code: bytes, index: int, shared: int) -> None:
         from cuda.bindings import driver
 
-        self._index = index
+        self._index, self._shared = index, shared
         self._start, self._start_early = driver.cuLaunchKernel, driver.cuLaunchKernelEx
         # The library is never unloaded: a graph may hold its kernel longer than anything here.
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         self._kernel = _check(driver.cuLibraryGetKernel(library, name.encode()))
+        if shared:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            device = _check(driver.cuDeviceGet(index))
+            _check(driver.cuKernelSetAttribute(most, shared, self._kernel, device))
 
     def __call__(
         self, blocks: int, threads: int, stream: int, arguments: bytes, early: bool = False
@@ -112,10 +118,12 @@ class Kernel:
         launch: tuple[Any, ...]
         if early:
             start = self._start_early
-            launch = _configuration(blocks, threads, stream), self._kernel, parameters, 0
+            grid = _configuration(blocks, threads, self._shared, stream)
+            launch = grid, self._kernel, parameters, 0
         else:
             start = self._start
-            launch = self._kernel, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+            sizes = blocks, 1, 1, threads, 1, 1, self._shared
+            launch = self._kernel, *sizes, stream, parameters, 0
         result = start(*launch)
         if result[0]:
             if result[0].name == "CUDA_ERROR_INVALID_CONTEXT":
@@ -125,7 +133,7 @@ class Kernel:
 
 
 @lru_cache(1024)
-def _configuration(blocks: int, threads: int, stream: int) -> Any:
+def _configuration(blocks: int, threads: int, shared: int, stream: int) -> Any:
     """The grid of a launch that may begin early."""
     from cuda.bindings import driver
 
@@ -135,7 +143,7 @@ def _configuration(blocks: int, threads: int, stream: int) -> Any:
     configuration = driver.CUlaunchConfig()
     configuration.gridDimX, configuration.gridDimY, configuration.gridDimZ = blocks, 1, 1
     configuration.blockDimX, configuration.blockDimY, configuration.blockDimZ = threads, 1, 1
-    configuration.hStream = stream
+    configuration.sharedMemBytes, configuration.hStream = shared, stream
     configuration.attrs, configuration.numAttrs = [early], 1
     return configuration
 
@@ -161,16 +169,21 @@ def _check(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def kernel(name: str, macros: Macros, index: int) -> Kernel:
-    """The kernel `name` for GPU `index`."""
+def kernel(name: str, macros: Macros, index: int, shared: int) -> Kernel:
+    """The kernel `name` for GPU `index`, whose launches get so many bytes of shared memory."""
     with _lock:
-        return _kernel(name, macros, index)
+        return _kernel(name, macros, index, shared)
 
 
 @cache
-def _kernel(name: str, macros: Macros, index: int) -> Kernel:
+def _kernel(name: str, macros: Macros, index: int, shared: int) -> Kernel:
     major, minor = torch.cuda.get_device_capability(index)
-    return Kernel(name, cached(name, macros, f"sm_{major}{minor}"), index)
+    return Kernel(name, cached(name, macros, architecture(name, major, minor)), index, shared)
+
+
+def architecture(name: str, major: int, minor: int) -> str:
+    """What kernel `name` is compiled for where it is to run on such a compute capability."""
+    return f"sm_{major}{minor}{'a' if name in _OF_ONE_ARCHITECTURE else ''}"
 
 
 def cached(name: str, macros: Macros, arch: str) -> bytes:

@@ -87,6 +87,7 @@ ARGUMENTS = {
     const TOTAL* sums;               // [B, count]
     const float* fixed_point_scale;  // [B] where sums are of integers
     VALUE* result;                   // as sums, or ROW of them together
+    float* columns;                  // [COLUMNS], to be added to, or nothing
     long long result_row;            // stride of those
     INDEX count;
     int blocks;                      // of an image

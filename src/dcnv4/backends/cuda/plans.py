@@ -174,10 +174,12 @@ def fixed_point_scale_plan(
 
 
 @lru_cache(_PLANS)
-def convert_sums_plan(images: int, result: Laid, deterministic: bool, device: int) -> Plan:
+def convert_sums_plan(
+    images: int, result: Laid, deterministic: bool, columns: int, device: int
+) -> Plan:
     """What makes `result` [B, ..., C], cut into so many `images`, of sums."""
     result = Layout(*result)
-    kernel = choice.convert_sums(images, result, deterministic)
+    kernel = choice.convert_sums(images, result, deterministic, columns, _gpu(device))
     numbers: dict[str, Number] = {
         "result_row": result.pixels[1],
         "count": math.prod(result.shape) // images,
@@ -191,9 +193,10 @@ def linear_plan(
     rows: int, channels: int, width: int, given: torch.dtype, dtype: torch.dtype, device: int
 ) -> Plan | None:
     """What multiplies rows by a weight, where `choice.multiplies`; otherwise None."""
-    if not choice.multiplies(rows, channels, width, dtype, _gpu(device)):
+    gpu = _gpu(device)
+    if not choice.multiplies(rows, channels, width, given, dtype, gpu):
         return None
-    kernel = choice.linear(rows, channels, width, given, dtype)
+    kernel = choice.linear(rows, channels, width, given, dtype, gpu)
     return Plan(_starter((kernel,), {"rows": rows}, device))
 
 
@@ -218,10 +221,10 @@ def _starter(
 ) -> Callable[..., None]:
     """What launches kernels one after another, all with the same arguments."""
     compiled = []
-    for name, own, blocks, threads, waits in kernels:
+    for name, own, blocks, threads, waits, shared in kernels:
         macros = {"MAX_THREADS": choice.MAX_THREADS, **own}
         texts = tuple((macro, str(value)) for macro, value in macros.items())
-        kernel = compile.kernel(name, texts, device)
+        kernel = compile.kernel(name, texts, device, shared)
         compiled.append((kernel, blocks, threads, waits and compile.overlaps(device)))
 
     def launch(arguments: bytes) -> None:
@@ -237,4 +240,6 @@ def _starter(
 
 def _gpu(index: int) -> choice.GPU:
     properties = torch.cuda.get_device_properties(index)
-    return choice.GPU(properties.major, properties.multi_processor_count)
+    # PyTorch before 2.4 does not say.
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    return choice.GPU(properties.major, properties.multi_processor_count, shared)

@@ -147,6 +147,38 @@ void ldmatrix(unsigned (&out)[4], const void* own) {
     emulated::meet(EMULATED_PLACE, false);  // others may write there only now
 }
 
+inline void* dynamic_shared() { return emulated::dynamic; }
+
+inline void fence_proxy_async() { emulated::self().fenced = true; }
+inline void wgmma_fence(float (&)[32]) {}
+inline void wgmma_commit() {}
+inline void wgmma_wait(float (&)[32]) { emulated::meet(EMULATED_PLACE, false); }
+// Its fragments of c and a are those of mma.m16n8k16, side by side.
+template <typename Convert>
+void wgmma(const void* place, float (&c)[32], const unsigned (&a)[4], const void* b, Convert convert) {
+    const emulated::Exchange<Fragments> all(place, {{a[0], a[1], a[2], a[3]}, {}});
+    if (!emulated::self().fenced) emulated::fail("what it multiplies with may not be there");
+    ++emulated::self().products;
+    const int lane = emulated::current & 31;
+    for (int i = 0; i < 32; ++i) {
+        const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            size_t at = (size_t)b + column * 128 + k * 2;
+            at ^= (at >> 7 & 7) << 4;
+            const unsigned left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+            sum += convert(left >> k % 2 * 16) * convert(*(const unsigned short*)at);
+        }
+        c[i] += sum;
+    }
+}
+inline void wgmma_m64n64k16_f16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    wgmma(EMULATED_PLACE, c, a, b, cvt_f32_f16);
+}
+inline void wgmma_m64n64k16_bf16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    wgmma(EMULATED_PLACE, c, a, b, cvt_f32_bf16);
+}
+
 // Nothing arrives before the lane waits for it.
 struct Copy {
     void* to;

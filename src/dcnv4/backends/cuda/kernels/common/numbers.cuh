@@ -52,6 +52,9 @@ struct Number<float16> {
                                           unsigned b1) {
         ptx::mma_m16n8k16_f16(c, a, b0, b1);
     }
+    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+        ptx::wgmma_m64n64k16_f16(c, a, b);
+    }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) { return pair; }
     static DCNV4_DEVICE unsigned of_f16(unsigned pair) { return pair; }
     static DCNV4_DEVICE float get(const unsigned* words, int i) {
@@ -76,6 +79,9 @@ struct Number<bfloat16> {
     static DCNV4_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                           unsigned b1) {
         ptx::mma_m16n8k16_bf16(c, a, b0, b1);
+    }
+    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+        ptx::wgmma_m64n64k16_bf16(c, a, b);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) {
         return ptx::cvt_f16x2_f32(get(&pair, 0), get(&pair, 1));

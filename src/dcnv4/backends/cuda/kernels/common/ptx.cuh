@@ -189,6 +189,67 @@ DCNV4_DEVICE void ldmatrix(unsigned (&out)[4], const void* row) {
                      : "memory");
 }
 
+// The shared memory that a launch asks for.
+DCNV4_DEVICE void* dynamic_shared() {
+    extern __shared__ __align__(1024) uint4 dynamic[];
+    return dynamic;
+}
+
+// sm_90a: products of a warpgroup, asynchronous.
+
+// What is written to shared memory is seen by those that read it asynchronously, after they met.
+DCNV4_DEVICE void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Where a matrix lies in shared memory: lines of 128 bytes, in each of which the 16 bytes at c are
+// at c ^ line % 8. `at` is in the first of 8 lines, whose address 1024 divides.
+DCNV4_DEVICE unsigned long long matrix_descriptor(const void* at) {
+    const unsigned shared = (unsigned)__cvta_generic_to_shared(at);
+    return shared >> 4 & 0x3fff | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
+}
+
+#define DCNV4_32_FLOATS(c)                                                                       \
+    "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),          \
+        "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),  \
+        "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),            \
+        "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]),            \
+        "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+
+// Before the first of several that add to c.
+DCNV4_DEVICE void wgmma_fence(float (&c)[32]) {
+    asm volatile("wgmma.fence.sync.aligned;" : DCNV4_32_FLOATS(c) : : "memory");
+}
+// c += a b, of [64, 16] and [16, 64] halves: 16 rows a warp, in fragments as those of
+// `mma_m16n8k16`; b's columns are lines in shared memory.
+DCNV4_DEVICE void wgmma_m64n64k16_f16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+        : DCNV4_32_FLOATS(c)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(b)));
+}
+DCNV4_DEVICE void wgmma_m64n64k16_bf16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+        : DCNV4_32_FLOATS(c)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(b)));
+}
+// What was begun since the last time is a group.
+DCNV4_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// For all groups.
+DCNV4_DEVICE void wgmma_wait(float (&c)[32]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;"
+                 : DCNV4_32_FLOATS(c)
+                 :
+                 : "memory");
+}
+
 // BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1. L2 gets
 // whole lines, whose other sectors are wanted next.
 template <int BYTES>

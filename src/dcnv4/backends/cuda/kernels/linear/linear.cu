@@ -1,93 +1,143 @@
-// Rows of a few channels times a weight, plus a bias, on tensor cores. Rows in float32 are rounded
-// as they are read, and where a backward will need them so, kept.
+// Rows times a weight, plus a bias, on tensor cores. Rows in float32 are rounded as they are read,
+// and where a backward will need them so, kept.
 //
-// Work: a warp ROWS of them; a lane of a quad 8 neighbours of every 32 channels, of each row and
-// weight, since a sum's terms may come in any order, and 8 neighbours of every 32 results.
-// Limit: device memory; weights are in L1.
+// Work: blocks hold the weight in shared memory and stride over the rows, 64 for each of their
+// warpgroups, so 16 for a warp. A lane of a quad has 8 neighbours of every 32 channels, of two rows,
+// since a sum's terms may come in any order, and 8 neighbours of every 32 results. While the tensor
+// cores make some results, it reads some channels of its next rows.
+// Limit: device memory.
 #include <common/numbers.cuh>
 
 using namespace dcnv4;
 
-constexpr int TILES = ROWS / 16;      // of the rows of a warp
-constexpr int STRIP = 32, RUN = 8;    // channels or results at once, and a lane's of them
-constexpr int RUNS = CHANNELS / STRIP;
-constexpr int STEPS = CHANNELS / 16;  // of 16 channels each, 4 of every lane of a quad
+constexpr int ROWS = 64, COLUMNS = 64;  // of what is multiplied at once
+constexpr int SPAN = 32, RUN = 8;       // channels or results that a quad shares, and a lane's
+constexpr int RUNS = CHANNELS / SPAN, STRIPS = (WIDTH + COLUMNS - 1) / COLUMNS;
+constexpr int EVENLY = (RUNS + STRIPS - 1) / STRIPS;
+constexpr int AT_ONCE = EVENLY > 2 ? EVENLY : RUNS < 2 ? RUNS : 2;  // runs that are on their way
+// The weight lies in blocks of 64 channels, a line for each result.
+constexpr int LINE = 64, LINES = STRIPS * COLUMNS;
 
-// A lane's channels of a row, two to a word.
-struct Part {
-    Vector<VALUE, RUN> run[RUNS];
-    DCNV4_DEVICE unsigned pair(int i) const { return run[i / 4].word[i % 4]; }
+using Run = Vector<VALUE, RUN>;
+
+// A run as it is read.
+struct Raw {
+    static constexpr bool wide = sizeof(INPUT) > sizeof(VALUE);
+    Vector<INPUT, wide ? RUN / 2 : RUN> part[wide ? 2 : 1];
+
+    DCNV4_DEVICE void load(const INPUT* at) {
+#pragma unroll
+        for (int i = 0; i < sizeof(part) / 16; ++i)
+            part[i] = part[i].load(at + i * RUN / 2);
+    }
+    DCNV4_DEVICE Run rounded() const {
+        Run run;
+#pragma unroll
+        for (int i = 0; i < RUN; ++i)
+            if (wide)
+                run.set(i, part[i / (RUN / 2)][i % (RUN / 2)]);
+            else
+                run.word[i / 2] = part[0].word[i / 2];
+        return run;
+    }
 };
 
-// From where its first begin.
-template <typename T>
-DCNV4_DEVICE Part load_part(const T* at) {
-    Part part;
+// The weight, to shared memory, as the instruction wants it: in each line the halves of 32 channels
+// that belong to the same step lie together, and lines in the order that gives lanes neighbours.
+DCNV4_DEVICE void stage(VALUE* to, const VALUE* weight) {
+    const int lane = threadIdx.x % 4, low = threadIdx.x / 4 % 8;
+#pragma unroll 8
+    for (int i = threadIdx.x / 32; i < LINES / 8 * RUNS; i += MAX_THREADS / 32) {
+        const int line = i / RUNS * 8 + low, run = i % RUNS;
+        const int result =
+            line / SPAN * SPAN + low / 2 * RUN + line % SPAN / 8 * 2 + low % 2;
+        if (result >= WIDTH) continue;
+        const Run held = Run::load(weight + result * CHANNELS + run * SPAN + lane * RUN);
+        unsigned* words = (unsigned*)(to + (run / 2 * LINES + line) * LINE);
 #pragma unroll
-    for (int i = 0; i < RUNS; ++i) {
-        if constexpr (sizeof(T) == sizeof(VALUE)) {
-            part.run[i] = Vector<VALUE, RUN>::load(at + i * STRIP);
-            continue;
-        }
-        const T* own = at + i * STRIP;
-        const Vector<float, 4> fours[] = {Vector<float, 4>::load(own),
-                                          Vector<float, 4>::load(own + 4)};
-#pragma unroll
-        for (int j = 0; j < RUN; ++j) part.run[i].set(j, fours[j / 4][j % 4]);
+        for (int w = 0; w < 4; ++w) words[(run % 2 * 4 + w ^ low) * 4 + lane] = held.word[w];
     }
-    return part;
+    ptx::fence_proxy_async();
+    __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
+    const auto weights = (VALUE*)ptx::dynamic_shared();
+    stage(weights, a.weight);
     const int lane = threadIdx.x % 4, quad = threadIdx.x % 32 / 4;
-    const long long warp = blockIdx.x * (MAX_THREADS / 32LL) + threadIdx.x / 32;
-    const long long first = warp * ROWS + quad;
-    if (warp * ROWS >= a.rows) return;
-    Part x[TILES][2] = {};
+    const long long stride = gridDim.x * (MAX_THREADS / 128LL) * ROWS;
+    long long first = (blockIdx.x * (MAX_THREADS / 128LL) + threadIdx.x / 128) * ROWS;
+    // The first of the lane's two, 8 apart.
+    long long row = first + threadIdx.x % 128 / 32 * 16 + quad;
+    const auto load = [&](Raw& raw, long long row, int run) {
+        if (row < a.rows) raw.load(a.x + row * CHANNELS + run * SPAN + lane * RUN);
+    };
+    const auto rounded = [&](const Raw& raw, long long row, int run) {
+        const Run out = raw.rounded();
+        if (a.rounded && row < a.rows)
+            out.store(a.rounded + row * CHANNELS + run * SPAN + lane * RUN);
+        return out;
+    };
+    Run x[2][RUNS], next[2][RUNS];
 #pragma unroll
-    for (int i = 0; i < 2 * TILES; ++i) {
-        const long long row = first + 8 * i;
-        if (row >= a.rows) continue;
-        const long long at = row * CHANNELS + lane * RUN;
-        Part& part = x[i / 2][i % 2];
-        part = load_part(a.x + at);
-        if (!a.rounded) continue;
-#pragma unroll
-        for (int j = 0; j < RUNS; ++j) part.run[j].store(a.rounded + at + j * STRIP);
+    for (int i = 0; i < 2 * RUNS; ++i) {
+        Raw raw = {};
+        load(raw, row + i % 2 * 8, i / 2);
+        x[i % 2][i / 2] = rounded(raw, row + i % 2 * 8, i / 2);
     }
 #pragma unroll 1
-    for (int column = 0; column < WIDTH; column += STRIP) {
-        const int own = column + lane * RUN;
-        Vector<VALUE, RUN> bias = {};
-        if (a.bias && own < WIDTH) bias = Vector<VALUE, RUN>::load(a.bias + own);
-        float sums[TILES][RUN / 2][4];
+    for (; first < a.rows; first += stride, row += stride) {
 #pragma unroll
-        for (int j = 0; j < RUN / 2; ++j) {
-            // Which weight makes the result that the fragment's layout gives to whom.
-            const int result = min(column + quad / 2 * RUN + 2 * j + quad % 2, WIDTH - 1);
-            const Part weight = load_part(a.weight + result * CHANNELS + lane * RUN);
+        for (int strip = 0; strip < STRIPS; ++strip) {
+            Raw raw[2][AT_ONCE] = {};
+            const auto read_next = [&] {
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
-                float(&sum)[4] = sums[tile][j];
-                sum[0] = sum[2] = bias[2 * j], sum[1] = sum[3] = bias[2 * j + 1];
-                const Part &upper = x[tile][0], &lower = x[tile][1];
+                for (int i = 0; i < 2 * AT_ONCE; ++i)
+                    if (strip * AT_ONCE + i / 2 < RUNS)
+                        load(raw[i % 2][i / 2], row + stride + i % 2 * 8, strip * AT_ONCE + i / 2);
+            };
+            const int column = strip * COLUMNS + lane * RUN;  // and SPAN further on
+            float sums[COLUMNS / 2];
 #pragma unroll
-                for (int i = 0; i < 2 * STEPS; i += 2) {
-                    const unsigned pairs[] = {upper.pair(i), lower.pair(i), upper.pair(i + 1),
-                                              lower.pair(i + 1)};
-                    Number<VALUE>::mma_m16n8k16(sum, pairs, weight.pair(i), weight.pair(i + 1));
-                }
+            for (int i = 0; i < 2; ++i) {
+                Run bias = {};
+                if (a.bias && column + i * SPAN < WIDTH) bias = Run::load(a.bias + column + i * SPAN);
+#pragma unroll
+                for (int j = 0; j < 2 * RUN; ++j) sums[i * 2 * RUN + j] = bias[j / 4 * 2 + j % 2];
+            }
+            // What is not rounded would be read to where products are made of it: before them.
+            if (!Raw::wide) read_next();
+            ptx::wgmma_fence(sums);
+#pragma unroll
+            for (int k = 0; k < 2 * RUNS; ++k) {
+                const auto &upper = x[0][k / 2], &lower = x[1][k / 2];
+                const int pair = k % 2 * 2;
+                const unsigned pairs[] = {upper.word[pair], lower.word[pair], upper.word[pair + 1],
+                                          lower.word[pair + 1]};
+                const VALUE* b = weights + (k / 4 * LINES + strip * COLUMNS) * LINE + k % 4 * 16;
+                Number<VALUE>::wgmma_m64n64k16(sums, pairs, b);
+            }
+            ptx::wgmma_commit();
+            if (Raw::wide) read_next();
+            ptx::wgmma_wait(sums);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                Run out;
+#pragma unroll
+                for (int j = 0; j < RUN; ++j)
+                    out.set(j, sums[i / 2 * 2 * RUN + j / 2 * 4 + i % 2 * 2 + j % 2]);
+                if (row + i % 2 * 8 < a.rows && column + i / 2 * SPAN < WIDTH)
+                    out.store(a.output + (row + i % 2 * 8) * WIDTH + column + i / 2 * SPAN);
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * AT_ONCE; ++i) {
+                const int run = strip * AT_ONCE + i / 2;
+                if (run < RUNS)
+                    next[i % 2][run] =
+                        rounded(raw[i % 2][i / 2], row + stride + i % 2 * 8, run);
             }
         }
-        if (own >= WIDTH) continue;
 #pragma unroll
-        for (int i = 0; i < 2 * TILES; ++i) {
-            const long long row = first + 8 * i;
-            if (row >= a.rows) continue;
-            Vector<VALUE, RUN> out;
-#pragma unroll
-            for (int j = 0; j < RUN; ++j) out.set(j, sums[i / 2][j / 2][i % 2 * 2 + j % 2]);
-            out.store(a.output + row * WIDTH + own);
-        }
+        for (int i = 0; i < 2 * RUNS; ++i) x[i % 2][i / 2] = next[i % 2][i / 2];
     }
 }
