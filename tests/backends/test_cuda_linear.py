@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from dcnv4.backends import cuda as backend
-from dcnv4.backends.cuda import choice
+from dcnv4.backends.cuda import choice, plans
 from support import emulated, launches
 from support.tiers import one_in
 
@@ -78,6 +78,7 @@ def test_rows_are_multiplied(case: tuple[tuple[int, int, int], bool, torch.dtype
     x, weight, bias = inputs(*size, torch.float32 if single else dtype, dtype)
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(choice, "_TALL", 0), patches.setattr(choice, "_NARROW", 256)
+        patches.setattr(plans, "_gpu", lambda index: choice.GPU(9, 3, 227 << 10))  # three blocks
         for backwards in (False, True):
             with emulated.emulated(backwards), launches.launching("linear"):
                 assert backend.multiplies(x, weight.shape[0], dtype)

@@ -32,6 +32,7 @@ _PLANS = (
 )
 _LINEAR = "tests/backends/test_cuda_linear.py"
 _NORM = "tests/backends/test_cuda_norm.py"
+_SLICES = "tests/backends/test_gradients_as_slices.py"
 _MORE = "--exhaustive -m exhaustive"
 
 # Of a pattern of files, stages: arguments of pytest, after settings of the environment. A stage
@@ -48,11 +49,12 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_MORE} {_EMULATED} -k 'sort or encoders or random'",
     ),
     "*/sums/*": (
+        f"{_SLICES} -k 'channels or buffer'",
         f"{_EMULATED} -k deterministic",
         f"{_EMULATED} {_POSITIONS}",
         f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
-    "*/linear/*": (_LINEAR,),
+    "*/linear/*": (_LINEAR, f"{_EMULATED} -k beyond"),
     "*/norm/*": (_NORM, f"{_EMULATED} -k beyond"),
     "*/direct/*": (
         f"{_EMULATED} {_POSITIONS} "
@@ -60,7 +62,10 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_MORE} {_EMULATED} -k 'oracle or direct or random or deterministic'",
     ),
     "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
-    "*/cuda/*.py": (_PLANS, _NORM, _LINEAR, f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    "*/cuda/*.py": (
+        *(_PLANS, _NORM, _LINEAR, _SLICES),
+        *(f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
+    ),
     "*/include/*": (
         f"{_OPERATORS} -k cpu-cpu",
         f"{_EMULATED} {_POSITIONS}",

@@ -668,8 +668,8 @@ def multiplies(
 
 
 def _weight_bytes(channels: int, width: int) -> int:
-    """Of a weight in shared memory, in whole blocks of halves."""
-    return 2 * _SQUARE**2 * -(-channels // _SQUARE) * -(-width // _SQUARE)
+    """Of a weight and a bias in shared memory, in whole blocks of halves."""
+    return 2 * _SQUARE * (_SQUARE * -(-channels // _SQUARE) + 1) * -(-width // _SQUARE)
 
 
 def linear(

@@ -169,7 +169,7 @@ def _check(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def kernel(name: str, macros: Macros, index: int, shared: int) -> Kernel:
+def kernel(name: str, macros: Macros, index: int, shared: int = 0) -> Kernel:
     """The kernel `name` for GPU `index`, whose launches get so many bytes of shared memory."""
     with _lock:
         return _kernel(name, macros, index, shared)

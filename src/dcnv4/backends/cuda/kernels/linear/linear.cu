@@ -3,8 +3,8 @@
 //
 // Work: blocks hold the weight in shared memory and stride over the rows, 64 for each of their
 // warpgroups, so 16 for a warp. A lane of a quad has 8 neighbours of every 32 channels, of two rows,
-// since a sum's terms may come in any order, and 8 neighbours of every 32 results. While the tensor
-// cores make some results, it reads some channels of its next rows.
+// since a sum's terms may come in any order, and 8 neighbours of every 32 results. Some channels of
+// its next rows are on their way while the tensor cores make some results.
 // Limit: device memory.
 #include <common/numbers.cuh>
 
@@ -17,6 +17,7 @@ constexpr int EVENLY = (RUNS + STRIPS - 1) / STRIPS;
 constexpr int AT_ONCE = EVENLY > 2 ? EVENLY : RUNS < 2 ? RUNS : 2;  // runs that are on their way
 // The weight lies in blocks of 64 channels, a line for each result.
 constexpr int LINE = 64, LINES = STRIPS * COLUMNS;
+constexpr int BIASES = (CHANNELS + LINE - 1) / LINE * LINES * LINE;  // where they begin
 
 using Run = Vector<VALUE, RUN>;
 
@@ -42,35 +43,45 @@ struct Raw {
     }
 };
 
+// Of 8 halves in shared memory.
+DCNV4_DEVICE Run load_shared(const VALUE* at) {
+    const uint4 w = *(const uint4*)at;
+    return {{w.x, w.y, w.z, w.w}};
+}
+
 // The weight, to shared memory, as the instruction wants it: in each line the halves of 32 channels
 // that belong to the same step lie together, and lines in the order that gives lanes neighbours.
-DCNV4_DEVICE void stage(VALUE* to, const VALUE* weight) {
+// Behind it the bias, or zeros.
+DCNV4_DEVICE void stage(VALUE* to, const VALUE* weight, const VALUE* bias) {
     const int lane = threadIdx.x % 4, low = threadIdx.x / 4 % 8;
 #pragma unroll 8
     for (int i = threadIdx.x / 32; i < LINES / 8 * RUNS; i += MAX_THREADS / 32) {
         const int line = i / RUNS * 8 + low, run = i % RUNS;
-        const int result =
-            line / SPAN * SPAN + low / 2 * RUN + line % SPAN / 8 * 2 + low % 2;
+        const int result = line / SPAN * SPAN + low / 2 * RUN + line % SPAN / 8 * 2 + low % 2;
         if (result >= WIDTH) continue;
         const Run held = Run::load(weight + result * CHANNELS + run * SPAN + lane * RUN);
         unsigned* words = (unsigned*)(to + (run / 2 * LINES + line) * LINE);
 #pragma unroll
         for (int w = 0; w < 4; ++w) words[(run % 2 * 4 + w ^ low) * 4 + lane] = held.word[w];
     }
+    for (int i = threadIdx.x * RUN; i < WIDTH; i += MAX_THREADS * RUN)
+        (bias ? Run::load(bias + i) : Run{}).store(to + BIASES + i);
     ptx::fence_proxy_async();
     __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
     const auto weights = (VALUE*)ptx::dynamic_shared();
-    stage(weights, a.weight);
+    stage(weights, a.weight, a.bias);
     const int lane = threadIdx.x % 4, quad = threadIdx.x % 32 / 4;
     const long long stride = gridDim.x * (MAX_THREADS / 128LL) * ROWS;
     long long first = (blockIdx.x * (MAX_THREADS / 128LL) + threadIdx.x / 128) * ROWS;
     // The first of the lane's two, 8 apart.
     long long row = first + threadIdx.x % 128 / 32 * 16 + quad;
-    const auto load = [&](Raw& raw, long long row, int run) {
+    const auto load = [&](long long row, int run) {
+        Raw raw = {};
         if (row < a.rows) raw.load(a.x + row * CHANNELS + run * SPAN + lane * RUN);
+        return raw;
     };
     const auto rounded = [&](const Raw& raw, long long row, int run) {
         const Run out = raw.rounded();
@@ -81,32 +92,27 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
     Run x[2][RUNS], next[2][RUNS];
 #pragma unroll
     for (int i = 0; i < 2 * RUNS; ++i) {
-        Raw raw = {};
-        load(raw, row + i % 2 * 8, i / 2);
-        x[i % 2][i / 2] = rounded(raw, row + i % 2 * 8, i / 2);
+        const long long own = row + i % 2 * 8;
+        x[i % 2][i / 2] = rounded(load(own, i / 2), own, i / 2);
     }
 #pragma unroll 1
     for (; first < a.rows; first += stride, row += stride) {
 #pragma unroll
         for (int strip = 0; strip < STRIPS; ++strip) {
-            Raw raw[2][AT_ONCE] = {};
-            const auto read_next = [&] {
+            // Before the products: what is not rounded is read to where the next are made of it.
+            Raw raw[2][AT_ONCE];
 #pragma unroll
-                for (int i = 0; i < 2 * AT_ONCE; ++i)
-                    if (strip * AT_ONCE + i / 2 < RUNS)
-                        load(raw[i % 2][i / 2], row + stride + i % 2 * 8, strip * AT_ONCE + i / 2);
-            };
+            for (int i = 0; i < 2 * AT_ONCE; ++i)
+                if (strip * AT_ONCE + i / 2 < RUNS)
+                    raw[i % 2][i / 2] = load(row + stride + i % 2 * 8, strip * AT_ONCE + i / 2);
             const int column = strip * COLUMNS + lane * RUN;  // and SPAN further on
             float sums[COLUMNS / 2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                Run bias = {};
-                if (a.bias && column + i * SPAN < WIDTH) bias = Run::load(a.bias + column + i * SPAN);
+                const Run bias = load_shared(weights + BIASES + column + i * SPAN);
 #pragma unroll
                 for (int j = 0; j < 2 * RUN; ++j) sums[i * 2 * RUN + j] = bias[j / 4 * 2 + j % 2];
             }
-            // What is not rounded would be read to where products are made of it: before them.
-            if (!Raw::wide) read_next();
             ptx::wgmma_fence(sums);
 #pragma unroll
             for (int k = 0; k < 2 * RUNS; ++k) {
@@ -118,7 +124,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
                 Number<VALUE>::wgmma_m64n64k16(sums, pairs, b);
             }
             ptx::wgmma_commit();
-            if (Raw::wide) read_next();
             ptx::wgmma_wait(sums);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -133,8 +138,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
             for (int i = 0; i < 2 * AT_ONCE; ++i) {
                 const int run = strip * AT_ONCE + i / 2;
                 if (run < RUNS)
-                    next[i % 2][run] =
-                        rounded(raw[i % 2][i / 2], row + stride + i % 2 * 8, run);
+                    next[i % 2][run] = rounded(raw[i % 2][i / 2], row + stride + i % 2 * 8, run);
             }
         }
 #pragma unroll
