@@ -27,7 +27,7 @@ CASES = [
     (1000, 64, 40),  # rows that a block goes on to
     (128, 32, 8),  # half a block of channels
     (33, 96, 72),
-    (450, 128, 344),
+    (450, 128, 72),
     (300, 256, 64),  # channels that are read while few results are made
     (1, 256, 384),
 ]

@@ -151,7 +151,6 @@ inline void* dynamic_shared() { return emulated::dynamic; }
 
 inline void fence_proxy_async() { emulated::self().fenced = true; }
 inline void wgmma_fence(float (&)[32]) {}
-inline void wgmma_commit() {}
 inline void wgmma_wait(float (&)[32]) { emulated::meet(EMULATED_PLACE, false); }
 // Its fragments of c and a are those of mma.m16n8k16, side by side.
 template <typename Convert>

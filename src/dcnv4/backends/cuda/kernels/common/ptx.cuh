@@ -240,11 +240,9 @@ DCNV4_DEVICE void wgmma_m64n64k16_bf16(float (&c)[32], const unsigned (&a)[4], c
         : DCNV4_32_FLOATS(c)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(b)));
 }
-// What was begun since the last time is a group.
-DCNV4_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// For all groups.
+// Until they are done.
 DCNV4_DEVICE void wgmma_wait(float (&c)[32]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;"
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
                  : DCNV4_32_FLOATS(c)
                  :
                  : "memory");
