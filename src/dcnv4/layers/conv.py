@@ -43,6 +43,7 @@ from .base import (
 from .projections import (
     Call,
     Formula,
+    Kept,
     Parameters,
     Sums,
     Weights,
@@ -260,7 +261,7 @@ class _ConvFormula(Formula):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
@@ -287,12 +288,12 @@ class _ConvFormula(Formula):
         grad_y: Tensor,
         x: Tensor,
         weights: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         sums: Sums | None,
         needed: bool,
     ) -> tuple[Tensor | None, Weights]:
         call = self.backend, kept.pop(), self.channels, self.window
-        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call, spent=self.spent)
+        (grad,) = compute_backward(ops.DEFORM_CONV_PACKED, grad_y, *call, spent=kept.spent)
         del call, grad_y
         grad = grad.view(-1, grad.shape[3])
         grad_x = multiplied(grad, weights[0], self.wide[0]) if needed else None

@@ -192,6 +192,13 @@ class Part(Protocol):
         """
 
 
+class Kept(list[Tensor]):
+    """What a forward left for the backward; what is taken out of it is freed."""
+
+    spent = False
+    """Whether nobody will read it again, so that its memory may be used."""
+
+
 class Formula:
     """How a layer makes its output of tensors, by hand; `composed` says the same to autograd.
 
@@ -213,8 +220,6 @@ class Formula:
         self.backend = backend
         self.unrounded: dict[int, Tensor] = {}
         """The inputs of products that will cast what they read."""
-        self.spent = False
-        """In a backward, whether nobody will read again what it gets as `kept`."""
         self.weights: Weights | None = None
         """Of the products, where `make_weights` made them."""
         self.ones: dict[int, Tensor] = {}
@@ -231,12 +236,12 @@ class Formula:
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
         """The gradients of the inputs that need one and, where there are `sums` to make them with,
-        those of the weights. What is taken out of `kept` is freed."""
+        those of the weights."""
         raise NotImplementedError
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
@@ -314,7 +319,7 @@ class Formula:
         grad: Tensor,
         inputs: Sequence[Tensor],
         tensors: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients of the inputs and of the parameters; `kept` begins with the weights."""
@@ -373,9 +378,8 @@ def _is_saving_watched() -> bool:
         return True
 
 
-def _is_graph_kept() -> bool:
-    """In a backward, whether it may run once more; as far as PyTorch tells."""
-    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+# In a backward, whether it may run once more; as far as PyTorch tells.
+_is_graph_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Node(torch.autograd.Function):
@@ -393,13 +397,13 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         formula: Formula = ctx.formula
-        count, saved, needed = len(formula.wide), list(ctx.saved_tensors), ctx.needs_input_grad
+        count, saved, needed = len(formula.wide), Kept(ctx.saved_tensors), ctx.needs_input_grad
         # What the backward has done with shall make room, unless the graph is run once more.
         getattr(ctx, "maybe_clear_saved_tensors", bool)()
-        formula.spent = not (ctx.is_watched or _is_graph_kept())
-        inputs, saved = saved[:count], saved[count:]
-        tensors = saved[: len(formula.parameters.tensors)]
-        del saved[: len(tensors)]
+        saved.spent = not (ctx.is_watched or _is_graph_kept())
+        inputs = saved[:count]
+        tensors = saved[count : count + len(formula.parameters.tensors)]
+        del saved[: count + len(tensors)]
         through, needed = needed[1 : 1 + count], needed[1 + count :]
         if torch.is_grad_enabled() or has_interested((grad,), (0,)):
             grads = formula._differentiated(grad, inputs, tensors, needed)

@@ -16,6 +16,7 @@ from ..layers.base import are_unwatched, known
 from ..layers.projections import (
     Call,
     Formula,
+    Kept,
     Sums,
     Weights,
     are_computed_in,
@@ -174,7 +175,7 @@ class _PreNormFormula(Branch):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
@@ -191,7 +192,6 @@ class _PreNormFormula(Branch):
         after = None if sums is None else sums.after(1)
         grad_y = _times(grad, factor)
         grad_normed: Any
-        self.inner.spent = self.spent
         (grad_normed,), made = self.inner.backward(
             grad_y, (normed,), weights[1:], kept, after, (True,)
         )
@@ -241,7 +241,7 @@ class _PostNormFormula(Branch):
         grad: Tensor,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
-        kept: list[Tensor],
+        kept: Kept,
         sums: Sums | None,
         needed: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Weights]:
@@ -258,7 +258,6 @@ class _PostNormFormula(Branch):
         of_scales = _scales_gradients(of_norm, scales) if wanted else [None] * len(scales)
         if not through:
             return (None, *of_scales), []
-        self.inner.spent = self.spent
         (grad_x,), made = self.inner.backward(grad_y, (x,), weights, kept, sums, (needed[0],))
         return (None if grad_x is None else grad_x + grad, *of_scales), made
 
