@@ -52,6 +52,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which not every environment has
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who has run its own tests takes another's: tests take from a millisecond to minutes."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 _LEFT_OUT = pytest.StashKey[int]()
 
 

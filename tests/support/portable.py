@@ -171,7 +171,7 @@ def classifier() -> nn.Module:
     import timm
 
     importlib.import_module("dcnv4.models")
-    return timm.create_model("flash_internimage_t", num_classes=5)
+    return timm.create_model("flash_internimage_t", depths=(1, 1, 2, 1), num_classes=5)
 
 
 def maps(channels: int) -> Callable[[int, int, int], tuple[Tensor, ...]]:
@@ -214,8 +214,8 @@ FUNCTIONS = {
 }
 MODELS = {
     "deformable_detr": Portable(Detector, images, ((2, 96, 128), (1, 96, 128), (3, 96, 128))),
-    # With larger parameters thirty layers in a row make much of the last bit. The last map of the
-    # first size has two pixels each way: a size of 1 would be a constant.
+    # With larger parameters layers in a row make much of the last bit. The last map of the first
+    # size has two pixels each way: a size of 1 would be a constant.
     "flash_internimage_t": Portable(
         classifier, images, ((2, 64, 64), (1, 64, 64), (3, 71, 45)), std=0.02, rows=2
     ),
