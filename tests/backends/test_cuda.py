@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from dcnv4.backends.cuda import choice, compile, plans
 from support import cases, fuzz_cuda, kernel_cases, launches, pairs
 from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
 from support.launches import DIRECT, EVERY, SORTED
+from support.runner import deterministic
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 CALL = backends.Call("deform_conv", torch.device("cuda"), torch.float32)
@@ -80,11 +80,11 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
             plans.fixed_point_scale_plan.__wrapped__((*layout[:3], 2), weights, 1, 9, 0)
         for count in (1, 12):
             plans.zeros_plan.__wrapped__(96, 0)
-            for deterministic in (False, True):
+            for order in (False, True):
                 shape = 2, 3, 5, count
                 for row in (count, count + 4):
                     layout = shape, (15 * row, 5 * row, row, 1), dtype, 0
-                    plans.convert_sums_plan.__wrapped__(2, layout, deterministic, 0, 0)
+                    plans.convert_sums_plan.__wrapped__(2, layout, order, 0, 0)
         if choice.sums_columns(256, dtype):
             layout = (2, 9, 8, 32), (9 * 256, 256, 32, 1), dtype, 0
             plans.convert_sums_plan.__wrapped__(1, layout, False, 256, 0)
@@ -546,15 +546,6 @@ def test_random_calls() -> None:
     fuzz_cuda.fuzz(calls=200, settings=12, seed=1)
 
 
-@contextmanager
-def _deterministic(chosen: bool) -> Iterator[None]:
-    torch.use_deterministic_algorithms(chosen)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def _check(
     case: cases.Case, dtype: torch.dtype, slices: dict[str, int], order: bool, finite: Any = None
 ) -> list[float]:
@@ -562,7 +553,7 @@ def _check(
     where they are deterministic; the share of tiles that each launch of such a kernel computed."""
     names = launches.expected(case, dtype, slices, order)
     with (
-        _deterministic(order),
+        deterministic(order),
         launches.paying_from(slices),
         launches.launching(*names) as launched,
     ):

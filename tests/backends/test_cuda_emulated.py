@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,21 +20,13 @@ from support.emulated import emulated, why_not
 from support.kernel_cases import not_sorted, not_tiled, plain_tiles, sorted_cases, sorted_conv_cases
 from support.launches import DIRECT, EVERY, SORTED
 from support.processes import run_module
+from support.runner import deterministic
 from support.tiers import one_in
 
 NAMED = [name for name, _ in cases.CASES]
 DTYPES = cases.DTYPES[1:]
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
-
-
-@contextmanager
-def deterministic(chosen: bool = True) -> Iterator[None]:
-    torch.use_deterministic_algorithms(chosen)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run(

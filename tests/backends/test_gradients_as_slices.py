@@ -18,6 +18,7 @@ from dcnv4.geometry import Reference
 from dcnv4.layers import projections
 from support import cases, emulated, kernel_cases, launches
 from support.launches import DIRECT, EVERY, SORTED
+from support.runner import deterministic
 
 CASES = (
     cases.OffsetsCase("slices", batch=2, queries=3, depth=8, softmax=True, shared=(1,)),
@@ -166,18 +167,15 @@ def test_a_layer_overwrites_what_nobody_reads_again(way: str) -> None:
         if way == "hooks":
             saving = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         profiling: Any = nullcontext() if way != "profiler" else torch.profiler.profile()
-        torch.use_deterministic_algorithms(way == "deterministic")
-        try:
-            with emulated.emulated(), mock.patch.object(cuda, "conv_backward", noted):
-                with torch.autocast("cpu", torch.bfloat16, enabled=way != "float32"), saving:
-                    y = layer(x, (5, 6))
-                with profiling:
-                    grads = torch.autograd.grad(y.sum(), leaves, retain_graph=way == "twice")
-                if way == "twice":
-                    again = torch.autograd.grad(y.sum(), leaves)
-                    assert all(map(torch.equal, grads, again))
-        finally:
-            torch.use_deterministic_algorithms(False)
+        watched = mock.patch.object(cuda, "conv_backward", noted)
+        with emulated.emulated(), watched, deterministic(way == "deterministic"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way != "float32"), saving:
+                y = layer(x, (5, 6))
+            with profiling:
+                grads = torch.autograd.grad(y.sum(), leaves, retain_graph=way == "twice")
+            if way == "twice":
+                again = torch.autograd.grad(y.sum(), leaves)
+                assert all(map(torch.equal, grads, again))
         return list(grads)
 
     found = gradients(way)
@@ -232,11 +230,8 @@ def test_which_channels_are_summed() -> None:
     assert not cuda.sums_channels(torch.empty(1, 2, 8, 24, dtype=half))
     assert not cuda.sums_channels(torch.empty(1, 2, 64, 32, dtype=half))
     assert not cuda.sums_channels(torch.empty(1, 2, 8, 32))
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         assert not cuda.sums_channels(torch.empty(1, 2, 8, 32, dtype=half))
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @one_node

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dcnv4.compat import deform_conv2d, torchvision
 from support import grid_sample, surfaces
+from support.runner import deterministic
 
 
 class Case(NamedTuple):
@@ -227,14 +228,11 @@ def test_half_precision() -> None:
 
 def test_deterministic_algorithms() -> None:
     leaves, settings = make(CASES[1], dtype=torch.float32)
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = []
+    runs = []
+    with deterministic():
         for _ in range(2):
             output = deform_conv2d(**leaves, **settings)
             runs.append(torch.autograd.grad(output.square().sum(), list(leaves.values())))
-    finally:
-        torch.use_deterministic_algorithms(False)
     for name, *pair in zip(leaves, *runs, strict=True):
         torch.testing.assert_close(*pair, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 

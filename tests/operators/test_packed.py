@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcnv4 import functional
 from support import cases
-from support.runner import Runner
+from support.runner import Runner, deterministic
 
 CHANNELS, GROUPS = 16, 2
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -67,13 +67,10 @@ def test_deterministic_gradients(backend: Runner) -> None:
     if backend.backend == "triton":
         pytest.skip("triton has no deterministic gradients")
     backend.require("deform_conv", torch.float32)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         inputs = [packed().to(backend.device, torch.float32).requires_grad_() for _ in range(2)]
         for call, tensor in zip((together, apart), inputs, strict=True):
             call(tensor, backend=backend.backend).square().sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,16 @@ from support import cases, launches
 
 # Multiplications beyond which an interpreted kernel would take seconds for one case.
 INTERPRETED_WORK = 4_000
+
+
+@contextmanager
+def deterministic(chosen: bool = True) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, if they are chosen; any algorithms after it."""
+    torch.use_deterministic_algorithms(chosen)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Runner:
