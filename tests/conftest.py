@@ -54,7 +54,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which not every environment has
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Who has run its own tests takes another's: tests take from a millisecond to minutes."""
+    """Who has run its own tests takes another's: tests take from a millisecond to minutes. Unless
+    another `--dist` is asked for."""
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)

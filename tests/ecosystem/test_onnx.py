@@ -102,7 +102,8 @@ def test_deform_conv(tmp_path: Path) -> None:
     assert count(model, "DeformConv") == len(calls)
 
 
-SOFTMAX, ODD = "remove_center_even softmax_padded stride_pair", "odd_scale not_finite"
+SOFTMAX = "remove_center_even softmax_padded stride_pair"
+ODD = "odd_scale not_finite double_coordinates"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,9 @@ SOFTMAX, ODD = "remove_center_even softmax_padded stride_pair", "odd_scale not_f
         (torch.float16, SOFTMAX),
         pytest.param(torch.float64, SOFTMAX, marks=pytest.mark.exhaustive),
         pytest.param(torch.float16, ODD, marks=pytest.mark.exhaustive),
-        pytest.param(torch.float32, f"{ODD} double_coordinates", marks=pytest.mark.exhaustive),
+        pytest.param(torch.float32, ODD, marks=pytest.mark.exhaustive),
     ],
+    ids=str,
 )
 def test_deform_conv_by_gather(tmp_path: Path, dtype: torch.dtype, names: str) -> None:
     """Not with a scale in float64: PyTorch's exporter writes a factor in float32, whatever it is

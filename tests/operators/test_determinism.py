@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcnv4 import DCNv4, FlashDeformAttn, backends, functional
-from support.runner import Runner
+from support.runner import Runner, deterministic
 
 RUNS = 4
 OPERATORS = ("deform_conv", "ms_deform_attn", "ms_deform_attn_from_offsets")
@@ -21,12 +21,11 @@ DTYPES = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # PyTorch asks for this before it multiplies matrices on a GPU in this mode.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with deterministic():
+        yield
 
 
 def inputs(op: str, dtype: torch.dtype, runner: Runner) -> tuple[Tensor, ...]:
