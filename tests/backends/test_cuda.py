@@ -99,6 +99,8 @@ def _plan_all(monkeypatch: pytest.MonkeyPatch) -> None:
             *((96, 72, torch.float32), (256, 64, torch.float32), (256, 384, torch.float32)),
         ):
             plans.linear_plan.__wrapped__(1 << 20, channels, width, given, dtype, 0)
+        for channels in (64, 128, 256):
+            plans.mlp_plan.__wrapped__(1 << 20, channels, 4 * channels, dtype, 1e-6, 0)
 
 
 def _plan(case: cases.Case, dtype: torch.dtype, batch: int, deterministic: bool = False) -> None:
@@ -142,7 +144,7 @@ def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:
 
 def _architectures(name: str) -> list[str]:
     """Those that kernel `name` runs on."""
-    if name == "linear":
+    if name in ("linear", "mlp"):
         return [compile.architecture(name, 9, 0)]
     return list(ARCHITECTURES["tile" in name or "sorted" in name :])
 

@@ -31,6 +31,7 @@ _PLANS = (
     "-k 'launch_shape or threads_move or block_size or strip or what_they_can or what_it_can'"
 )
 _LINEAR = "tests/backends/test_cuda_linear.py"
+_MLP = "tests/backends/test_cuda_mlp.py"
 _NORM = "tests/backends/test_cuda_norm.py"
 _SLICES = "tests/backends/test_gradients_as_slices.py"
 _MORE = "--exhaustive -m exhaustive"
@@ -55,6 +56,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
         f"{_MORE} {_EMULATED} -k 'deterministic or oracle'",
     ),
     "*/linear/*": (_LINEAR, f"{_EMULATED} -k beyond"),
+    "*/mlp/*": (_MLP, f"{_EMULATED} -k beyond"),
     "*/norm/*": (_NORM, f"{_EMULATED} -k beyond"),
     "*/direct/*": (
         f"{_EMULATED} {_POSITIONS} "
@@ -63,7 +65,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     ),
     "*/cuda/kernels/*": (f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
     "*/cuda/*.py": (
-        *(_PLANS, _NORM, _LINEAR, _SLICES),
+        *(_PLANS, _NORM, _LINEAR, _MLP, _SLICES),
         *(f"{_EMULATED} {_POSITIONS}", f"{_MORE} {_EMULATED}"),
     ),
     "*/include/*": (

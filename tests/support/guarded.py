@@ -59,10 +59,21 @@ def multiply() -> None:
         print(*launched.names, flush=True)
 
 
+def branch() -> None:
+    """The residual branch of an MLP, on such tensors."""
+    shapes = (70, 64), (64,), (64,), (64, 64), (64,), (64, 64), (64,)
+    x, *weights = (guarded(torch.randn(shape).half()) for shape in shapes)
+    with mock.patch.dict(choice._MLP_ROWS, {64: 0}), emulated() as cuda:
+        with launches.recorded() as launched:
+            cuda.mlp(x, 1e-6, weights[:2], weights[2:4], weights[4:])
+        print(*launched.names, flush=True)
+
+
 def main() -> int:
     """Forward and backward of every technique, on such tensors."""
     normalize()
     multiply()
+    branch()
     for pays_from, chosen in (
         (launches.DIRECT, [case for _, case in cases.CASES[::5]]),
         (launches.SORTED, sorted_conv_cases()[::4]),

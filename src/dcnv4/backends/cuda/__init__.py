@@ -227,6 +227,35 @@ def _linear_plan(x: Tensor, width: int, dtype: torch.dtype) -> plans.Plan | None
     return plans.linear_plan(rows, channels, width, x.dtype, dtype, x.get_device())
 
 
+def fuses_mlp(x: Tensor, hidden: int) -> bool:
+    """Whether `mlp` takes rows x [..., C] and so many channels between, and does so sooner than
+    what it does would be done apart."""
+    if x.numel() == 0 or not x.is_contiguous() or x.data_ptr() & 15:
+        return False
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    return choice.fuses_mlp(rows, channels, hidden, x.dtype, plans._gpu(x.get_device()))
+
+
+def may_fuse_mlp(channels: int, hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """The same of any rows that are contiguous, at an address that 16 divides."""
+    gpu = plans._gpu(device.index or 0)
+    return choice.fuses_mlp(1 << 30, channels, hidden, dtype, gpu)
+
+
+def mlp(
+    x: Tensor, eps: float, norm: Sequence[Any], first: Sequence[Any], second: Sequence[Any]
+) -> Tensor:
+    """x + fc2(gelu(fc1(norm(x)))) of rows [..., C] that `fuses_mlp` takes, from weight and bias of
+    each, in their dtype; fc2 may have no bias."""
+    rows, hidden = x.numel() // x.shape[-1], first[0].shape[0]
+    plan = plans.mlp_plan(rows, x.shape[-1], hidden, x.dtype, eps, x.get_device())
+    names = (f"{layer}_{of}" for layer in ("norm", "fc1", "fc2") for of in ("weight", "bias"))
+    tensors = (t if t is None else _vectors(t) for t in (*norm, *first, *second))
+    output = torch.empty_like(x)
+    plan.start(x=x, output=output, **dict(zip(names, tensors, strict=True)))
+    return output
+
+
 def normalizes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether `norm_forward` takes these."""
     if x.numel() == 0 or not choice.normalizes(x.shape[-1], x.dtype):

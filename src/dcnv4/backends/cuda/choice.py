@@ -43,6 +43,10 @@ _TALL = 2
 _WARPGROUP = 128
 _SQUARE = 64
 """Rows of a warpgroup of `linear`, results of an instruction, channels of a block of the weight."""
+_MLP = {64: (256, 2), 128: (384, 1), 256: (256, 1)}
+"""Channels of an MLP that `mlp` makes as a whole: threads of a block, and blocks of an SM."""
+_MLP_ROWS = {64: 1 << 10, 128: 7 << 10, 256: 17 << 9}
+"""From how many rows on it does."""
 _CONVERTED = 4
 """Numbers that a thread of `convert_sums` reads at once, at most."""
 _LINE = 128  # bytes of L1
@@ -688,6 +692,29 @@ def linear(
     }
     blocks = min(-(-rows // (warpgroups * _SQUARE)), gpu.sms)
     return Kernel("linear", macros, blocks, threads, shared=_weight_bytes(channels, width))
+
+
+def fuses_mlp(rows: int, channels: int, hidden: int, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether `mlp` takes so many rows, and does so sooner than norm, products and GELU apart."""
+    if dtype not in _HALVES or gpu.major != 9 or channels not in _MLP or hidden % _SQUARE:
+        return False
+    if rows < _MLP_ROWS[channels] or hidden == 0:
+        return False
+    return _mlp_bytes(channels, hidden, _MLP[channels][0]) <= gpu.shared
+
+
+def _mlp_bytes(channels: int, hidden: int, threads: int) -> int:
+    """Of normalised rows, of two chunks of both weights and of biases in shared memory."""
+    return 2 * _SQUARE * channels * (threads // _WARPGROUP + 4) + 4 * hidden
+
+
+def mlp(rows: int, channels: int, hidden: int, dtype: torch.dtype, gpu: GPU) -> Kernel:
+    """What makes the residual branch of an MLP that it `fuses_mlp`."""
+    threads, on_an_sm = _MLP[channels]
+    macros: Macros = {"VALUE": TYPES[dtype], "CHANNELS": channels, "HIDDEN": hidden}
+    macros |= {"LANES": channels // 8, "MAX_THREADS": threads, "OCCUPANCY": on_an_sm}
+    blocks = min(-(-rows // (threads // _WARPGROUP * _SQUARE)), gpu.sms * on_an_sm)
+    return Kernel("mlp", macros, blocks, threads, shared=_mlp_bytes(channels, hidden, threads))
 
 
 def normalizes(channels: int, dtype: torch.dtype) -> bool:

@@ -27,10 +27,10 @@ KERNELS = (
     *("conv_backward", "conv_sorted_backward", "conv_tile_backward"),
     *("attn_forward", "attn_backward", "attn_sorted_backward"),
     *("zeros", "fixed_point_scale", "convert_sums"),
-    *("linear", "layer_norm_forward", "layer_norm_backward"),
+    *("linear", "mlp", "layer_norm_forward", "layer_norm_backward"),
 )
 """Every kernel, the name of its source file."""
-_OF_ONE_ARCHITECTURE = frozenset({"linear"})
+_OF_ONE_ARCHITECTURE = frozenset({"linear", "mlp"})
 """Those with instructions that later ones lack."""
 Macros = tuple[tuple[str, str], ...]
 

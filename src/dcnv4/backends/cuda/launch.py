@@ -100,6 +100,18 @@ ARGUMENTS = {
     VALUE* output;        // [rows, WIDTH]
     long long rows;
 """,
+    "mlp": """
+    const VALUE* x;              // [rows, CHANNELS]
+    const VALUE* norm_weight;    // [CHANNELS]
+    const VALUE* norm_bias;      // [CHANNELS]
+    const VALUE* fc1_weight;     // [HIDDEN, CHANNELS]
+    const VALUE* fc1_bias;       // [HIDDEN]
+    const VALUE* fc2_weight;     // [CHANNELS, HIDDEN]
+    const VALUE* fc2_bias;       // [CHANNELS], or nothing
+    VALUE* output;               // [rows, CHANNELS]
+    long long rows;
+    float eps;
+""",
     "layer_norm_forward": """
     const VALUE* x;         // [rows, CHANNELS]
     const WEIGHTS* weight;  // [CHANNELS]

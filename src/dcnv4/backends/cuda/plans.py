@@ -201,6 +201,15 @@ def linear_plan(
 
 
 @lru_cache(_PLANS)
+def mlp_plan(
+    rows: int, channels: int, hidden: int, dtype: torch.dtype, eps: float, device: int
+) -> Plan:
+    """What makes the residual branch of an MLP."""
+    kernel = choice.mlp(rows, channels, hidden, dtype, _gpu(device))
+    return Plan(_starter((kernel,), {"rows": rows, "eps": eps}, device))
+
+
+@lru_cache(_PLANS)
 def layer_norm_plan(
     direction: str,
     rows: int,

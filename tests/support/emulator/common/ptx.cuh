@@ -46,6 +46,7 @@ inline unsigned cvt_f16x2_f32(float lower, float upper) {
 inline unsigned cvt_bf16x2_f32(float lower, float upper) {
     return cvt_bf16_f32(lower) | unsigned(cvt_bf16_f32(upper)) << 16;
 }
+inline float ex2(float x) { return std::exp2(x); }
 inline unsigned hat_f16x2(unsigned center, unsigned x) {
     return each_half([=](int shift) {
         const float from = cvt_f32_f16(
@@ -151,30 +152,47 @@ inline void* dynamic_shared() { return emulated::dynamic; }
 
 inline void fence_proxy_async() { emulated::self().fenced = true; }
 inline void wgmma_fence(float (&)[32]) {}
-inline void wgmma_wait(float (&)[32]) { emulated::meet(EMULATED_PLACE, false); }
-// Its fragments of c and a are those of mma.m16n8k16, side by side.
-template <typename Convert>
-void wgmma(const void* place, float (&c)[32], const unsigned (&a)[4], const void* b, Convert convert) {
-    const emulated::Exchange<Fragments> all(place, {{a[0], a[1], a[2], a[3]}, {}});
+inline void wgmma_commit() {}
+inline void wgmma_wait() { emulated::meet(EMULATED_PLACE, false); }
+inline void wgmma_hold(float (&)[32]) {}
+// A half of a matrix whose lines of 128 bytes are in shared memory.
+inline unsigned in_line(const void* matrix, int line, int k) {
+    size_t at = (size_t)matrix + line * 128 + k * 2;
+    at ^= (at >> 7 & 7) << 4;
+    return *(const unsigned short*)at;
+}
+// Its fragments of c and a are those of mma.m16n8k16, side by side; `left(row, k)` of 16 rows.
+template <typename Left, typename Convert>
+void wgmma(float (&c)[32], const Left& left, const void* b, Convert convert) {
     if (!emulated::self().fenced) emulated::fail("what it multiplies with may not be there");
     ++emulated::self().products;
     const int lane = emulated::current & 31;
     for (int i = 0; i < 32; ++i) {
         const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < 16; ++k) {
-            size_t at = (size_t)b + column * 128 + k * 2;
-            at ^= (at >> 7 & 7) << 4;
-            const unsigned left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-            sum += convert(left >> k % 2 * 16) * convert(*(const unsigned short*)at);
-        }
+        for (int k = 0; k < 16; ++k) sum += convert(left(row, k)) * convert(in_line(b, column, k));
         c[i] += sum;
     }
 }
-inline void wgmma_m64n64k16_f16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+template <typename Convert>
+void wgmma(const void* place, float (&c)[32], const unsigned (&a)[4], const void* b, Convert convert) {
+    const emulated::Exchange<Fragments> all(place, {{a[0], a[1], a[2], a[3]}, {}});
+    const auto left = [&](int row, int k) {
+        return all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2] >> k % 2 * 16;
+    };
+    wgmma(c, left, b, convert);
+}
+template <typename Convert>
+void wgmma(const void*, float (&c)[32], const void* a, const void* b, Convert convert) {
+    const int warp = emulated::current / 32 % 4 * 16;
+    wgmma(c, [&](int row, int k) { return in_line(a, warp + row, k); }, b, convert);
+}
+template <typename A>
+void wgmma_m64n64k16_f16(float (&c)[32], const A& a, const void* b) {
     wgmma(EMULATED_PLACE, c, a, b, cvt_f32_f16);
 }
-inline void wgmma_m64n64k16_bf16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+template <typename A>
+void wgmma_m64n64k16_bf16(float (&c)[32], const A& a, const void* b) {
     wgmma(EMULATED_PLACE, c, a, b, cvt_f32_bf16);
 }
 

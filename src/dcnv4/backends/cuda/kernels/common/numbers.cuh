@@ -52,7 +52,8 @@ struct Number<float16> {
                                           unsigned b1) {
         ptx::mma_m16n8k16_f16(c, a, b0, b1);
     }
-    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    template <typename A>
+    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const A& a, const void* b) {
         ptx::wgmma_m64n64k16_f16(c, a, b);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) { return pair; }
@@ -61,6 +62,9 @@ struct Number<float16> {
         return ptx::cvt_f32_f16((unsigned short)(words[i / 2] >> i % 2 * 16));
     }
     static DCNV4_DEVICE unsigned short round(float number) { return ptx::cvt_f16_f32(number); }
+    static DCNV4_DEVICE unsigned round(float lower, float upper) {
+        return ptx::cvt_f16x2_f32(lower, upper);
+    }
     static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) { return ptx::mul_f16x2(a, b); }
     static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {
         return ptx::fma_f16x2(a, b, c);
@@ -80,7 +84,8 @@ struct Number<bfloat16> {
                                           unsigned b1) {
         ptx::mma_m16n8k16_bf16(c, a, b0, b1);
     }
-    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const unsigned (&a)[4], const void* b) {
+    template <typename A>
+    static DCNV4_DEVICE void wgmma_m64n64k16(float (&c)[32], const A& a, const void* b) {
         ptx::wgmma_m64n64k16_bf16(c, a, b);
     }
     static DCNV4_DEVICE unsigned as_f16(unsigned pair) {
@@ -101,6 +106,9 @@ struct Number<bfloat16> {
         if (number != number) return 0x7fff;
         return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
 #endif
+    }
+    static DCNV4_DEVICE unsigned round(float lower, float upper) {
+        return ptx::cvt_bf16x2_f32(lower, upper);
     }
     static DCNV4_DEVICE unsigned mul(unsigned a, unsigned b) { return fma(a, b, 0x80008000u); }
     static DCNV4_DEVICE unsigned fma(unsigned a, unsigned b, unsigned c) {

@@ -54,6 +54,12 @@ DCNV4_DEVICE unsigned cvt_f16x2_f32(float lower, float upper) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
     return pair;
 }
+// 2 to the power of x.
+DCNV4_DEVICE float ex2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
 // max(0, 1 - |center - x|), of two halves.
 DCNV4_DEVICE unsigned hat_f16x2(unsigned center, unsigned x) {
     unsigned hat;
@@ -240,12 +246,32 @@ DCNV4_DEVICE void wgmma_m64n64k16_bf16(float (&c)[32], const unsigned (&a)[4], c
         : DCNV4_32_FLOATS(c)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(b)));
 }
-// Until they are done.
-DCNV4_DEVICE void wgmma_wait(float (&c)[32]) {
-    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
-                 : DCNV4_32_FLOATS(c)
-                 :
-                 : "memory");
+// The same, of [64, 16] in lines in shared memory, too.
+DCNV4_DEVICE void wgmma_m64n64k16_f16(float (&c)[32], const void* a, const void* b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"
+        : DCNV4_32_FLOATS(c)
+        : "l"(matrix_descriptor(a)), "l"(matrix_descriptor(b)));
+}
+DCNV4_DEVICE void wgmma_m64n64k16_bf16(float (&c)[32], const void* a, const void* b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"
+        : DCNV4_32_FLOATS(c)
+        : "l"(matrix_descriptor(a)), "l"(matrix_descriptor(b)));
+}
+// So far, they are begun.
+DCNV4_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until all that are begun are done.
+DCNV4_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Behind it, c is read.
+DCNV4_DEVICE void wgmma_hold(float (&c)[32]) {
+    asm volatile("" : DCNV4_32_FLOATS(c) : : "memory");
 }
 
 // BYTES from global to shared memory, or as many zeros, meanwhile: sm_80 on. 16 bypass L1. L2 gets

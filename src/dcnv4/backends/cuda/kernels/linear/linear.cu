@@ -123,7 +123,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) linear(Arguments a) {
                 const VALUE* b = weights + (k / 4 * LINES + strip * COLUMNS) * LINE + k % 4 * 16;
                 Number<VALUE>::wgmma_m64n64k16(sums, pairs, b);
             }
-            ptx::wgmma_wait(sums);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait();
+            ptx::wgmma_hold(sums);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 Run out;

@@ -70,7 +70,7 @@ DCNV4_DEVICE float normalize(Part& x, float eps) {
         x.number[i][j] -= mean;
         squares += x.number[i][j] * x.number[i][j];
     });
-    const float scale = 1 / sqrtf(sum_of_row(squares) / CHANNELS + eps);
+    const float scale = rsqrtf(sum_of_row(squares) / CHANNELS + eps);
     for_each([&](int i, int j, int) { x.number[i][j] *= scale; });
     return scale;
 }
