@@ -548,13 +548,33 @@ def composite(arguments: str) -> Callable[[_Function], _Function]:
     are; `arguments` are its schema's."""
 
     def register(function: _Function) -> _Function:
-        name = function.__name__
-        _library.define(f"{name}({arguments}) -> Tensor")
-        for key in ("CompositeImplicitAutograd", "Tracer"):  # the latter: of `torch.jit.trace`
-            _library.impl(name, function, key)
-        operator = getattr(torch.ops.dcnv4, name).default
-        # Its name, module and the rest stay PyTorch's.
-        update_wrapper(operator, function, ("__doc__",), ())
-        return cast(_Function, operator)
+        # The latter: of `torch.jit.trace`.
+        return _registered(function, arguments, CompositeImplicitAutograd=function, Tracer=function)
 
     return register
+
+
+def opaque(arguments: str) -> Callable[[_Function], _Function]:
+    """Make a function, whose output is like its first argument, an operator that compilers do not
+    look into, and that nobody differentiates."""
+
+    def register(function: _Function) -> _Function:
+        def empty(like: Tensor, *_: Any) -> Tensor:
+            return torch.empty_like(like)
+
+        return _registered(function, arguments, CompositeExplicitAutograd=function, Meta=empty)
+
+    return register
+
+
+def _registered(
+    function: _Function, arguments: str, **implementations: Callable[..., Tensor]
+) -> _Function:
+    name = function.__name__
+    _library.define(f"{name}({arguments}) -> Tensor")
+    for key, implementation in implementations.items():
+        _library.impl(name, implementation, key)
+    operator = getattr(torch.ops.dcnv4, name).default
+    # Its name, module and the rest stay PyTorch's.
+    update_wrapper(operator, function, ("__doc__",), ())
+    return cast(_Function, operator)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dcnv4.backends.cuda import choice
 from dcnv4.layers import projections
 from dcnv4.layers.projections import Formula
 from support import emulated, launches
 from support.autograd import nodes
 
 try:
-    import timm  # noqa: F401
+    import timm
 
-    from dcnv4.models import InternImage, branch
+    from dcnv4.models import InternImage, branch, mlp
     from dcnv4.models.mlp import Mlp
     from dcnv4.models.norm import LayerNorm
 except (ImportError, RuntimeError) as error:  # the latter: torchvision of another PyTorch
@@ -166,7 +168,10 @@ def test_a_compiled_branch_has_its_norm_in_a_product(
     found = gradients(compiled, x)
     with torch.no_grad():
         compiled(x)
-    norms = [[n.args[2] for n in graph.nodes if "layer_norm" in str(n.target)] for graph in graphs]
+    nodes = [[n for n in graph.nodes if "layer_norm" in str(n.target)] for graph in graphs]
+    norms = [[node.args[2] for node in of_one] for of_one in nodes]
+    # [B, H·W, C]: the tracer's maps of four dimensions are TorchInductor's to lay out.
+    assert {node.args[0].meta["example_value"].dim() for of_one in nodes for node in of_one} == {3}
     assert [[weight is None for weight in of_one] for of_one in norms] == [
         [not kept, True],
         [False, False],
@@ -425,18 +430,21 @@ def test_a_level_of_frozen_and_different_blocks() -> None:
 def test_a_compiled_level_stacks_what_it_computes_with(
     settings: dict[str, Any], count: int
 ) -> None:
-    """The weights of a branch that a norm is multiplied into, four blocks at once."""
+    """The weights of a branch that a norm is multiplied into, four blocks at once. Without
+    gradients, what is multiplied together is joined so."""
     made, x = level(6, **settings), random(2, 3, 4, 16).requires_grad_()
-    stacks = []
+    stacks, joined = [], []
 
     def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        stacks.append([len(n.args[0]) for n in graph.graph.nodes if n.target is torch.stack])
+        for target, found in ((torch.stack, stacks), (torch.cat, joined)):
+            found.append([len(n.args[0]) for n in graph.graph.nodes if n.target is target])
         return graph.forward
 
     found = gradients(torch.compile(made, backend=record, fullgraph=True), x)
     with torch.no_grad():
         torch.compile(made, backend=record, fullgraph=True)(x)
     assert stacks == [[4] * count + [2] * count, []]
+    assert joined[1] == ([] if "dw_kernel_size" in settings else [8, 8, 4, 4])
     watch(made.blocks[0])
     same({name.removeprefix("_orig_mod."): t for name, t in found.items()}, gradients(made, x))
 
@@ -477,7 +485,7 @@ def test_submodules_of_the_mlp_can_be_watched_and_replaced() -> None:
     torch.testing.assert_close(mlp(x), expected.tanh())
 
 
-# Norms.
+# Norms, and what is one kernel.
 
 emulator = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"the emulator {emulated.why_not()}"
@@ -523,6 +531,77 @@ def test_norms_of_a_block_are_the_cuda_backends(
         assert found[name].dtype == (dtype if name in "xy" else torch.float32), name
         error = (found[name].double() - right).norm() / right.norm()
         assert error <= (1e-5 if dtype == torch.float32 else 0.1), f"{name}: {error:.1e}"
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Tensor]:
+    """A block and a map in half precision, of channels that the kernel of an MLP takes."""
+    monkeypatch.setattr(choice, "_MLP_ROWS", dict.fromkeys(choice._MLP, 0))
+    torch.manual_seed(0)
+    made = counting(InternImage(channels=64, depths=(1, 1, 1, 1)).levels[0].blocks[0])
+    return made.half().requires_grad_(False), torch.randn(2, 5, 7, 64).half()
+
+
+@emulator
+def test_an_mlp_that_nothing_is_to_be_known_of_is_one_kernel(
+    wide: tuple[nn.Module, Tensor], launched: launches.Launches
+) -> None:
+    made, x = wide
+    exact = made.double()(x.double())
+    y = made.half()(x)
+    assert launched.names[-1] == "mlp"
+    assert norms(launched) == ["forward"]
+    same({"y": y.double()}, {"y": exact}, rtol=4e-3, atol=4e-3 * float(exact.std()))
+    rows = x.transpose(1, 2)  # not contiguous
+    made(rows)
+    assert "mlp" not in launched.names
+    for name, value in (
+        ("drop_path", timm.layers.DropPath(0.4)),
+        ("gamma2", nn.Parameter(torch.ones(64).half(), requires_grad=False)),
+        ("post_norm", True),
+    ):
+        launched.variants.clear()
+        before = getattr(made, name)
+        setattr(made, name, value)
+        made(x)
+        setattr(made, name, before)
+        assert "mlp" not in launched.names, name
+        made.eval()(x) if name == "drop_path" else made(x)
+        assert launched.names.count("mlp") == 1, name
+    launched.variants.clear()
+    gradients(made.requires_grad_(), x.requires_grad_())
+    assert "mlp" not in launched.names
+
+
+def test_a_compiled_mlp_is_one_operator(
+    wide: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a kernel may take it, without gradients; what it does not take is computed."""
+    (made, x), graphs = wide, []
+    monkeypatch.undo()  # as above
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    for may, grad in ((False, False), (True, False), (True, True)):
+        torch._dynamo.reset()
+        with (
+            mock.patch.object(mlp, "_may_be_fused", lambda *_, may=may: may),
+            torch.set_grad_enabled(grad),
+        ):
+            found = torch.compile(made, backend=record, fullgraph=True)(x)
+        same({"y": found}, {"y": made(x)}, rtol=4e-3, atol=4e-3 * float(found.std()))
+    assert ["dcnv4.mlp_branch" in str(graph) for graph in graphs] == [False, True, False]
+    parts = (*made.norm2[0].parameters(), *made.mlp.fc1.parameters(), made.mlp.fc2.weight, None)
+    rows = x.view(-1, 64)
+    torch.library.opcheck(torch.ops.dcnv4.mlp_branch, (rows, 1e-6, *parts))
+    if emulated.why_not() is None:
+        monkeypatch.setattr(choice, "_MLP_ROWS", dict.fromkeys(choice._MLP, 0))
+        with emulated.emulated(), launches.launching("mlp"):
+            y = torch.ops.dcnv4.mlp_branch(rows, 1e-6, *parts)
+        exact = torch.ops.dcnv4.mlp_branch(rows, 1e-6, *parts)
+        same({"y": y}, {"y": exact}, rtol=4e-3, atol=4e-3 * float(exact.std()))
 
 
 @emulator

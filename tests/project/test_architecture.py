@@ -72,10 +72,14 @@ ARROWS = {
         *("models.branch", "models.mlp", "models.norm"),
     },
     "models.branch": {
-        *("geometry", "tracing", "autocast", "layers.base", "layers.projections", "models.norm"),
+        *("geometry", "tracing", "autocast", "layers.base", "layers.projections"),
+        *("models.norm", "models.mlp"),
     },
     "models.norm": {"backends", "backends.cuda", "autocast", "eager", "tracing", "layers.base"},
-    "models.mlp": {"autocast", "tracing", "layers.base", "layers.projections"},
+    "models.mlp": {
+        *("ops", "backends.cuda", "autocast", "tracing", "layers.base", "layers.projections"),
+        "models.norm",
+    },
     "models.rates": set(),
     "visualize": {"arguments", "layers"},
     "export": {"tracing", "ops"},

@@ -10,7 +10,7 @@ that they are wanted in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -100,6 +100,30 @@ def join(many: Sequence[Parameters], dtype: torch.dtype) -> list[Weights]:
         [(next(left).view(shape), next(behind) if biased else None) for shape, biased in one.shapes]
         for one in many
     ]
+
+
+def packed(many: Sequence[Parameters], dtype: torch.dtype) -> list[Weights]:
+    """The same, of parameters of like shapes, where a compiler sees it: copied is alone what is
+    multiplied together, unless it has to be cast."""
+    if any(one.dtype() is not dtype for one in many):
+        return [join([one], dtype)[0] for one in many]
+    first = many[0]
+    made: list[Weights] = [[] for _ in many]
+    count = len(first.modules)
+    weights = [iter(one.tensors[:count]) for one in many]
+    biases = [iter(one.tensors[count:]) for one in many]
+    for rows, (_, biased) in zip(first.rows, first.shapes, strict=True):
+        left = _next_of_each(weights, len(rows))
+        behind = _next_of_each(biases, len(rows)) if biased else [None] * len(many)
+        for one, weight, bias in zip(made, left, behind, strict=True):
+            one.append((weight, bias))
+    return made
+
+
+def _next_of_each(many: Sequence[Iterator[Tensor]], count: int) -> Sequence[Tensor]:
+    """The next so many of each, one after another in one tensor; all are copied at once."""
+    tensors = [next(one) for one in many for _ in range(count)]
+    return tensors if count == 1 else torch.cat(tensors).chunk(len(many))
 
 
 def called(module: nn.Module, x: Tensor) -> Any:
@@ -244,6 +268,10 @@ class Formula:
         those of the weights."""
         raise NotImplementedError
 
+    def infer(self, inputs: Sequence[Tensor], weights: Weights) -> Tensor:
+        """The output, where no backward will need anything."""
+        return self.forward(inputs, weights)[0]
+
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
         """The output, by operations that autograd knows."""
         raise NotImplementedError
@@ -280,37 +308,32 @@ class Formula:
             inputs: recorded by autograd as made of what was given.
         """
         if is_compiling():
-            weights = self.weights or self.compiled_weights(self.parameters.tensors)
-            return self.forward(inputs, weights)[0]
+            weights = self.weights or self.compiled_weights([self.parameters])[0]
+            if torch.is_grad_enabled():
+                return self.forward(inputs, weights)[0]
+            return self.infer(inputs, weights)
         tensors = (*inputs, *self.parameters.tensors)
         if needs_grad(tensors, range(len(tensors))):
             sources = [None if g is i else g for g, i in zip(given, inputs, strict=True)]
             output: Tensor = _apply(self, *sources, *tensors)
             return output
-        return below(inputs[0].device.type, self._forward, inputs)[0]
+        return below(inputs[0].device.type, self._infer, inputs)
 
-    def is_folding(self) -> bool:
-        """Whether `compiled_weights` computes with the parameters; it then takes stacks of them."""
-        return False
+    def compiled_weights(self, many: Sequence[Parameters]) -> list[Weights]:
+        """The weights where TorchDynamo compiles `forward`, and makes the backward by itself; for
+        each of several formulas' parameters, of like shapes."""
+        if torch.is_grad_enabled():  # gradients of parts would be gathered into those of the whole
+            return [packed([one], self.dtype)[0] for one in many]
+        return packed(many, self.dtype)
 
-    def compiled_weights(self, tensors: Sequence[Tensor]) -> Weights:
-        """The weights where TorchDynamo compiles `forward`, and makes the backward by itself; of
-        tensors like the parameters'."""
-        parameters = self.parameters
-        if parameters.dtype() is not self.dtype:
-            return join([parameters], self.dtype)[0]
-        count = len(parameters.modules)
-        weights, biases = iter(tensors[:count]), iter(tensors[count:])
-        return [
-            (
-                concatenated([next(weights) for _ in rows], 0),
-                concatenated([next(biases) for _ in rows], 0) if biased else None,
-            )
-            for rows, (_, biased) in zip(parameters.rows, parameters.shapes, strict=True)
-        ]
+    def _made_weights(self) -> Weights:
+        return self.weights or join([self.parameters], self.dtype)[0]
+
+    def _infer(self, inputs: Sequence[Tensor]) -> Tensor:
+        return self.infer(inputs, self._made_weights())
 
     def _forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
-        weights = self.weights or join([self.parameters], self.dtype)[0]
+        weights = self._made_weights()
         output, kept = self.forward(inputs, weights)
         return output, [weight for weight, _ in weights], kept
 
@@ -359,11 +382,8 @@ def make_weights(formulas: Sequence[Formula]) -> None:
     first, made = formulas[0], []
     if not is_compiling():
         made = below(parameters[0].tensors[0].device.type, join, parameters, first.dtype)
-    elif first.is_folding() and all(p.shapes == parameters[0].shapes for p in parameters[1:]):
-        tensors = zip(*[one.tensors for one in parameters], strict=True)
-        stacks = first.compiled_weights([torch.stack(alike) for alike in tensors])
-        parts: Any = [[t if t is None else t.unbind() for t in product] for product in stacks]
-        made = [[(w and w[i], b and b[i]) for w, b in parts] for i in range(len(formulas))]
+    elif all(one.shapes == parameters[0].shapes for one in parameters[1:]):
+        made = first.compiled_weights(parameters)
     for formula in formulas:
         formula.ones = first.ones
     for formula, weights in zip(formulas, made, strict=False):

@@ -17,6 +17,7 @@ from ..layers.projections import (
     Call,
     Formula,
     Kept,
+    Parameters,
     Sums,
     Weights,
     are_computed_in,
@@ -25,6 +26,7 @@ from ..layers.projections import (
 )
 from ..tracing import may_read_past
 from . import norm as layer_norm
+from .mlp import MlpFormula
 from .norm import LayerNorm
 
 __all__: list[str] = []  # a part of models
@@ -99,13 +101,24 @@ class Branch(Formula):
         """How many tensors the norm's backward needs that its forward made."""
 
     def call(self, x: Tensor) -> Tensor:
-        inputs = (x, *self.scales)
-        return self.run(inputs, inputs)
+        inputs = (layer_norm.seen(x), *self.scales)
+        y = self.run(inputs, inputs)
+        return y if inputs[0] is x else y.view(x.shape)
+
+    def _of_layer(self, x: Tensor, weights: Weights) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the layer's formula makes of x, of x's shape."""
+        y, kept = self.inner.forward((x,), weights)
+        return y if y.dim() == x.dim() else y.view(x.shape), kept
+
+    @property
+    def rate(self) -> float:
+        """Of the images that are dropped."""
+        return getattr(self.drop, "drop_prob", 0.0) if self.drop.training else 0.0
 
     def _drawn(self, x: Tensor) -> Tensor | None:
         """As timm draws it."""
-        drop = self.drop
-        if not drop.training or (rate := getattr(drop, "drop_prob", 0.0)) == 0.0:
+        drop, rate = self.drop, self.rate
+        if rate == 0.0:
             return None
         kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate)
         return kept.div_(1 - rate) if rate < 1 and drop.scale_by_keep else kept
@@ -130,25 +143,24 @@ class _PreNormFormula(Branch):
     ) -> None:
         super().__init__(inner, norm, drop, () if gamma is None else (gamma,))
 
-    def is_folding(self) -> bool:
+    def compiled_weights(self, many: Sequence[Parameters]) -> list[Weights]:
         """With gradients, the norm's weight and bias are multiplied into the product that reads it,
         unless two do: their gradients are then sums over its weights, not over maps."""
         shapes = self.parameters.shapes
-        return len(shapes) == 3 and shapes[1][1] and torch.is_grad_enabled()
-
-    def compiled_weights(self, tensors: Sequence[Tensor]) -> Weights:
-        if not self.is_folding():
-            return super().compiled_weights(tensors)
+        if not (len(shapes) == 3 and shapes[1][1] and torch.is_grad_enabled()):
+            return super().compiled_weights(many)
+        stacks = [torch.stack(alike) for alike in zip(*[one.tensors for one in many], strict=True)]
         count, read = len(self.parameters.modules), len(self.parameters.rows[1])
-        (scale, *weights), (shift, *biases) = tensors[:count], tensors[count:]
+        (scale, *weights), (shift, *biases) = stacks[:count], stacks[count:]
         weight, bias = concatenated(weights[:read], -2), concatenated(biases[:read], -1)
         bias = bias + (weight * shift.unsqueeze(-2)).sum(-1)
-        second = biases[read].to(self.dtype) if biases[read:] else None
+        first = (weight * scale.unsqueeze(-2)).to(self.dtype), bias.to(self.dtype)
+        last = weights[-1].to(self.dtype)
+        after: Any = biases[read].to(self.dtype) if biases[read:] else [None] * len(many)
         of_norm: Any = None
         return [
-            (of_norm, None),
-            ((weight * scale.unsqueeze(-2)).to(self.dtype), bias.to(self.dtype)),
-            (weights[-1].to(self.dtype), second),
+            [(of_norm, None), (left, behind), (second, shifted)]
+            for left, behind, second, shifted in zip(*first, last, after, strict=True)
         ]
 
     def composed(self, inputs: Sequence[Tensor], call: Call) -> Tensor:
@@ -165,10 +177,18 @@ class _PreNormFormula(Branch):
         (x, *gamma), (weight, bias) = inputs, weights[0]
         normed, own = layer_norm.forward(x, weight, bias, self.norm.eps)
         self.of_norm = len(own)
-        y, inner = self.inner.forward((normed,), weights[1:])
+        y, inner = self._of_layer(normed, weights[1:])
         self.kept = self._drawn(x)
         read = (y,) if gamma else ()
         return _added(x, y, self._factor(x, gamma)), (*read, normed, *own, *inner)
+
+    def infer(self, inputs: Sequence[Tensor], weights: Weights) -> Tensor:
+        x, *gamma = inputs
+        if not gamma and self.rate == 0.0 and isinstance(self.inner, MlpFormula):
+            whole = self.inner.residual(x, self.norm.eps, weights)
+            if whole is not None:
+                return whole
+        return super().infer(inputs, weights)
 
     def backward(
         self,
@@ -229,7 +249,7 @@ class _PostNormFormula(Branch):
         self, inputs: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, *scales = inputs
-        y, inner = self.inner.forward((x,), weights)
+        y, inner = self._of_layer(x, weights)
         weight, bias = layer_norm.scaled(*scales)
         normed, own = layer_norm.forward(y, weight, bias, self.norm.eps)
         self.of_norm = len(own)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .. import ops
 from ..autocast import autocast_dtype
+from ..backends import cuda
 from ..layers.base import known
 from ..layers.projections import (
     Call,
@@ -24,7 +26,8 @@ from ..layers.projections import (
     prepared,
     read,
 )
-from ..tracing import as_leaf, may_read_past
+from ..tracing import as_leaf, is_compiling, may_read_past
+from . import norm
 
 __all__: list[str] = []  # a part of models
 
@@ -61,14 +64,14 @@ class Mlp(nn.Module):
         parameters = read(*before, (self.fc1,), (self.fc2,))
         if parameters is None or not are_computed_in(x.dtype, x.device.type, parameters):
             return None
-        return _MlpFormula(self, parameters, x.dtype, wide)
+        return MlpFormula(self, parameters, x.dtype, wide)
 
     def composed(self, x: Tensor, call: Call = called) -> Tensor:
         """The same by submodules, which `call` calls."""
         return call(self.fc2, F.gelu(call(self.fc1, x)))
 
 
-class _MlpFormula(Formula):
+class MlpFormula(Formula):
     """An `Mlp` that keeps the hidden map before its activation, and no other for the backward.
 
     That is 4 of the 8 times its input that PyTorch would keep.
@@ -88,6 +91,17 @@ class _MlpFormula(Formula):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden = F.linear(inputs[0], *weights[0])
         return F.linear(F.gelu(hidden), *weights[1]), (hidden,)
+
+    def residual(self, x: Tensor, eps: float, weights: Weights) -> Tensor | None:
+        """x plus this of x's norm, from the norm's weights and its own, by one kernel; None where
+        there is none for it."""
+        hidden = weights[1][0].shape[0]
+        if not is_compiling():
+            return cuda.mlp(x, eps, *weights) if _is_fused(x, hidden) else None
+        if not _may_be_fused(x.shape[-1], hidden, x.dtype, x.device):
+            return None
+        flat = [tensor for product in weights for tensor in product]
+        return mlp_branch(x.flatten(0, -2), eps, *flat).view(x.shape)
 
     def backward(
         self,
@@ -109,3 +123,29 @@ class _MlpFormula(Formula):
             return (None,), first + last
         grad_x = multiplied(grad_hidden, weights[0], self.wide[0])
         return (grad_x.view(inputs[0].shape),), first + last
+
+
+def _is_fused(x: Tensor, hidden: int) -> bool:
+    """Whether one kernel makes the branch of these rows."""
+    return norm.is_of_cuda(x.device, x.dtype) and cuda.fuses_mlp(x, hidden)
+
+
+def _may_be_fused(channels: int, hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it makes that of some rows."""
+    return norm.is_of_cuda(device, dtype) and cuda.may_fuse_mlp(channels, hidden, dtype, device)
+
+
+_may_be_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@ops.opaque(
+    "Tensor x, float eps, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
+    "Tensor fc1_bias, Tensor fc2_weight, Tensor? fc2_bias"
+)
+def mlp_branch(x: Tensor, eps: float, *flat: Any) -> Tensor:
+    """x [rows, C] plus the MLP of its norm."""
+    (weight, bias), first, second = flat[:2], flat[2:4], flat[4:]
+    if _is_fused(x, first[0].shape[0]):
+        return cuda.mlp(x, eps, (weight, bias), first, second)
+    normed, _ = norm.forward(x, weight, bias, eps)
+    return x + F.linear(F.gelu(F.linear(normed, *first)), *second)

@@ -18,7 +18,7 @@ from ..autocast import autocast_dtype, is_autocast
 from ..backends import choose, cuda
 from ..eager import run_plain
 from ..layers.base import known
-from ..tracing import as_leaf, has_interested, is_compiling
+from ..tracing import as_leaf, has_interested, is_compiling, may_read_past
 
 __all__: list[str] = []  # a part of models
 
@@ -40,10 +40,19 @@ class LayerNorm(nn.LayerNorm):
         interested = has_interested((x, weight, bias), range(3))  # also where one is None
         if not interested and _has_kernels(x, weight, bias):
             return run_plain(_KERNELS, _KERNELS.inputs, (eps, x, weight, bias))
+        rows = seen(x)
         if not is_autocast(device := x.device.type):
-            return F.layer_norm(x, shape, weight, bias, eps)
-        with torch.autocast(device, enabled=False):
-            return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+            y = F.layer_norm(rows, shape, weight, bias, eps)
+        else:
+            with torch.autocast(device, enabled=False):
+                y = F.layer_norm(rows, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+        return y if rows is x else y.view(x.shape)
+
+
+def seen(x: Tensor) -> Tensor:
+    """Maps [B, H, W, C] as TorchInductor shall see them, [B, H·W, C]: those of four dimensions get
+    the strides that would be a convolution's wish for [B, C, H, W]."""
+    return x.flatten(1, 2) if x.dim() == 4 and is_compiling() and may_read_past(x) else x
 
 
 def scaled(weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,11 +96,15 @@ def backward(
 
 def _has_kernels(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether the CUDA backend normalises x."""
+    return is_of_cuda(x.device, x.dtype) and cuda.normalizes(x, weight, bias)
+
+
+def is_of_cuda(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CUDA backend computes layers there."""
     try:
-        chosen = choose("deform_conv", x.device, x.dtype)
+        return choose("deform_conv", device, dtype) == "cuda"
     except RuntimeError:  # of a backend that the environment asks for, which layers will report
         return False
-    return chosen == "cuda" and cuda.normalizes(x, weight, bias)
 
 
 class _Kernels:
