@@ -233,13 +233,12 @@ def fuses_mlp(x: Tensor, hidden: int) -> bool:
     if x.numel() == 0 or not x.is_contiguous() or x.data_ptr() & 15:
         return False
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
-    return choice.fuses_mlp(rows, channels, hidden, x.dtype, plans._gpu(x.get_device()))
+    return plans.fuses_mlp(rows, channels, hidden, x.dtype, x.get_device())
 
 
 def may_fuse_mlp(channels: int, hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
     """The same of any rows that are contiguous, at an address that 16 divides."""
-    gpu = plans._gpu(device.index or 0)
-    return choice.fuses_mlp(1 << 30, channels, hidden, dtype, gpu)
+    return plans.fuses_mlp(1 << 30, channels, hidden, dtype, device.index or 0)
 
 
 def mlp(

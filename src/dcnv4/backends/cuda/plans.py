@@ -201,6 +201,12 @@ def linear_plan(
 
 
 @lru_cache(_PLANS)
+def fuses_mlp(rows: int, channels: int, hidden: int, dtype: torch.dtype, device: int) -> bool:
+    """As `choice.fuses_mlp`, on this GPU."""
+    return choice.fuses_mlp(rows, channels, hidden, dtype, _gpu(device))
+
+
+@lru_cache(_PLANS)
 def mlp_plan(
     rows: int, channels: int, hidden: int, dtype: torch.dtype, eps: float, device: int
 ) -> Plan:
