@@ -144,7 +144,7 @@ def _compile(jobs: Sequence[tuple[str, compile.Macros, str]]) -> None:
 
 def _architectures(name: str) -> list[str]:
     """Those that kernel `name` runs on."""
-    if name in ("linear", "mlp"):
+    if name in compile._OF_ONE_ARCHITECTURE:
         return [compile.architecture(name, 9, 0)]
     return list(ARCHITECTURES["tile" in name or "sorted" in name :])
 

@@ -126,11 +126,10 @@ def test_gelu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
-def test_branches_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_on_a_gpu(dtype: torch.dtype) -> None:
     """Of the GPUs that the kernel runs on; on others nothing asks for it."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setattr(choice, "_MLP_ROWS", dict.fromkeys(choice._MLP, 0))
     for channels, hidden, rows in product((64, 128, 256), (64, 192, 1024), (1, 1000, 64005)):
         parts = inputs(rows, channels, hidden, dtype, "cuda")
         with launches.launching("mlp"):

@@ -164,11 +164,6 @@ def _layout(counts: tuple[int, ...], shapes: tuple[tuple[torch.Size, bool], ...]
     return tuple(joined), tuple(sizes), tuple(rows)
 
 
-def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, but of one tensor itself."""
-    return torch.cat(list(tensors), dim) if tensors[1:] else tensors[0]
-
-
 def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An input as products read it: cast and contiguous, in one pass."""
     if x.dtype is dtype:

@@ -21,7 +21,6 @@ from ..layers.projections import (
     Sums,
     Weights,
     are_computed_in,
-    concatenated,
     read,
 )
 from ..tracing import may_read_past
@@ -152,7 +151,7 @@ class _PreNormFormula(Branch):
         stacks = [torch.stack(alike) for alike in zip(*[one.tensors for one in many], strict=True)]
         count, read = len(self.parameters.modules), len(self.parameters.rows[1])
         (scale, *weights), (shift, *biases) = stacks[:count], stacks[count:]
-        weight, bias = concatenated(weights[:read], -2), concatenated(biases[:read], -1)
+        weight, bias = _concatenated(weights[:read], -2), _concatenated(biases[:read], -1)
         bias = bias + (weight * shift.unsqueeze(-2)).sum(-1)
         first = (weight * scale.unsqueeze(-2)).to(self.dtype), bias.to(self.dtype)
         last = weights[-1].to(self.dtype)
@@ -290,3 +289,8 @@ def _scales_gradients(found: Sequence[Tensor], scales: Sequence[Tensor]) -> list
         of_gamma = torch.addcmul(grads[0] * weight, grads[1], bias)
         grads = [grads[0] * gamma, grads[1] * gamma, of_gamma]
     return [grad.to(scale.dtype) for grad, scale in zip(grads, scales, strict=True)]
+
+
+def _concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, but of one tensor itself."""
+    return torch.cat(list(tensors), dim) if tensors[1:] else tensors[0]
